@@ -1,0 +1,7 @@
+"""Statistics as functional ``torch.library`` ops; the only importer of ``kfc_fx.kernels``."""
+
+from kfc_fx.ops.patch_gram import patch_gram
+from kfc_fx.ops.row_gram import row_gram
+from kfc_fx.ops.separable_gram import separable_gram
+
+__all__ = ["patch_gram", "row_gram", "separable_gram"]
