@@ -1,0 +1,44 @@
+"""The command line ``kfc-fx``."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from kfc_fx.tools.train import train
+
+app = typer.Typer(
+    name="kfc-fx",
+    help="KFC for PyTorch: approximate natural gradient for an existing model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+bench = typer.Typer(help="Measure kernels and training.", no_args_is_help=True)
+
+app.command()(train)
+app.add_typer(bench, name="bench")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kfc_fx {version('kfc_fx')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """KFC for PyTorch: approximate natural gradient for an existing model."""

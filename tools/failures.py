@@ -1,0 +1,73 @@
+"""Failures that a user of the command line can mend: one line on stderr, exit code 2."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from kfc_fx.errors import KfcError
+
+USAGE_EXIT_CODE = 2
+
+
+class CommandError(Exception):
+    """A wrong name, folder or file; the message is one line that says what to do."""
+
+
+@contextmanager
+def one_line_failures(*, debug: bool) -> Iterator[None]:
+    """Turn a :class:`CommandError`, or an error of kfc_fx itself (a model that it cannot
+    take, say), into one line on stderr and exit code 2.
+
+    Args:
+        debug: let the exception through, with its traceback.
+    """
+    try:
+        yield
+    except (CommandError, KfcError) as error:
+        if debug:
+            raise
+        line = Text.assemble(("error: ", "bold red"), " ".join(str(error).split()))
+        Console(stderr=True, soft_wrap=True).print(line)
+        raise typer.Exit(USAGE_EXIT_CODE) from None
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> CommandError:
+    """The error for ``name``, which is none of ``known``, with the nearest of them."""
+    names = list(known)
+    return CommandError(
+        f"unknown {kind} {name!r}{did_you_mean(name, names)}; there are: {', '.join(names)}"
+    )
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``", did you mean 'x'?"`` for the member of ``known`` nearest to ``name``, or ``""``."""
+    by_lower_case = {candidate.lower(): candidate for candidate in known}
+    nearest = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=0.5)
+    return f", did you mean {by_lower_case[nearest[0]]!r}?" if nearest else ""
+
+
+def import_extra(module: str, purpose: str) -> ModuleType:
+    """Import a module that only the ``demo`` extra installs.
+
+    Args:
+        module: name as in an import statement.
+        purpose: what needs it, the subject of the error's sentence.
+
+    Raises:
+        CommandError: the distribution that holds it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = (error.name or module).partition(".")[0]
+        raise CommandError(
+            f"{purpose} needs {missing}, which is not installed: pip install 'kfc_fx[demo]'"
+        ) from error

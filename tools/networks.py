@@ -1,0 +1,170 @@
+"""The networks of ``kfc-fx train``, by name or as ``module:function``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kfc_fx.tools.failures import CommandError, did_you_mean, import_extra, unknown_name
+
+ImageShape = tuple[int, int, int]
+
+DEFAULT_NETWORKS = {
+    "digits": "digits-net",
+    "mnist": "lenet",
+    "fashion-mnist": "lenet",
+    "cifar10": "kfc-cifar",
+}
+
+
+def build(name: str, image_shape: ImageShape, classes: int) -> nn.Module:
+    """A freshly initialised network that maps images to logits ``[N, classes]``.
+
+    Args:
+        name: one of :data:`NETWORKS`, or ``module:function`` for a function without arguments
+            that returns an ``nn.Module``; the working directory is searched too.
+        image_shape: (C, H, W).
+        classes: length of the output.
+
+    Raises:
+        CommandError: no such network, or it does not fit the images.
+    """
+    if ":" in name:
+        network = _from_function(name)
+    elif name in NETWORKS:
+        network = NETWORKS[name](image_shape, classes)
+    else:
+        raise unknown_name("model", name, [*NETWORKS, "module:function"])
+    _check_output(name, network, image_shape, classes)
+    return network
+
+
+def digits_net(image_shape: ImageShape, classes: int) -> nn.Module:
+    """Two 3x3 convolutions and a hidden layer, for images of 8x8."""
+    _check_size("digits-net", image_shape, [8])
+    return nn.Sequential(
+        nn.Conv2d(image_shape[0], 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * 4 * 4, 64),
+        nn.ReLU(),
+        nn.Linear(64, classes),
+    )
+
+
+def kfc_cifar(image_shape: ImageShape, classes: int) -> nn.Module:
+    """The CIFAR-10 network of Grosse & Martens (2016), with maps of 15, 7 and 3."""
+    _check_size("kfc-cifar", image_shape, [32], "its maps are 15, 7 and 3 there")
+    return nn.Sequential(
+        nn.Conv2d(image_shape[0], 32, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2),
+        nn.Conv2d(32, 32, 5, padding=2),
+        nn.ReLU(),
+        nn.AvgPool2d(3, 2),
+        nn.Conv2d(32, 64, 5, padding=2),
+        nn.ReLU(),
+        nn.AvgPool2d(3, 2),
+        nn.Flatten(),
+        nn.Linear(64 * 3 * 3, classes),
+    )
+
+
+def lenet(image_shape: ImageShape, classes: int) -> nn.Module:
+    """LeNet-5 with ReLU and max-pooling, for 28x28 (padded to 32x32) or 32x32 images."""
+    _check_size("lenet", image_shape, [28, 32])
+    return nn.Sequential(
+        nn.Conv2d(image_shape[0], 6, 5, padding=(32 - image_shape[1]) // 2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16 * 5 * 5, 120),
+        nn.ReLU(),
+        nn.Linear(120, 84),
+        nn.ReLU(),
+        nn.Linear(84, classes),
+    )
+
+
+def resnet18(image_shape: ImageShape, classes: int) -> nn.Module:
+    """torchvision's ResNet-18, its first layer made for the images' number of channels."""
+    models = import_extra("torchvision.models", "the model 'resnet18'")
+    network: nn.Module = models.resnet18(num_classes=classes)
+    if image_shape[0] != 3:
+        network.conv1 = nn.Conv2d(image_shape[0], 64, 7, stride=2, padding=3, bias=False)
+    return network
+
+
+NETWORKS: dict[str, Callable[[ImageShape, int], nn.Module]] = {
+    "digits-net": digits_net,
+    "kfc-cifar": kfc_cifar,
+    "lenet": lenet,
+    "resnet18": resnet18,
+}
+
+
+def _check_size(name: str, image_shape: ImageShape, sizes: list[int], reason: str = "") -> None:
+    _, height, width = image_shape
+    if height != width or height not in sizes:
+        wanted = " or ".join(f"{size}x{size}" for size in sizes)
+        because = f" ({reason})" if reason else ""
+        raise CommandError(f"{name} needs images of {wanted}{because}; these are {height}x{width}")
+
+
+def _from_function(name: str) -> nn.Module:
+    module_name, _, function_name = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as error:
+        raise CommandError(f"--model {name}: cannot import {module_name!r}: {error}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        names = [key for key, value in vars(module).items() if callable(value)]
+        raise CommandError(
+            f"--model {name}: {module_name} has no function {function_name!r}"
+            f"{did_you_mean(function_name, names)}"
+        )
+    return _called(name, function)
+
+
+def _called(name: str, function: Callable[[], object]) -> nn.Module:
+    try:
+        network = function()
+    except TypeError as error:
+        raise CommandError(f"--model {name}: it is called without arguments: {error}") from error
+    if not isinstance(network, nn.Module):
+        kind = type(network).__name__
+        raise CommandError(f"--model {name}: it returned {kind}, not an nn.Module")
+    return network
+
+
+def _check_output(name: str, network: nn.Module, image_shape: ImageShape, classes: int) -> None:
+    size = "x".join(map(str, image_shape))
+    was_training = network.training
+    network.eval()  # one example is too few for BatchNorm, and its statistics must not move
+    try:
+        with torch.no_grad():
+            output = network(torch.zeros(1, *image_shape))
+    except RuntimeError as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise CommandError(f"model {name} does not fit images of {size}: {first_line}") from error
+    network.train(was_training)
+    shape = tuple(getattr(output, "shape", ()))
+    if shape != (1, classes):
+        raise CommandError(
+            f"model {name} returns shape {shape} for one image of {size}, "
+            f"where (1, {classes}) is needed"
+        )

@@ -1,0 +1,109 @@
+"""The optimizers of ``kfc-fx train``, by name, with the learning rates that suit the demo."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import kfc_fx
+from kfc_fx.tools.failures import CommandError, unknown_name
+
+TITLES = {"kfc": "KFC", "sgd": "SGD Nesterov", "adamw": "AdamW"}
+KFC_LEARNING_RATES = {"adam": 0.01, "inverse": 0.1}
+LEARNING_RATES = {"sgd": 0.05, "adamw": 0.002}
+MOMENTUM = 0.9
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """One optimizer to train by: a name of :data:`TITLES`, its peak learning rate, and KFC's
+    scaling (``None`` for the others)."""
+
+    name: str
+    lr: float
+    scaling: str | None = None
+
+    @property
+    def title(self) -> str:
+        return f"{TITLES[self.name]} ({self.scaling})" if self.scaling else TITLES[self.name]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a training loop calls, and the seconds that capturing the network took."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    capture_seconds: float
+
+
+def specify(names: str, lr_options: Iterable[str], scaling: str) -> tuple[OptimizerSpec, ...]:
+    """Read the command line's choice of optimizers.
+
+    Args:
+        names: of :data:`TITLES`, separated by commas.
+        lr_options: each ``name=rate``, or several separated by commas.
+        scaling: KFC's, one of :data:`KFC_LEARNING_RATES`.
+
+    Raises:
+        CommandError: an unknown or repeated name, or a rate that is not a positive number.
+    """
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    for name in chosen:
+        if name not in TITLES:
+            raise unknown_name("optimizer", name, TITLES)
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise CommandError(f"--optimizers {names!r}: name each optimizer once")
+    if scaling not in KFC_LEARNING_RATES:
+        raise unknown_name("scaling", scaling, KFC_LEARNING_RATES)
+    rates = _learning_rates(lr_options, scaling)
+    return tuple(
+        OptimizerSpec(name, rates[name], scaling if name == "kfc" else None) for name in chosen
+    )
+
+
+def prepare(spec: OptimizerSpec, network: nn.Module, example: Tensor) -> Prepared:
+    """Make the optimizer for ``network``; for KFC, compile and capture the network first.
+
+    Args:
+        example: a batch of images ``[N, C, H, W]`` to capture with.
+    """
+    if spec.name == "sgd":
+        sgd = torch.optim.SGD(network.parameters(), spec.lr, momentum=MOMENTUM, nesterov=True)
+        return Prepared(network, sgd, 0.0)
+    if spec.name == "adamw":
+        return Prepared(network, torch.optim.AdamW(network.parameters(), spec.lr), 0.0)
+    started = time.perf_counter()
+    compiled = kfc_fx.compile(network, likelihood="categorical")
+    compiled.trace(example)
+    kfc = kfc_fx.KFC(compiled, lr=spec.lr, scaling=spec.scaling)
+    return Prepared(compiled, kfc, time.perf_counter() - started)
+
+
+def _learning_rates(options: Iterable[str], scaling: str) -> Mapping[str, float]:
+    rates = {"kfc": KFC_LEARNING_RATES[scaling], **LEARNING_RATES}
+    for option in ",".join(options).split(","):
+        if not option.strip():
+            continue
+        name, equals, number = (part.strip() for part in option.partition("="))
+        if not equals:
+            raise CommandError(f"--lr {option!r}: write it as kfc=0.01")
+        if name not in rates:
+            raise unknown_name("optimizer in --lr", name, rates)
+        rates[name] = _positive(option, number)
+    return rates
+
+
+def _positive(option: str, number: str) -> float:
+    try:
+        rate = float(number)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise CommandError(f"--lr {option!r}: {number!r} is not a positive number")
+    return rate
