@@ -1,0 +1,235 @@
+"""The recorder: arms forward passes, runs the Fisher pass, keeps the sums of statistics."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from kfc_fx.curvature.likelihood import Likelihood
+from kfc_fx.curvature.outputs import find_prediction, float_tensors, replace_tensors
+from kfc_fx.errors import CaptureError, OutputError
+from kfc_fx.ops.emission import fisher_pass, gate
+from kfc_fx.plan.forms import InputFactor, statistic_shapes
+from kfc_fx.plan.spec import BlockSpec
+
+Fisher = Literal["sampled", "empirical"]
+
+
+@dataclass
+class Statistics:
+    """Sums over all micro-batches since the last step, unnormalised.
+
+    ``sums[block][statistic]`` is ``Σ_n Σ_t`` of outer products; ``rows[block]`` counts N·|T|
+    and ``examples`` N, by which the update divides.
+    """
+
+    sums: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    examples: int = 0
+
+
+@dataclass
+class ForwardRecord:
+    """One armed forward pass: the blocks that ran in it and their output rows."""
+
+    rows: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    probes: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    graphs: int = 0
+
+
+class StatisticsRecorder:
+    """Per-model state of statistics collection.
+
+    ``armed`` is set by the optimizer when statistics are due. A forward pass then runs the
+    emitting graphs, and the first backward pass through its output runs the Fisher pass.
+    """
+
+    def __init__(self, likelihood: Likelihood) -> None:
+        self.likelihood = likelihood
+        self.armed = False
+        self.fisher: Fisher = "sampled"
+        self.seed: int | None = None
+        self.statistics = Statistics()
+        self._record: ForwardRecord | None = None
+        self._probes: dict[str, dict[str, Tensor]] = {}
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    @property
+    def recording(self) -> ForwardRecord | None:
+        """The record of the armed forward pass that is running, or None."""
+        return self._record
+
+    @contextmanager
+    def forward_pass(self) -> Iterator[ForwardRecord]:
+        """Run an armed forward pass: graphs emit while it lasts."""
+        outer, self._record = self._record, ForwardRecord()
+        try:
+            yield self._record
+        finally:
+            self._record = outer
+
+    def probes_for(
+        self, block: BlockSpec, form: InputFactor, weight: Tensor, *, gated: bool
+    ) -> tuple[Tensor, ...]:
+        """Probes of a block for the running forward pass, on the weight's device."""
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        leaves = []
+        cached = self._probes.setdefault(block.name, {})
+        for statistic, shape in statistic_shapes(block, form).items():
+            leaf = cached.get(statistic)
+            if leaf is None or (leaf.shape, leaf.device, leaf.dtype) != (
+                shape,
+                weight.device,
+                dtype,
+            ):
+                leaf = torch.zeros(1, dtype=dtype, device=weight.device).expand(shape)
+                cached[statistic] = leaf.requires_grad_()
+            leaves.append(cached[statistic])
+        assert self._record is not None
+        self._record.probes[block.name] = tuple(leaves)
+        return tuple(gate(leaf) for leaf in leaves) if gated else tuple(leaves)
+
+    def note_rows(self, blocks: Sequence[str], rows: Sequence[int]) -> None:
+        """Add the row counts that a graph of the running forward pass returned."""
+        assert self._record is not None
+        for block, count in zip(blocks, rows, strict=True):
+            self._record.rows[block] += count
+
+    def tap(
+        self, output: Any, record: ForwardRecord, statistics_of: Mapping[str, Sequence[str]]
+    ) -> Any:
+        """Put the output tap on every differentiable tensor of the output.
+
+        Args:
+            statistics_of: block name to the names of its statistics, in probe order.
+
+        Raises:
+            CaptureError: no captured graph ran in this forward pass.
+            OutputError: the output holds no prediction.
+        """
+        if record.graphs == 0:
+            raise CaptureError(
+                "the forward pass ran outside the captured graphs, so no statistics can be taken: "
+                "dynamo skipped the frame or reached its recompile limit (TORCH_LOGS=recompiles "
+                "shows why; torch._dynamo.config.recompile_limit raises it)"
+            )
+        prediction = find_prediction(output)
+        self.likelihood.examples(prediction)  # raises for an output without examples
+        tensors = [t for t in float_tensors(output) if t.requires_grad]
+        if not tensors or not record.rows:
+            return output  # nothing to differentiate: a frozen or unused part of the model
+        position = _position(prediction, tensors)
+        run = _FisherPass(self, prediction, position, record, statistics_of)
+        tapped = _OutputTap.apply(run, *tensors)
+        by_id = {id(old): new for old, new in zip(tensors, tapped, strict=True)}
+        return replace_tensors(output, lambda t: by_id.get(id(t), t))
+
+    def add(self, block: str, statistic: str, value: Tensor) -> None:
+        """Add one statistic of one Fisher pass to the sums."""
+        sums = self.statistics.sums.setdefault(block, {})
+        sums[statistic] = sums[statistic] + value if statistic in sums else value
+
+    def take(self) -> Statistics:
+        """The sums so far; the recorder starts anew."""
+        taken, self.statistics = self.statistics, Statistics()
+        return taken
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """The generator of sampled targets on a device, apart from torch's global one."""
+        if device not in self._generators:
+            seed = torch.initial_seed() if self.seed is None else self.seed
+            self._generators[device] = torch.Generator(device).manual_seed(seed % 2**63)
+        return self._generators[device]
+
+    def generator_states(self) -> dict[str, Tensor]:
+        """State of every generator in use, by device."""
+        return {str(d): g.get_state() for d, g in self._generators.items()}
+
+    def set_generator_states(self, states: Mapping[str, Tensor]) -> None:
+        """Continue the generators from saved states."""
+        for device, state in states.items():
+            self.generator(torch.device(device)).set_state(state.cpu())
+
+
+class _FisherPass:
+    """Runs once per forward pass, from the tap's backward."""
+
+    def __init__(
+        self,
+        recorder: StatisticsRecorder,
+        prediction: Tensor,
+        position: int,
+        record: ForwardRecord,
+        statistics_of: Mapping[str, Sequence[str]],
+    ) -> None:
+        self.recorder = recorder
+        self.prediction: Tensor | None = prediction
+        self.position = position
+        self.record = record
+        self.statistics_of = statistics_of
+
+    def __call__(self, cotangents: Sequence[Tensor | None]) -> None:
+        prediction, self.prediction = self.prediction, None
+        if prediction is None:
+            return  # a second backward pass through the same forward pass
+        cotangent = self._cotangent(prediction, cotangents[self.position])
+        names = [(b, s) for b in self.record.probes for s in self.statistics_of[b]]
+        probes = [probe for leaves in self.record.probes.values() for probe in leaves]
+        with fisher_pass():
+            values = torch.autograd.grad(
+                prediction, probes, cotangent, retain_graph=True, allow_unused=True
+            )
+        statistics = self.recorder.statistics
+        for (block, statistic), value in zip(names, values, strict=True):
+            if value is None:
+                continue  # the block ran, but the prediction does not depend on it
+            self.recorder.add(block, statistic, value)
+            if statistic == "gamma":
+                statistics.rows[block] += self.record.rows[block]
+        statistics.examples += self.recorder.likelihood.examples(prediction)
+
+    @torch.no_grad()
+    def _cotangent(self, prediction: Tensor, true_cotangent: Tensor | None) -> Tensor:
+        likelihood = self.recorder.likelihood
+        # Probabilities in half precision lose the tail that samples come from.
+        wide = prediction.detach().to(torch.promote_types(prediction.dtype, torch.float32))
+        if self.recorder.fisher == "sampled":
+            generator = self.recorder.generator(prediction.device)
+            return likelihood.sampled_cotangent(wide, generator).to(prediction.dtype)
+        if true_cotangent is None:
+            raise OutputError(
+                "fisher='empirical' reads the targets off the gradient at the prediction, and the "
+                "loss was not computed from it; use fisher='sampled'"
+            )
+        return likelihood.empirical_cotangent(wide, true_cotangent).to(prediction.dtype)
+
+
+class _OutputTap(torch.autograd.Function):
+    """Identity; its backward runs the Fisher pass, then passes the cotangents on."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., None], *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.set_materialize_grads(False)
+        ctx.run = run
+        return tuple(tensor.detach() for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        ctx.run(cotangents)
+        return (None, *cotangents)
+
+
+def _position(prediction: Tensor, tensors: Sequence[Tensor]) -> int:
+    for position, tensor in enumerate(tensors):
+        if tensor is prediction:
+            return position
+    raise OutputError(
+        "the prediction in the model's output does not depend on any trained parameter, "
+        "so it has no curvature; check that it is not detached"
+    )

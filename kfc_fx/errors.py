@@ -1,0 +1,33 @@
+"""Errors of kfc_fx. Each message says what was found, where, and what to do."""
+
+
+class KfcError(RuntimeError):
+    """Base of every error that kfc_fx raises on purpose."""
+
+
+class OptionError(KfcError, ValueError):
+    """An option has a value that is unknown or out of range."""
+
+
+class CaptureError(KfcError):
+    """The model could not be captured as a graph, or the captured graph did not run."""
+
+
+class CoverageError(KfcError):
+    """The plan does not account for every use of every trainable parameter."""
+
+
+class OutputError(KfcError, TypeError):
+    """The model's output holds no prediction that the likelihood could be taken of."""
+
+
+class StatisticsError(KfcError):
+    """Factor statistics were due and did not arrive."""
+
+
+class StepError(KfcError):
+    """An optimizer step cannot be taken, for instance before any backward pass."""
+
+
+class KfcWarning(UserWarning):
+    """Something was dropped or replaced; training goes on, and a counter counts it."""

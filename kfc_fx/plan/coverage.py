@@ -1,0 +1,166 @@
+"""From the uses in all captured graphs to the plan, and the proof that it misses nothing."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from kfc_fx.errors import CoverageError
+from kfc_fx.plan.spec import (
+    BlockSpec,
+    CurvaturePlan,
+    GenericSpec,
+    GraphUses,
+    ParameterSpec,
+    SiteSpec,
+    UnmatchedUse,
+)
+
+FACTOR_LIMIT = 8192
+"""Widest factor side that is inverted; a layer beyond it is generic. A dense factor of this
+side takes 256 MiB in float32, its eigendecomposition minutes."""
+
+Sites = Mapping[str, Sequence[SiteSpec]]
+Unmatched = Mapping[str, Sequence[UnmatchedUse]]
+
+
+def build_plan(parameters: Sequence[ParameterSpec], graphs: Sequence[GraphUses]) -> CurvaturePlan:
+    """Decide for every parameter: block, generic or frozen; prove the result complete.
+
+    Args:
+        parameters: all parameters of the model, each once.
+        graphs: the uses found in each captured graph.
+    """
+    sites, unmatched = _by_parameter(graphs)
+    specs = {spec.name: spec for spec in parameters}
+    blocks: list[BlockSpec] = []
+    reasons: dict[str, str] = {}
+    for spec in parameters:
+        if not spec.trainable or spec.name not in sites:
+            continue
+        reason = _refusal(spec, sites[spec.name], unmatched)
+        if reason is None:
+            uses = max(sum(s.weight == spec.name for s in graph.sites) for graph in graphs)
+            blocks.append(_block(spec, sites, unmatched, specs, uses))
+        else:
+            reasons[spec.name] = reason
+    held = {name for block in blocks for name in block.parameters}
+    generic = tuple(
+        GenericSpec(s.name, s.shape, reasons.get(s.name) or _generic_reason(s, sites, unmatched))
+        for s in parameters
+        if s.trainable and s.name not in held
+    )
+    plan = CurvaturePlan(
+        tuple(blocks), generic, tuple(s.name for s in parameters if not s.trainable)
+    )
+    prove_coverage(plan, parameters, graphs)
+    return plan
+
+
+def prove_coverage(
+    plan: CurvaturePlan, parameters: Sequence[ParameterSpec], graphs: Sequence[GraphUses]
+) -> None:
+    """Check that the plan accounts for every use of every trainable parameter.
+
+    Raises:
+        CoverageError: a parameter is in no list or in two; a parameter of a block has a use
+            that is not one of the block's sites. The message names the parameter and the use.
+    """
+    owner = {name: block for block in plan.blocks for name in block.parameters}
+    in_blocks = [name for block in plan.blocks for name in block.parameters]
+    listed = in_blocks + [g.name for g in plan.generic] + list(plan.frozen)
+    for spec in parameters:
+        times = listed.count(spec.name)
+        if times != 1:
+            raise CoverageError(f"parameter {spec.name} stands {times} times in the plan, not once")
+    for uses in graphs:
+        for use in uses.unmatched:
+            if use.parameter in owner:
+                raise CoverageError(
+                    f"parameter {use.parameter} is in block {owner[use.parameter].name}, "
+                    f"whose statistics miss its use by {use}"
+                )
+        for site in uses.sites:
+            for name in (site.weight, site.bias):
+                if name in owner and owner[name].weight != site.weight:
+                    raise CoverageError(
+                        f"parameter {name} is in block {owner[name].name}, whose statistics miss "
+                        f"its use by node {site.node} at {site.location}"
+                    )
+
+
+def _by_parameter(
+    graphs: Sequence[GraphUses],
+) -> tuple[dict[str, list[SiteSpec]], dict[str, list[UnmatchedUse]]]:
+    sites: dict[str, list[SiteSpec]] = defaultdict(list)
+    unmatched: dict[str, list[UnmatchedUse]] = defaultdict(list)
+    for uses in graphs:
+        for site in uses.sites:
+            sites[site.weight].append(site)
+        for use in uses.unmatched:
+            unmatched[use.parameter].append(use)
+    return dict(sites), dict(unmatched)
+
+
+def _refusal(spec: ParameterSpec, sites: Sequence[SiteSpec], unmatched: Unmatched) -> str | None:
+    """Why a weight that has sites is generic all the same; None where it gets a block."""
+    if spec.name in unmatched:
+        return f"also used by {unmatched[spec.name][0]}"
+    if len({site.bias for site in sites}) > 1:
+        return "used by several calls with different biases"
+    if len({(site.geometry.kernel_size, site.geometry.groups) for site in sites}) > 1:
+        return "used by several calls with different groups"
+    groups = sites[0].geometry.groups
+    widest = max(spec.shape[0] // groups, _patch_size(spec) + 1)
+    if widest > FACTOR_LIMIT:
+        return f"factor of side {widest} exceeds the limit of {FACTOR_LIMIT}"
+    return None
+
+
+def _block(
+    spec: ParameterSpec,
+    sites: Sites,
+    unmatched: Unmatched,
+    specs: Mapping[str, ParameterSpec],
+    uses: int,
+) -> BlockSpec:
+    own = sites[spec.name]
+    bias = own[0].bias
+    if bias is not None:
+        strangers = [
+            s for w, group in sites.items() if w != spec.name for s in group if s.bias == bias
+        ]
+        if strangers or bias in unmatched or not specs[bias].trainable:
+            bias = None
+    return BlockSpec(
+        name=block_name(spec.name),
+        kind=own[0].kind,
+        weight=spec.name,
+        bias=bias,
+        weight_shape=spec.shape,
+        geometry=own[0].geometry,
+        uses=uses,
+    )
+
+
+def block_name(weight: str) -> str:
+    """Module path of the layer that owns a weight; the parameter's own name if it is bare."""
+    if weight == "weight":
+        return ""
+    return weight.removesuffix(".weight")
+
+
+def _patch_size(spec: ParameterSpec) -> int:
+    size = 1
+    for extent in spec.shape[1:]:
+        size *= extent
+    return size
+
+
+def _generic_reason(spec: ParameterSpec, sites: Sites, unmatched: Unmatched) -> str:
+    if spec.name in unmatched:
+        return f"used by {unmatched[spec.name][0]}"
+    layers = [w for w, group in sites.items() if any(s.bias == spec.name for s in group)]
+    if layers:
+        return f"bias of a layer without a block for it ({', '.join(layers)})"
+    return "not used in any captured graph"
