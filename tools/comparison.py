@@ -38,7 +38,7 @@ class Comparison:
 
 def compare(records: Sequence[RunRecord]) -> Comparison:
     """Measure runs of one length against their common target, interrupted ones as they are."""
-    half_window = smoothing_half_window(max((run.planned_steps for run in records), default=0))
+    half_window = smoothing_half_window(max((run.steps for run in records), default=0))
     curves = [smoothed(record.losses, half_window) for record in records]
     ends = {
         record.optimizer.name: (curve[-1], record)
@@ -52,8 +52,8 @@ def compare(records: Sequence[RunRecord]) -> Comparison:
 
 
 def smoothing_half_window(steps: int) -> int:
-    """Steps before and after to smooth a run of ``steps`` with: a fortieth of it, at least 2."""
-    return max(2, steps // 40)
+    """Steps before and after to smooth a run of ``steps`` with: a fortieth of it, 2 to 100."""
+    return min(max(2, steps // 40), 100)
 
 
 def smoothed(losses: Sequence[float], half_window: int) -> list[float]:

@@ -48,10 +48,10 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> CommandError:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``", did you mean 'x'?"`` for the member of ``known`` nearest to ``name``, or ``""``."""
+    """``" (did you mean 'x'?)"`` for the member of ``known`` nearest to ``name``, or ``""``."""
     by_lower_case = {candidate.lower(): candidate for candidate in known}
     nearest = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=0.5)
-    return f", did you mean {by_lower_case[nearest[0]]!r}?" if nearest else ""
+    return f" (did you mean {by_lower_case[nearest[0]]!r}?)" if nearest else ""
 
 
 def import_extra(module: str, purpose: str) -> ModuleType:

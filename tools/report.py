@@ -17,16 +17,17 @@ from kfc_fx.tools.comparison import Comparison, Row, smoothed
 from kfc_fx.tools.failures import import_extra
 
 NOT_REACHED = "–"
+TO_TARGET = ("iterations", "seconds")
 
 
 def table(comparison: Comparison, title: str) -> Table:
     """The comparison as a table; its caption says what the loss to reach is and how it is
     smoothed. Fits a line of 80 characters."""
-    made = Table(title=title, caption=_caption(comparison), box=box.SIMPLE_HEAD)
+    made = Table(title=title, caption=_caption(comparison), box=box.SIMPLE_HEAD, padding=0)
     made.title_justify = made.caption_justify = "left"
     made.add_column("optimizer", no_wrap=True)
-    for heading in ("lr", "final loss", "test accuracy", "iterations", "seconds", "capture"):
-        made.add_column(heading, justify="right", no_wrap=heading == "seconds")
+    for heading in ("lr", "final loss", "test accuracy", *TO_TARGET, "capture", "in all"):
+        made.add_column(heading, justify="right")
     for row in comparison.rows:
         made.add_row(*_cells(row))
     return made
@@ -94,9 +95,10 @@ def _cells(row: Row) -> list[str]:
         f"{record.optimizer.lr:g}",
         final,
         f"{record.accuracies[-1]:.1%}" if record.accuracies else NOT_REACHED,
-        f"{_number(row.iterations, 'd')} of {record.steps}",
-        f"{_number(row.seconds, '.1f')} of {record.seconds[-1]:.1f}",
-        f"{record.capture_seconds:.1f}",
+        _number(row.iterations, "d"),
+        _number(row.seconds, ".2f"),
+        f"{record.capture_seconds:.2f}",
+        f"{record.seconds[-1]:.2f}",
     ]
 
 
@@ -106,13 +108,13 @@ def _number(value: float | None, form: str) -> str:
 
 def _caption(comparison: Comparison) -> str:
     half = comparison.half_window
-    lines = [f"Losses: training loss, the mean of {2 * half + 1} mini-batches, {half} either side."]
+    lines = [f"Losses: of training, the mean of {2 * half + 1} mini-batches, {half} either side."]
     if comparison.reference is not None:
         lines.append(
             f"Iterations, seconds: to a loss of {comparison.target:#.3g}, "
-            f"{comparison.reference.optimizer.title}'s at its end; of the whole run's."
+            f"{comparison.reference.optimizer.title}'s at its end."
         )
-    lines.append("Seconds: capture and training steps, without evaluation.")
+    lines.append("Seconds: capture (of the graph, once) and steps; evaluation is not counted.")
     lines += [
         f"{record.optimizer.title} stopped after {record.steps} of {record.planned_steps} steps."
         for record in (row.record for row in comparison.rows)
@@ -125,9 +127,9 @@ def _speed_up(row: Row, reference: Row) -> str:
     iterations = (reference.iterations or 0) / (row.iterations or 1)
     seconds = (reference.seconds or 0) / (row.seconds or 1)
     return (
-        f"{row.record.optimizer.title} gets to the final training loss of "
-        f"{reference.record.optimizer.title} in {_ratio(iterations, 'fewer', 'more')} iterations "
-        f"and {_ratio(seconds, 'less', 'more')} time."
+        f"{row.record.optimizer.title} takes {_ratio(iterations, 'fewer', 'more')} iterations and "
+        f"{_ratio(seconds, 'less', 'more')} time to the loss that "
+        f"{reference.record.optimizer.title} ends with."
     )
 
 

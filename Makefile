@@ -1,0 +1,45 @@
+# make demo    set up .venv and run the main job: KFC and SGD on scikit-learn's digits
+# make test    set up .venv and run lint, types and tests
+#
+# The set-up is done once, and again only after pyproject.toml has changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
+
+demo: $(READY)
+	@echo "==> training digits by KFC and by SGD"
+	@$(BIN)/kfc-fx train
+
+test: lint
+	@echo "==> tests"
+	@$(BIN)/pytest
+
+lint: $(READY)
+	@echo "==> lint: ruff check"
+	@$(BIN)/ruff check .
+	@echo "==> format: ruff format --check"
+	@$(BIN)/ruff format --check .
+	@echo "==> types: mypy"
+	@$(BIN)/mypy -p kfc_fx
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "$(PYTHON) is not Python 3.11 or newer, which kfc_fx needs:" \
+			"name one, as in make PYTHON=python3.12" >&2; exit 1; }
+	@echo "==> setting up $(VENV) with $$($(PYTHON) --version) (once; some minutes to download torch)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+clean:
+	@echo "==> removing $(VENV), caches and runs"
+	@rm -rf $(VENV) runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
