@@ -1,0 +1,51 @@
+"""Generate ``accumulate``: statistics of one step into the EMA of the factors."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx.proxy import Proxy
+
+from kfc_fx.codegen.layout import StackSpec
+from kfc_fx.codegen.options import UpdateSpec
+from kfc_fx.codegen.update_graph import UpdateGraph
+
+SUMMARY = """EMA of the factors: Ω = Σ a aᵀ / N and Γ = Σ g gᵀ / (N |T|).
+
+    ``statistics`` holds the sums by "block.factor", ``examples`` is N, ``rows`` N |T| per block.
+    ``rate`` is 1 − decay, and 0 for a block without a statistic in this step; ``mass`` is the sum
+    of the weights in the EMA, by which a factor is divided when it is used (bias correction).
+    """
+
+
+def accumulate_graph(spec: UpdateSpec) -> UpdateGraph:
+    """``accumulate(statistics, examples, rows, rate, state) -> new state entries``."""
+    update = UpdateGraph("accumulate", SUMMARY)
+    names = ("statistics", "examples", "rows", "rate", "state")
+    statistics, examples, rows, rate, state = (update.argument(name) for name in names)
+    result: dict[str, Proxy] = {}
+    for stack in spec.stacks:
+        update.section(describe(stack))
+        key = stack.key
+        for factor, shape in stack.factor_shapes.items():
+            parts = [statistics[f"{block.name}.{factor}"] for block in stack.blocks]
+            total = parts[0] if len(parts) == 1 else update.call(torch.cat, parts)
+            count = rows[key] if factor == "gamma" else examples
+            fresh = update.let(f"{factor}_{key}", total / count, shape)
+            result[f"{factor}_{key}"] = update.call(
+                torch.lerp, state[f"{factor}_{key}"], fresh, rate[key]
+            )
+        mass = state[f"mass_{key}"]
+        result[f"mass_{key}"] = mass + rate[key] * (1 - mass)
+        if stack.form == "separable" and stack.bias:
+            result[f"locations_{key}"] = update.call(
+                torch.lerp, state[f"locations_{key}"], rows[key] / examples, rate[key]
+            )
+    return update.finish(result)
+
+
+def describe(stack: StackSpec) -> str:
+    """One comment line: shape and members of a stack."""
+    names = ", ".join(block.name or "the model itself" for block in stack.blocks)
+    grouped = f" in {stack.depth} groups" if stack.depth > len(stack.blocks) else ""
+    layers = "1 layer" if len(stack.blocks) == 1 else f"{len(stack.blocks)} layers"
+    return f"{stack.key}: {layers}{grouped}: {names}"

@@ -1,0 +1,77 @@
+"""Generate the update of generic parameters: AdamW or SGD with momentum, one call for all."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch.fx.proxy import Proxy
+
+from kfc_fx.codegen.options import UpdateSpec
+from kfc_fx.codegen.update_graph import UpdateGraph
+
+ADAMW_SECOND_MOMENT_DECAY = 0.999
+ADAMW_EPS = 1e-8
+"""Both torch.optim.AdamW's defaults."""
+
+
+def generic_steps(
+    update: UpdateGraph,
+    spec: UpdateSpec,
+    arguments: dict[str, Proxy],
+    result: dict[str, Proxy],
+) -> Proxy:
+    """Steps to subtract from the generic parameters, a list in the order of the spec.
+
+    New state goes into ``result``.
+    """
+    count = len(spec.generic)
+    rule = {"adamw": "AdamW", "sgd": "SGD"}[spec.generic_rule]
+    update.section(f"{count} generic {'parameter' if count == 1 else 'parameters'}: {rule}")
+    named = [arguments["gradients"][parameter.name] for parameter in spec.generic]
+    gradients = update.named_list("generic_gradients", named)
+    direction = _adamw if spec.generic_rule == "adamw" else _sgd
+    descent = direction(update, spec, arguments, gradients, result)
+    steps = update.call(torch._foreach_mul, descent, arguments["lr"]["generic"])
+    return update.let("generic_steps", steps)
+
+
+def _adamw(
+    update: UpdateGraph,
+    spec: UpdateSpec,
+    arguments: dict[str, Proxy],
+    gradients: Proxy,
+    result: dict[str, Proxy],
+) -> Proxy:
+    """``m̂ / (sqrt(v̂) + ε)`` (Loshchilov & Hutter 2019, algorithm 2)."""
+    state, step, decay = arguments["state"], arguments["step"], ADAMW_SECOND_MOMENT_DECAY
+    corrected = gradients
+    if spec.momentum:
+        momentum = arguments["momentum"]
+        m = update.call(torch._foreach_lerp, state["generic_m"], gradients, 1 - momentum)
+        result["generic_m"] = m = update.let("generic_m", m)
+        corrected = update.call(torch._foreach_div, m, 1 - momentum**step)
+    squares = update.call(torch._foreach_mul, gradients, gradients)
+    v = update.call(torch._foreach_lerp, state["generic_v"], squares, update.call(operator.sub, 1, decay))
+    result["generic_v"] = v = update.let("generic_v", v)
+    root = update.call(
+        torch._foreach_sqrt, update.call(torch._foreach_div, v, 1 - decay ** step)
+    )
+    scale = update.let("generic_scale", update.call(torch._foreach_add, root, ADAMW_EPS))
+    return update.call(torch._foreach_div, corrected, scale)
+
+
+def _sgd(
+    update: UpdateGraph,
+    spec: UpdateSpec,
+    arguments: dict[str, Proxy],
+    gradients: Proxy,
+    result: dict[str, Proxy],
+) -> Proxy:
+    """``p ← momentum p + ∇`` as in torch.optim.SGD."""
+    if not spec.momentum:
+        return gradients
+    moved = update.call(torch._foreach_mul, arguments["state"]["generic_m"], arguments["momentum"])
+    added = update.call(torch._foreach_add, moved, gradients)
+    result["generic_m"] = added = update.let("generic_m", added)
+    return added

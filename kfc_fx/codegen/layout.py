@@ -1,0 +1,108 @@
+"""Which blocks are computed together: layers of one shape share stacked tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kfc_fx.plan.forms import InputFactor
+from kfc_fx.plan.spec import BlockSpec
+
+
+@dataclass(frozen=True)
+class StackSpec:
+    """Blocks of one shape, stacked along a leading dimension of size ``depth``.
+
+    A grouped convolution takes one entry per group. ``key`` names the stack in the state and
+    in the generated source: ``64x577`` has 64 rows and 577 columns; ``512x512x9`` has 512 rows,
+    512 channels and 9 offsets of a separable input factor (``b``: and a bias column).
+    """
+
+    key: str
+    form: InputFactor
+    blocks: tuple[BlockSpec, ...]
+    device: str
+    dtype: str
+    converts: bool
+    """Whether the parameters have another dtype than the state (half-precision weights)."""
+
+    @property
+    def first(self) -> BlockSpec:
+        """Any block of the stack, for what they have in common."""
+        return self.blocks[0]
+
+    @property
+    def depth(self) -> int:
+        """Entries of the stack."""
+        return sum(block.groups for block in self.blocks)
+
+    @property
+    def bias(self) -> bool:
+        """Whether the blocks have a bias column."""
+        return self.first.bias is not None
+
+    @property
+    def spans(self) -> dict[str, tuple[int, int]]:
+        """Block name to the entries ``[start, stop)`` that it occupies."""
+        spans, start = {}, 0
+        for block in self.blocks:
+            spans[block.name] = (start, start + block.groups)
+            start += block.groups
+        return spans
+
+    @property
+    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and stacked shape of each factor that is kept as an EMA."""
+        depth, b = self.depth, self.first
+        if self.form == "dense":
+            shapes = {"omega": (depth, b.columns, b.columns)}
+        else:
+            shapes = {
+                "channel": (depth, b.channels, b.channels),
+                "offset": (depth, b.offsets, b.offsets),
+            }
+        return {**shapes, "gamma": (depth, b.rows, b.rows)}
+
+    @property
+    def matrix_shape(self) -> tuple[int, int, int]:
+        """Stacked shape of ``[W b]`` and of everything shaped like the gradient."""
+        return self.depth, self.first.rows, self.first.columns
+
+
+def stack_blocks(
+    blocks: Sequence[BlockSpec],
+    form_of: Callable[[BlockSpec], InputFactor],
+    placement_of: Callable[[BlockSpec], tuple[str, str, bool]],
+) -> tuple[StackSpec, ...]:
+    """Group blocks by shape, form, device and dtype, in the order of their first member.
+
+    Args:
+        placement_of: block to (device, dtype, converts) of its state.
+    """
+    members: dict[tuple[object, ...], list[BlockSpec]] = {}
+    for block in blocks:
+        form = form_of(block)
+        shape = (block.rows, block.channels, block.offsets, block.bias is not None)
+        if form == "dense":
+            shape = (block.rows, block.columns, 0, False)
+        members.setdefault((form, shape, block.bias is None, *placement_of(block)), []).append(block)
+    stacks: list[StackSpec] = []
+    for (form, _, _, *placement), group in members.items():
+        key = _unused_key(_shape_key(group[0], form), stacks)  # type: ignore[arg-type]
+        stacks.append(StackSpec(key, form, tuple(group), *placement))  # type: ignore[arg-type]
+    return tuple(stacks)
+
+
+def _shape_key(block: BlockSpec, form: InputFactor) -> str:
+    if form == "dense":
+        return f"{block.rows}x{block.columns}"
+    return f"{block.rows}x{block.channels}x{block.offsets}{'b' if block.bias else ''}"
+
+
+def _unused_key(key: str, stacks: Sequence[StackSpec]) -> str:
+    """Stacks of one shape on two devices, or with and without bias, need names of their own."""
+    taken = {stack.key for stack in stacks}
+    candidate, copy = key, 2
+    while candidate in taken:
+        candidate, copy = f"{key}_{copy}", copy + 1
+    return candidate

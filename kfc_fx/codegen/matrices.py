@@ -1,0 +1,106 @@
+"""Between parameters and stacked matrices ``[W b]``: gathering gradients, scattering steps.
+
+A dense block's columns are ``weight.reshape(C_out, -1)``, channel-major. A separable block's
+are offset-major, so that the rotation by the channel basis is one large product. The bias
+column is the last one in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch.fx.proxy import Proxy
+
+from kfc_fx.codegen.layout import StackSpec
+from kfc_fx.codegen.update_graph import UpdateGraph
+from kfc_fx.plan.spec import BlockSpec
+
+
+def gather(update: UpdateGraph, stack: StackSpec, tensors: Proxy) -> Proxy:
+    """Stack the gradients of a stack's blocks: ``[depth, rows, columns]``."""
+    weights = [_weight_matrix(stack, block, tensors) for block in stack.blocks]
+    matrix = _joined(update, weights)
+    if stack.bias:
+        biases = [
+            tensors[block.bias].reshape(block.groups, block.rows, 1) for block in stack.blocks
+        ]
+        matrix = update.call(torch.cat, [matrix, _joined(update, biases)], 2)
+    return matrix.to(getattr(torch, stack.dtype)) if stack.converts else matrix
+
+
+def scatter(update: UpdateGraph, stack: StackSpec, matrix: Proxy) -> dict[str, Proxy]:
+    """Views of a stacked matrix in the shapes of the parameters."""
+    views: dict[str, Proxy] = {}
+    for block in stack.blocks:
+        start, stop = stack.spans[block.name]
+        entry = matrix
+        if stack.depth != stop - start:
+            entry = update.let(f"step_{identifier(block.name)}", matrix[start:stop])
+        width = block.channels * block.offsets
+        weight = entry[:, :, :width] if stack.bias else entry
+        if stack.form == "separable":
+            weight = _attribute(weight.unflatten(2, (block.offsets, block.channels)), "mT")
+        views[block.weight] = weight.view(block.weight_shape)
+        if block.bias is not None:
+            views[block.bias] = entry[:, :, width].flatten()
+    return views
+
+
+def rotate_input(
+    update: UpdateGraph,
+    stack: StackSpec,
+    bases: Mapping[str, Proxy],
+    matrix: Proxy,
+    *,
+    back: bool = False,
+) -> Proxy:
+    """``M Q_Ω``, or ``M Q_Ωᵀ`` with ``back``.
+
+    Args:
+        bases: ``omega``, or ``channel`` and ``offset`` whose product Q_Δ ⊗ Q_C is applied to all
+            columns but the bias.
+    """
+    if stack.form == "dense":
+        return matrix @ (_attribute(bases["omega"], "mT") if back else bases["omega"])
+    block = stack.first
+    matrix = update.let(f"left_{stack.key}", matrix, stack.matrix_shape)
+    width = block.channels * block.offsets
+    main = matrix[:, :, :width] if stack.bias else matrix
+    main = main.unflatten(2, (block.offsets, block.channels))
+    channel, offset = bases["channel"].unsqueeze(1), bases["offset"].unsqueeze(1)
+    if back:
+        turned = offset @ main @ _attribute(channel, "mT")
+    else:
+        turned = _attribute(offset, "mT") @ main @ channel
+    shape = (stack.depth, block.rows, block.offsets, block.channels)
+    turned = update.let(f"turned_{stack.key}", turned, shape).flatten(2)
+    if stack.bias:
+        return update.call(torch.cat, [turned, matrix[:, :, width:]], 2)
+    return turned
+
+
+def transposed(matrix: Proxy) -> Proxy:
+    """``matrix.mT``."""
+    return _attribute(matrix, "mT")
+
+
+def _weight_matrix(stack: StackSpec, block: BlockSpec, tensors: Proxy) -> Proxy:
+    weight = tensors[block.weight]
+    if stack.form == "dense":
+        return weight.reshape(block.groups, block.rows, block.channels * block.offsets)
+    split = weight.reshape(block.groups, block.rows, block.channels, block.offsets)
+    return _attribute(split, "mT").flatten(2)
+
+
+def _joined(update: UpdateGraph, parts: list[Proxy]) -> Proxy:
+    return parts[0] if len(parts) == 1 else update.call(torch.cat, parts)
+
+
+def _attribute(value: Proxy, name: str) -> Proxy:
+    return value.tracer.create_proxy("call_function", getattr, (value, name), {})
+
+
+def identifier(path: str) -> str:
+    """A module path as part of a Python name."""
+    return "".join(c if c.isalnum() else "_" for c in path)

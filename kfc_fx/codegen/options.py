@@ -1,0 +1,45 @@
+"""The options that shape the generated code; everything else is an argument of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kfc_fx.codegen.layout import StackSpec
+
+Scaling = Literal["adam", "inverse"]
+GenericRule = Literal["adamw", "sgd"]
+Clip = Literal["none", "factors", "exact"]
+
+
+@dataclass(frozen=True)
+class GenericParameter:
+    """A parameter that is updated without a block."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class UpdateSpec:
+    """All that the text of an update depends on."""
+
+    title: str
+    scaling: Scaling
+    stacks: tuple[StackSpec, ...]
+    generic: tuple[GenericParameter, ...]
+    generic_rule: GenericRule
+    momentum: bool
+    weight_decay: bool
+    clip: Clip
+    average: bool
+    partial: bool
+    """Whether some block has no gradient in this step, so that updates must be masked."""
+    orthogonal_iteration_from: int
+    """Sides at least this wide refresh their basis by orthogonal iteration, not ``eigh``."""
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Every parameter the update changes, in the order of its lists."""
+        in_blocks = [p for stack in self.stacks for block in stack.blocks for p in block.parameters]
+        return (*in_blocks, *(g.name for g in self.generic))

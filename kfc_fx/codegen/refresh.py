@@ -1,0 +1,83 @@
+"""Generate ``start`` and ``refresh``: factors into damped inverses or bases."""
+
+from __future__ import annotations
+
+from torch.fx.proxy import Proxy
+
+from kfc_fx.codegen.accumulate import describe
+from kfc_fx.codegen.layout import StackSpec
+from kfc_fx.codegen.options import UpdateSpec
+from kfc_fx.codegen.update_graph import UpdateGraph
+from kfc_fx.curvature.eigenbasis import eigenbasis, orthogonal_iteration
+from kfc_fx.curvature.inverse import damped_inverses, separable_damped_inverses
+
+SUMMARIES = {
+    ("adam", "start"): "Eigenbases of all factors, from scratch.",
+    ("adam", "refresh"): "Eigenbases of all factors; wide ones turn by one orthogonal iteration.",
+    ("inverse", "refresh"): "Damped inverses of all factors; a factor is its EMA over its mass.",
+}
+
+
+def refresh_graphs(spec: UpdateSpec) -> list[UpdateGraph]:
+    """``refresh(state, damping) -> (new state entries, failed by stack)``, and ``start``.
+
+    ``start`` is the first refresh, which has no basis to start from; it is generated where it
+    differs from ``refresh``.
+    """
+    if spec.scaling == "inverse":
+        return [_inverse_graph(spec)]
+    widest = max(side for stack in spec.stacks for side in _sides(stack).values())
+    starts = ["start"] if widest >= spec.orthogonal_iteration_from else []
+    return [_basis_graph(spec, name) for name in [*starts, "refresh"]]
+
+
+def bases_of(stack: StackSpec) -> dict[str, str]:
+    """Factor name to the state name of its basis."""
+    return {factor: f"q_{factor}_{stack.key}" for factor in stack.factor_shapes}
+
+
+def _sides(stack: StackSpec) -> dict[str, int]:
+    return {factor: shape[-1] for factor, shape in stack.factor_shapes.items()}
+
+
+def _basis_graph(spec: UpdateSpec, name: str) -> UpdateGraph:
+    update = UpdateGraph(name, SUMMARIES["adam", name])
+    state = update.argument("state")
+    result: dict[str, Proxy] = {}
+    failed: dict[str, list[Proxy]] = {}
+    for stack in spec.stacks:
+        update.section(describe(stack))
+        for factor, basis in bases_of(stack).items():
+            ema = state[f"{factor}_{stack.key}"]
+            if name == "refresh" and _sides(stack)[factor] >= spec.orthogonal_iteration_from:
+                call = update.call(orthogonal_iteration, ema, state[basis])
+            else:
+                call = update.call(eigenbasis, ema)
+            found, lost = update.let_tuple((basis, f"failed_{factor}_{stack.key}"), call)
+            result[basis] = found
+            failed.setdefault(stack.key, []).append(lost)
+    return update.finish((result, failed))
+
+
+def _inverse_graph(spec: UpdateSpec) -> UpdateGraph:
+    update = UpdateGraph("refresh", SUMMARIES["inverse", "refresh"])
+    state, damping = update.argument("state"), update.argument("damping")
+    result: dict[str, Proxy] = {}
+    failed: dict[str, list[Proxy]] = {}
+    for stack in spec.stacks:
+        update.section(describe(stack))
+        key = stack.key
+        mass = update.let(f"mass_{key}", state[f"mass_{key}"].clamp(min=1e-12), (stack.depth, 1, 1))
+        factors = [state[f"{factor}_{key}"] / mass for factor in stack.factor_shapes]
+        if stack.form == "dense":
+            names = [f"omega_inverse_{key}", f"gamma_inverse_{key}"]
+            call = update.call(damped_inverses, *factors, damping)
+        else:
+            names = [f"q_channel_{key}", f"q_offset_{key}", f"input_scale_{key}"]
+            names.append(f"gamma_inverse_{key}")
+            locations = (state[f"locations_{key}"] / mass).flatten() if stack.bias else None
+            call = update.call(separable_damped_inverses, *factors, locations, damping)
+        *found, lost = update.let_tuple([*names, f"failed_{key}"], call)
+        result.update(zip(names, found, strict=True))
+        failed[key] = [lost]
+    return update.finish((result, failed))

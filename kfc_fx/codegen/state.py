@@ -1,0 +1,92 @@
+"""The update's tensors: stacked while running, by block name when saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfc_fx.codegen.layout import StackSpec
+from kfc_fx.codegen.options import UpdateSpec
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StateEntry:
+    """Shape of one stacked state tensor and what it starts from."""
+
+    shape: Shape
+    initial: str
+    """``"zeros"``, ``"ones"`` or ``"identity"``."""
+
+
+def state_entries(spec: UpdateSpec, stack: StackSpec) -> dict[str, StateEntry]:
+    """State of a stack by name, without the stack's key."""
+    depth = stack.depth
+    factors = stack.factor_shapes
+    entries = {name: StateEntry(shape, "zeros") for name, shape in factors.items()}
+    entries["mass"] = StateEntry((depth, 1, 1), "zeros")
+    if stack.form == "separable" and stack.bias:
+        entries["locations"] = StateEntry((depth, 1, 1), "zeros")
+    if spec.scaling == "adam":
+        entries |= {f"q_{name}": StateEntry(shape, "identity") for name, shape in factors.items()}
+        entries["v"] = StateEntry(stack.matrix_shape, "zeros")
+        if spec.momentum:
+            entries["m"] = StateEntry(stack.matrix_shape, "zeros")
+        return entries
+    entries["gamma_inverse"] = StateEntry(factors["gamma"], "identity")
+    if stack.form == "dense":
+        entries["omega_inverse"] = StateEntry(factors["omega"], "identity")
+    else:
+        entries["q_channel"] = StateEntry(factors["channel"], "identity")
+        entries["q_offset"] = StateEntry(factors["offset"], "identity")
+        entries["input_scale"] = StateEntry((depth, 1, stack.first.columns), "ones")
+    if spec.momentum:
+        entries["p"] = StateEntry(stack.matrix_shape, "zeros")
+    return entries
+
+
+def stacked_state(
+    spec: UpdateSpec, saved: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Stacked tensors by ``"<name>_<key>"``, from saved blocks where there are any.
+
+    Args:
+        saved: block name to state name to tensor, as :func:`state_by_block` returns it. An
+            entry of another shape than the layout's (the block changed) starts anew.
+    """
+    state = {}
+    for stack in spec.stacks:
+        for name, entry in state_entries(spec, stack).items():
+            tensor = _initial(entry, stack)
+            for block, (start, stop) in stack.spans.items():
+                old = saved.get(block, {}).get(name)
+                if old is not None and old.shape == tensor[start:stop].shape:
+                    tensor[start:stop].copy_(old)
+            state[f"{name}_{stack.key}"] = tensor
+    return state
+
+
+def state_by_block(spec: UpdateSpec, state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The inverse of :func:`stacked_state`: copies, block name to state name to tensor."""
+    return {
+        block: {
+            name: state[f"{name}_{stack.key}"][start:stop].clone()
+            for name in state_entries(spec, stack)
+        }
+        for stack in spec.stacks
+        for block, (start, stop) in stack.spans.items()
+    }
+
+
+def _initial(entry: StateEntry, stack: StackSpec) -> Tensor:
+    dtype = getattr(torch, stack.dtype)
+    tensor = torch.zeros(entry.shape, dtype=dtype, device=stack.device)
+    if entry.initial == "ones":
+        tensor.fill_(1)
+    if entry.initial == "identity":
+        tensor.diagonal(dim1=1, dim2=2).fill_(1)
+    return tensor

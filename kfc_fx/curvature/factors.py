@@ -1,0 +1,54 @@
+"""The factors of a block as a user sees them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Bias-corrected EMA of a block's factors.
+
+    Either ``dense``, ``[groups, D, D]``, or ``channel`` ``[groups, C, C]`` and ``offset``
+    ``[groups, K, K]`` with, for layers with bias, ``locations`` (|T|); and ``output``
+    ``[groups, R, R]``.
+    """
+
+    output: Tensor
+    dense: Tensor | None = None
+    channel: Tensor | None = None
+    offset: Tensor | None = None
+    locations: Tensor | None = None
+
+    @property
+    def omega(self) -> Tensor:
+        """Input factor Ω ``[D, D]``, or ``[groups, D, D]`` of a grouped convolution.
+
+        In the column order of ``weight.reshape(C_out, -1)``, then the bias. A separable factor
+        is written out, ``Ω_C ⊗ Ω_Δ / tr Ω`` with the bias column apart.
+        """
+        return _squeezed(self.dense if self.dense is not None else self._written_out())
+
+    @property
+    def gamma(self) -> Tensor:
+        """Output factor Γ ``[R, R]``, or ``[groups, R, R]`` of a grouped convolution."""
+        return _squeezed(self.output)
+
+    def _written_out(self) -> Tensor:
+        assert self.channel is not None
+        assert self.offset is not None
+        tiny = torch.finfo(self.channel.dtype).tiny ** 0.5
+        trace = self.channel.diagonal(dim1=1, dim2=2).sum(1).clamp(min=tiny)
+        pairs = zip(self.channel, self.offset, trace, strict=True)
+        blocks = [torch.kron(channel, offset) / total for channel, offset, total in pairs]
+        if self.locations is not None:
+            corners = self.locations.reshape(-1, 1, 1)
+            blocks = [torch.block_diag(b, c) for b, c in zip(blocks, corners, strict=True)]
+        return torch.stack(blocks)
+
+
+def _squeezed(stacked: Tensor) -> Tensor:
+    return stacked[0] if stacked.shape[0] == 1 else stacked

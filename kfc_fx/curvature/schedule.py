@@ -1,0 +1,35 @@
+"""When statistics and refreshes are due."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Intervals T_s (statistics) and T_f (refresh), with a denser start.
+
+    Curvature grows fastest in the first steps, and a stale factor overshoots then. Every step
+    below ``early`` has statistics and a refresh; after that each interval rules.
+    """
+
+    factor_interval: int
+    inverse_interval: int
+    early: tuple[int, ...]
+
+    def statistics_due(self, step: int) -> bool:
+        """Whether step ``step`` (from zero) collects statistics."""
+        return step in self.early or step % self.factor_interval == 0
+
+    def refresh_due(self, step: int) -> bool:
+        """Whether step ``step`` refreshes inverses or bases after its statistics."""
+        return step in self.early or step % self.inverse_interval == 0
+
+
+def powers_of_two(limit: int) -> tuple[int, ...]:
+    """0, 1, 2, 4, 8, ... below ``limit``."""
+    steps, step = [0], 1
+    while step < limit:
+        steps.append(step)
+        step *= 2
+    return tuple(steps)
