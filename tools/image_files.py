@@ -33,7 +33,12 @@ def read_npz(path: Path) -> Arrays:
     ``X`` is uint8 ``[N, H, W]`` or ``[N, H, W, C]``; ``blob`` the bytes of all JPEG files
     joined, ``n`` their lengths.
     """
-    with _damage_named(path), np.load(path, allow_pickle=False) as arrays:
+    # NumPy leaves a file that it has opened itself open where it is damaged.
+    with (
+        _damage_named(path),
+        path.open("rb") as file,
+        np.load(file, allow_pickle=False) as arrays,
+    ):
         labels = arrays["y"]
         images = _decode_images(arrays["blob"], arrays["n"]) if "blob" in arrays else arrays["X"]
     return _checked(path, _channels_first(path, images), labels)

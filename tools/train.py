@@ -88,7 +88,10 @@ def _writable(option: str, path: Path) -> Path:
     """``path``, with its folder made, so that a long run does not end without its file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
         path.open("ab").close()
+        if is_new:
+            path.unlink()
     except OSError as error:
         raise CommandError(f"{option} {path}: {error.strerror or error}") from error
     return path

@@ -1,0 +1,53 @@
+"""Small stand-ins for data and runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from kfc_fx.tools.data import DataSet, ImageSet
+from kfc_fx.tools.optimizers import OptimizerSpec
+from kfc_fx.tools.training_run import RunRecord
+
+SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data beside the repository."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no real data: {SHARED_DATA} is not there")
+    return SHARED_DATA
+
+
+@pytest.fixture
+def two_class_data() -> DataSet:
+    """Bright images of class 1 and dark ones of class 0, 40 to train and 20 to test on."""
+
+    def image_set(size: int, seed: int) -> ImageSet:
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.arange(size) % 2
+        noise = torch.randint(0, 100, (size, 1, 8, 8), generator=generator)
+        return ImageSet((noise + 100 * labels[:, None, None, None]).to(torch.uint8), labels)
+
+    return DataSet("bright", "bright or dark", image_set(40, 1), image_set(20, 2))
+
+
+@pytest.fixture
+def make_record() -> Callable[..., RunRecord]:
+    """A record of given losses, with a step every second after half a second of capture."""
+
+    def make(name: str, losses: list[float], planned_steps: int | None = None) -> RunRecord:
+        return RunRecord(
+            optimizer=OptimizerSpec(name, 0.1, "adam" if name == "kfc" else None),
+            planned_steps=planned_steps or len(losses),
+            capture_seconds=0.5,
+            losses=tuple(losses),
+            seconds=tuple(0.5 + step for step in range(1, len(losses) + 1)),
+            accuracies=(0.5, 0.75),
+        )
+
+    return make
