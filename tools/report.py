@@ -17,6 +17,7 @@ from kfc_fx.tools.comparison import Comparison, Row, smoothed
 from kfc_fx.tools.failures import import_extra
 
 NOT_REACHED = "–"
+NOTABLE = 0.05
 TO_TARGET = ("iterations", "seconds")
 
 
@@ -127,14 +128,18 @@ def _speed_up(row: Row, reference: Row) -> str:
     iterations = (reference.iterations or 0) / (row.iterations or 1)
     seconds = (reference.seconds or 0) / (row.seconds or 1)
     return (
-        f"{row.record.optimizer.title} takes {_ratio(iterations, 'fewer', 'more')} iterations and "
-        f"{_ratio(seconds, 'less', 'more')} time to the loss that "
+        f"{row.record.optimizer.title} takes {_ratio(iterations, 'fewer', 'as many')} iterations "
+        f"and {_ratio(seconds, 'less', 'as much')} time to the loss that "
         f"{reference.record.optimizer.title} ends with."
     )
 
 
-def _ratio(ratio: float, below: str, above: str) -> str:
-    return f"{ratio:.1f} times {below}" if ratio >= 1 else f"{1 / ratio:.1f} times {above}"
+def _ratio(ratio: float, less: str, equal: str) -> str:
+    if ratio > 1 + NOTABLE:
+        return f"{ratio:.1f} times {less}"
+    if ratio < 1 / (1 + NOTABLE):
+        return f"{1 / ratio:.1f} times more"
+    return f"about {equal}"
 
 
 def _finish_axes(axes: Any, label: str, comparison: Comparison) -> None:

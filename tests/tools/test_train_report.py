@@ -62,6 +62,8 @@ def test_speed_up_in_words(comparison: Comparison, make_record: MakeRecord) -> N
         "KFC (adam) takes 10.0 times fewer iterations and 9.0 times less time "
         "to the loss that SGD Nesterov ends with."
     ]
+    abreast = compare([make_record("kfc", [2.0] * 6), make_record("sgd", [2.0] * 6)])
+    assert "takes about as many iterations and about as much time" in report.speed_ups(abreast)[0]
     behind = compare([make_record("kfc", [3.0] * 6), make_record("sgd", [2.0] * 6)])
     assert report.speed_ups(behind) == []
     assert report.speed_ups(compare([])) == []
