@@ -1,7 +1,40 @@
 """KFC for PyTorch: compile an existing model so that it trains by approximate natural gradient."""
 
 from kfc_fx.compile import CompiledModel, compile
+from kfc_fx.curvature.factors import Factors
+from kfc_fx.curvature.likelihood import Bernoulli, Categorical, Gaussian
+from kfc_fx.errors import (
+    CaptureError,
+    CoverageError,
+    KfcError,
+    KfcWarning,
+    OptionError,
+    OutputError,
+    StatisticsError,
+    StepError,
+)
+from kfc_fx.optim import KFC
+from kfc_fx.plan.spec import BlockSpec, CurvaturePlan, GenericSpec
 
 __version__ = "0.1.0"
 
-__all__ = ["CompiledModel", "compile"]
+__all__ = [
+    "KFC",
+    "Bernoulli",
+    "BlockSpec",
+    "CaptureError",
+    "Categorical",
+    "CompiledModel",
+    "CoverageError",
+    "CurvaturePlan",
+    "Factors",
+    "Gaussian",
+    "GenericSpec",
+    "KfcError",
+    "KfcWarning",
+    "OptionError",
+    "OutputError",
+    "StatisticsError",
+    "StepError",
+    "compile",
+]

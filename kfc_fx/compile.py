@@ -81,8 +81,6 @@ modules, parameters and state, its own or a parent module's, sees the original's
 class CompiledModel(nn.Module):
     """A model whose captured graphs can emit factor statistics. Made by :func:`compile`."""
 
-    _OWN = frozenset({"original", "recorder", "_forward", "_graphs", "_plan", "_options"})
-
     def __init__(
         self, model: nn.Module, likelihood: Likelihood, backend: str, strict: bool
     ) -> None:
@@ -106,6 +104,8 @@ class CompiledModel(nn.Module):
             return self.original(*args, **kwargs)  # nothing to capture for, nothing to compile
         mark_batch_dynamic(args, kwargs)
         recorder = self.recorder
+        if recorder.keep_inputs:
+            recorder.last_inputs = (args, kwargs)
         if not (recorder.armed and torch.is_grad_enabled()):
             return self._forward(*args, **kwargs)
         with recorder.forward_pass() as record:
@@ -127,15 +127,23 @@ class CompiledModel(nn.Module):
             self._forward(*args, **kwargs)
         return self.plan
 
+    def collect_statistics(self, *args: Any, **kwargs: Any) -> None:
+        """Add the statistics of one batch, with sampled targets, to those of the next step.
+
+        Buffers and random number generators are left as they were.
+        """
+        with _state_preserved(self.original), torch.enable_grad():
+            with self.recorder.forward_pass() as record:
+                output = self._forward(*args, **kwargs)
+            self.recorder.collect(output, record, self._statistics_of())
+
     # -- what the compiler did -----------------------------------------------------------
 
     @property
     def graphs(self) -> tuple[CapturedGraph, ...]:
         """Captured graphs in the order of their capture, each with its stages."""
-        plan = self._plan or (self.plan if self._graphs else None)
-        if plan is not None:
-            for graph in self._graphs:
-                self._emitting(graph)
+        for graph in self._graphs:
+            self._emitting(graph)
         return tuple(self._graphs)
 
     @property
@@ -159,9 +167,9 @@ class CompiledModel(nn.Module):
         return self._plan[1]
 
     @property
-    def captured(self) -> bool:
-        """Whether any graph has been captured."""
-        return bool(self._graphs)
+    def revision(self) -> int:
+        """Number of graphs captured so far; the plan may change when it grows."""
+        return len(self._graphs)
 
     @property
     def input_factor(self) -> InputFactorOption:

@@ -7,6 +7,7 @@ import operator
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -181,7 +182,7 @@ def _deaths(graph: fx.Graph) -> dict[fx.Node, list[str]]:
             last[section] = node
     deaths: dict[fx.Node, list[str]] = {}
     for node in graph.nodes:
-        named = "statement" in node.meta and "shape" in node.meta
+        named = "statement" in node.meta and prod(node.meta.get("shape", ())[1:]) > 1
         if named and last[section_of[node]] is not node and _dies_in(node, section_of):
             deaths.setdefault(last[section_of[node]], []).append(node.name)
     return deaths

@@ -6,6 +6,7 @@ from torch.fx.proxy import Proxy
 
 from kfc_fx.codegen.accumulate import describe
 from kfc_fx.codegen.layout import StackSpec
+from kfc_fx.codegen.matrices import rotate_input, transposed
 from kfc_fx.codegen.options import UpdateSpec
 from kfc_fx.codegen.update_graph import UpdateGraph
 from kfc_fx.curvature.eigenbasis import eigenbasis, orthogonal_iteration
@@ -13,7 +14,10 @@ from kfc_fx.curvature.inverse import damped_inverses, separable_damped_inverses
 
 SUMMARIES = {
     ("adam", "start"): "Eigenbases of all factors, from scratch.",
-    ("adam", "refresh"): "Eigenbases of all factors; wide ones turn by one orthogonal iteration.",
+    ("adam", "refresh"): """Bases of all factors, and the second moments turned into them.
+
+    Narrow factors are decomposed; wide ones follow by one orthogonal iteration.
+    """,
     ("inverse", "refresh"): "Damped inverses of all factors; a factor is its EMA over its mass.",
 }
 
@@ -21,14 +25,11 @@ SUMMARIES = {
 def refresh_graphs(spec: UpdateSpec) -> list[UpdateGraph]:
     """``refresh(state, damping) -> (new state entries, failed by stack)``, and ``start``.
 
-    ``start`` is the first refresh, which has no basis to start from; it is generated where it
-    differs from ``refresh``.
+    ``start`` is the first refresh of "adam", which has no basis to start from.
     """
     if spec.scaling == "inverse":
         return [_inverse_graph(spec)]
-    widest = max(side for stack in spec.stacks for side in _sides(stack).values())
-    starts = ["start"] if widest >= spec.orthogonal_iteration_from else []
-    return [_basis_graph(spec, name) for name in [*starts, "refresh"]]
+    return [_basis_graph(spec, name) for name in ("start", "refresh")]
 
 
 def bases_of(stack: StackSpec) -> dict[str, str]:
@@ -56,7 +57,27 @@ def _basis_graph(spec: UpdateSpec, name: str) -> UpdateGraph:
             found, lost = update.let_tuple((basis, f"failed_{factor}_{stack.key}"), call)
             result[basis] = found
             failed.setdefault(stack.key, []).append(lost)
+        if name == "refresh":
+            moved = _transported_second_moment(update, stack, state, result)
+            result[f"v_{stack.key}"] = moved
     return update.finish((result, failed))
+
+
+def _transported_second_moment(
+    update: UpdateGraph, stack: StackSpec, state: Proxy, result: dict[str, Proxy]
+) -> Proxy:
+    """Second moments in the new basis: ``(R_Γ∘R_Γ)ᵀ v (R_Ω∘R_Ω)`` with ``R = Qᵀ_old Q_new``.
+
+    Exact where the coordinates of the gradient are uncorrelated, and their sum is kept. Left as
+    they are, they would belong to other directions wherever eigenvalues trade places.
+    """
+    turns = {}
+    for factor, shape in stack.factor_shapes.items():
+        basis = f"q_{factor}_{stack.key}"
+        turn = (transposed(state[basis]) @ result[basis]).square()
+        turns[factor] = update.let(f"turn_{factor}_{stack.key}", turn, shape)
+    left = transposed(turns["gamma"]) @ state[f"v_{stack.key}"]
+    return rotate_input(update, stack, turns, left)
 
 
 def _inverse_graph(spec: UpdateSpec) -> UpdateGraph:

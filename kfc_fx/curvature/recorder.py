@@ -55,6 +55,10 @@ class StatisticsRecorder:
         self.armed = False
         self.fisher: Fisher = "sampled"
         self.seed: int | None = None
+        self.owner: object = None
+        """Token of the optimizer that the statistics are for: the last one made."""
+        self.keep_inputs = False
+        self.last_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.statistics = Statistics()
         self._record: ForwardRecord | None = None
         self._probes: dict[str, dict[str, Tensor]] = {}

@@ -1,0 +1,108 @@
+"""Bind an optimizer to a plan: which blocks it updates, how they stack, at which rate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfc_fx.codegen.layout import stack_blocks
+from kfc_fx.codegen.options import GenericParameter, UpdateSpec
+from kfc_fx.compile import CompiledModel
+from kfc_fx.errors import OptionError
+from kfc_fx.optim_options import KFCOptions
+from kfc_fx.plan.forms import input_factor_form
+from kfc_fx.plan.spec import BlockSpec, CurvaturePlan
+
+ORTHOGONAL_ITERATION_FROM = 128
+"""Narrower sides take ``eigh`` at every refresh, which is cheap there and exact."""
+
+Group = Mapping[str, Any]
+
+
+def update_spec(
+    compiled: CompiledModel,
+    options: KFCOptions,
+    parameters: Mapping[str, Tensor],
+    groups: Mapping[str, Group],
+) -> UpdateSpec:
+    """The update for the parameters that the optimizer holds.
+
+    Args:
+        parameters: all of the model, by name.
+        groups: parameter group by the name of each parameter that is updated.
+
+    Raises:
+        OptionError: the plan has no block to precondition, or a group splits a block.
+    """
+    plan = compiled.plan
+    blocks = [block for block in plan.blocks if block.weight in groups]
+    _check_blocks(plan, blocks, groups)
+
+    def placement(block: BlockSpec) -> tuple[str, str, bool]:
+        weight = parameters[block.weight]
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return str(weight.device), str(dtype).removeprefix("torch."), dtype != weight.dtype
+
+    in_blocks = {name for block in blocks for name in block.parameters}
+    return UpdateSpec(
+        title=type(compiled.original).__name__,
+        scaling=options.scaling,
+        stacks=stack_blocks(
+            blocks, lambda block: input_factor_form(block, options.input_factor), placement
+        ),
+        generic=tuple(
+            GenericParameter(name, tuple(p.shape))
+            for name, p in parameters.items()
+            if name in groups and name not in in_blocks and p.requires_grad
+        ),
+        generic_rule=options.generic,
+        momentum=options.momentum > 0,
+        weight_decay=any(group["weight_decay"] for group in groups.values()),
+        clip=options.clipping,
+        average=options.average is not None,
+        partial=False,
+        orthogonal_iteration_from=ORTHOGONAL_ITERATION_FROM,
+    )
+
+
+def _check_blocks(
+    plan: CurvaturePlan, blocks: Sequence[BlockSpec], groups: Mapping[str, Group]
+) -> None:
+    if not blocks:
+        reasons = "; ".join(f"{g.name}: {g.reason}" for g in plan.generic[:5]) or "none is trained"
+        raise OptionError(
+            "there is nothing to precondition: no conv or linear layer of the model is among the "
+            f"optimizer's parameters ({reasons}). Use torch.optim for this model"
+        )
+    for block in blocks:
+        if block.bias is not None and block.bias not in groups:
+            raise OptionError(
+                f"layer {block.name!r}: its weight is among the optimizer's parameters and its bias "
+                "is not, but they are one block [W b]; pass both, or freeze the bias"
+            )
+
+
+def learning_rates(spec: UpdateSpec, groups: Mapping[str, Group]) -> dict[str, Any]:
+    """``lr`` argument of the generated update: by stack ``[depth, 1, 1]``, and a list for generic.
+
+    Raises:
+        OptionError: weight and bias of one layer have different rates.
+    """
+    rates: dict[str, Any] = {}
+    for stack in spec.stacks:
+        column: list[float] = []
+        for block in stack.blocks:
+            weight_rate = float(groups[block.weight]["lr"])
+            if block.bias is not None and float(groups[block.bias]["lr"]) != weight_rate:
+                raise OptionError(
+                    f"layer {block.name!r}: weight and bias have different learning rates, but "
+                    "they are one block [W b]; give them one rate"
+                )
+            column += [weight_rate] * block.groups
+        dtype = getattr(torch, stack.dtype)
+        rates[stack.key] = torch.tensor(column, dtype=dtype, device=stack.device)[:, None, None]
+    rates["generic"] = {p.name: float(groups[p.name]["lr"]) for p in spec.generic}
+    return rates

@@ -1,0 +1,212 @@
+"""Run generated updates: which program fits this step, and the state between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfc_fx.codegen.layout import StackSpec
+from kfc_fx.codegen.options import UpdateSpec
+from kfc_fx.codegen.program import generate
+from kfc_fx.codegen.source import UpdateProgram
+from kfc_fx.codegen.state import stacked_state, state_by_block
+from kfc_fx.codegen.statistics import ScreenedStatistics
+from kfc_fx.curvature.factors import Factors
+
+GENERIC_STATE = ("generic_m", "generic_v")
+
+
+@dataclass
+class SavedState:
+    """State by name, independent of how blocks are stacked: what ``state_dict`` holds."""
+
+    blocks: dict[str, dict[str, Tensor]]
+    generic: dict[str, dict[str, Tensor]]
+    average: dict[str, Tensor]
+    started: bool = False
+
+
+class UpdateEngine:
+    """State of one optimizer, and the programs generated for it.
+
+    A generated function is pure but for its writes to the parameters, which come last: what it
+    returns replaces the state only after it has returned.
+    """
+
+    def __init__(self, spec: UpdateSpec, saved: SavedState, parameters: Mapping[str, Tensor]) -> None:
+        self.spec = spec
+        self.parameters = parameters
+        self.started = saved.started and all(b.name in saved.blocks for b in self.blocks)
+        self.state: dict[str, Tensor] = stacked_state(spec, saved.blocks)
+        self.generic = saved.generic
+        self.average = saved.average
+        self._programs: dict[UpdateSpec, UpdateProgram] = {}
+
+    @property
+    def blocks(self) -> list[Any]:
+        """The blocks of all stacks."""
+        return [block for stack in self.spec.stacks for block in stack.blocks]
+
+    @property
+    def program(self) -> UpdateProgram:
+        """The program for a step in which every parameter has a gradient."""
+        return self.program_for(self.spec)
+
+    def program_for(self, spec: UpdateSpec) -> UpdateProgram:
+        """The program of a spec, generated once."""
+        if spec not in self._programs:
+            self._programs[spec] = generate(spec)
+        return self._programs[spec]
+
+    def accumulate(self, statistics: ScreenedStatistics) -> None:
+        """New statistics into the EMA of the factors."""
+        self.state |= self.program.functions["accumulate"](
+            statistics.sums, statistics.examples, statistics.rows, statistics.rate, self.state
+        )
+
+    def refresh(self, damping: float) -> list[str]:
+        """Factors into inverses or bases; returns the blocks for which that failed."""
+        functions = self.program.functions
+        if self.spec.scaling == "inverse":
+            fresh, failed = functions["refresh"](self.state, damping)
+        else:
+            fresh, failed = functions["refresh" if self.started else "start"](self.state)
+        self.state |= fresh
+        self.started = True
+        return self._failed_blocks(failed)
+
+    def apply(
+        self,
+        gradients: Mapping[str, Tensor],
+        arguments: Mapping[str, Any],
+        nu_of: Callable[[Mapping[str, Tensor]], Tensor],
+    ) -> dict[str, Any]:
+        """One step; returns what it reports, ν and the clip scale.
+
+        Args:
+            gradients: by name; parameters without one are left alone.
+            arguments: values for the generated function's other arguments.
+            nu_of: from v by parameter name to ν; called where it is computed exactly.
+        """
+        spec = self._present(gradients)
+        program = self.program_for(spec)
+        given = {**arguments, "parameters": self.parameters, "gradients": gradients}
+        given["state"] = self.state | self._lists(spec)
+        given["lr"] = {**given["lr"], "generic": [given["lr"]["generic"][g.name] for g in spec.generic]}
+        if spec.weight_decay:
+            given["shrink"] = [given["shrink"][name] for name in spec.parameters]
+        if spec.partial:
+            gradients, given["active"] = self._filled(gradients)
+            given["gradients"] = gradients
+        if spec.clip == "exact":
+            given["v"], views = program.functions["precondition"](
+                gradients, self.state, given["lr"]
+            )
+            given["nu"] = nu_of(views)
+        names = [n.target for n in program.graphs["apply"].graph.nodes if n.op == "placeholder"]
+        result = program.functions["apply"](**{str(name): given[str(name)] for name in names})
+        return self._commit(spec, result)
+
+    def saved(self) -> SavedState:
+        """Copies of the state by name."""
+        return SavedState(
+            state_by_block(self.spec, self.state),
+            {name: {k: v.clone() for k, v in entry.items()} for name, entry in self.generic.items()},
+            {name: value.clone() for name, value in self.average.items()},
+            self.started,
+        )
+
+    def factors(self, block: str) -> Factors:
+        """Bias-corrected factors of a block."""
+        stack = next(s for s in self.spec.stacks if block in s.spans)
+        start, stop = stack.spans[block]
+
+        def corrected(name: str) -> Tensor | None:
+            value = self.state.get(f"{name}_{stack.key}")
+            return None if value is None else value[start:stop] / mass
+
+        mass = self.state[f"mass_{stack.key}"][start:stop].clamp(min=1e-12)
+        gamma = corrected("gamma")
+        assert gamma is not None
+        return Factors(
+            gamma,
+            dense=corrected("omega"),
+            channel=corrected("channel"),
+            offset=corrected("offset"),
+            locations=corrected("locations"),
+        )
+
+    # -- one step ------------------------------------------------------------------------
+
+    def _present(self, gradients: Mapping[str, Tensor]) -> UpdateSpec:
+        """The spec for the parameters that have a gradient in this step."""
+        generic = tuple(g for g in self.spec.generic if g.name in gradients)
+        partial = any(p not in gradients for block in self.blocks for p in block.parameters)
+        if len(generic) == len(self.spec.generic) and not partial:
+            return self.spec
+        return replace(self.spec, generic=generic, partial=partial)
+
+    def _lists(self, spec: UpdateSpec) -> dict[str, Any]:
+        """State of the generic parameters and of the average, as the lists the code takes."""
+        for parameter in spec.generic:
+            if parameter.name not in self.generic:
+                value = self.parameters[parameter.name]
+                dtype = torch.promote_types(value.dtype, torch.float32)
+                self.generic[parameter.name] = {
+                    name: torch.zeros_like(value, dtype=dtype) for name in GENERIC_STATE
+                }
+        if spec.average:
+            for name in spec.parameters:
+                self.average.setdefault(name, self.parameters[name].detach().clone())
+        lists: dict[str, Any] = {
+            name: [self.generic[p.name][name] for p in spec.generic] for name in GENERIC_STATE
+        }
+        lists["average"] = [self.average[name] for name in spec.parameters if spec.average]
+        return lists
+
+    def _filled(
+        self, gradients: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Zeros for missing gradients, and by stack which entries have none missing."""
+        filled, active = dict(gradients), {}
+        for stack in self.spec.stacks:
+            flags: list[bool] = []
+            for block in stack.blocks:
+                present = all(name in gradients for name in block.parameters)
+                flags += [present] * block.groups
+                for name in block.parameters:
+                    filled.setdefault(name, torch.zeros_like(self.parameters[name]))
+            active[stack.key] = torch.tensor(flags, device=stack.device)[:, None, None]
+        return filled, active
+
+    def _commit(self, spec: UpdateSpec, result: dict[str, Any]) -> dict[str, Any]:
+        report = {name: result.pop(name) for name in ("nu", "clip_scale") if name in result}
+        for name in GENERIC_STATE:
+            for parameter, value in zip(spec.generic, result.pop(name, ()), strict=False):
+                self.generic[parameter.name][name] = value
+        for name, value in zip(spec.parameters, result.pop("average", ()), strict=False):
+            self.average[name] = value
+        self.state |= result
+        return report
+
+    def _failed_blocks(self, failed: Mapping[str, Sequence[Tensor]]) -> list[str]:
+        """Names of blocks with a failure; one synchronisation for all stacks."""
+        first = self.spec.stacks[0].device
+        merged = {key: torch.stack(list(flags)).any(0) for key, flags in failed.items()}
+        flat = torch.cat([flags.to(first) for flags in merged.values()]).tolist()
+        if not any(flat):
+            return []
+        names: list[str] = []
+        start = 0
+        for stack in self.spec.stacks:
+            names += _names_of(stack, flat[start : start + stack.depth])
+            start += stack.depth
+        return names
+
+
+def _names_of(stack: StackSpec, flags: Sequence[bool]) -> list[str]:
+    return [name for name, (start, stop) in stack.spans.items() if any(flags[start:stop])]

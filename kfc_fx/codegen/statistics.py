@@ -1,0 +1,80 @@
+"""Make the sums of one step fit for the EMA: complete, and finite or dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfc_fx.codegen.layout import StackSpec
+from kfc_fx.curvature.recorder import Statistics
+
+
+@dataclass(frozen=True)
+class ScreenedStatistics:
+    """Arguments of the generated ``accumulate``, and the blocks that were dropped."""
+
+    sums: Mapping[str, Tensor]
+    """Sums by "block.factor", zero where absent or dropped."""
+    examples: int
+    rows: Mapping[str, Tensor]
+    """N·|T| by stack, ``[depth, 1, 1]``; one where absent."""
+    rate: Mapping[str, Tensor]
+    """Weight of the new value by stack, ``[depth, 1, 1]``; zero where absent or dropped."""
+    dropped: Sequence[str]
+
+
+def screen(
+    statistics: Statistics, stacks: Sequence[StackSpec], rate: float
+) -> ScreenedStatistics:
+    """Fill in absent blocks, drop blocks with a statistic that is not finite.
+
+    Args:
+        rate: weight of the new value, ``1 − ema_decay``.
+    """
+    finite = _finite_blocks(statistics)
+    sums: dict[str, Tensor] = {}
+    rows, rates = {}, {}
+    for stack in stacks:
+        row_counts, row_rates = [], []
+        for block in stack.blocks:
+            live = finite.get(block.name, False)
+            for factor, shape in stack.factor_shapes.items():
+                value = statistics.sums[block.name][factor] if live else None
+                sums[f"{block.name}.{factor}"] = _or_zeros(value, block.groups, shape, stack)
+            row_counts += [float(statistics.rows[block.name] if live else 1)] * block.groups
+            row_rates += [rate if live else 0.0] * block.groups
+        rows[stack.key] = _column(row_counts, stack)
+        rates[stack.key] = _column(row_rates, stack)
+    dropped = [name for name, fine in finite.items() if not fine]
+    return ScreenedStatistics(sums, max(statistics.examples, 1), rows, rates, dropped)
+
+
+def _finite_blocks(statistics: Statistics) -> dict[str, bool]:
+    """Whether all sums of each block are finite; one synchronisation for all of them."""
+    names = list(statistics.sums)
+    if not names:
+        return {}
+    # The sum of a Gram matrix's diagonal is finite exactly where every entry can be.
+    traces = [
+        sum(value.diagonal(dim1=-2, dim2=-1).sum() for value in sums.values())
+        for sums in statistics.sums.values()
+    ]
+    flags = torch.stack([trace.to(traces[0].device) for trace in traces]).isfinite().tolist()  # type: ignore[union-attr]
+    return dict(zip(names, flags, strict=True))
+
+
+def _or_zeros(
+    value: Tensor | None, groups: int, shape: tuple[int, ...], stack: StackSpec
+) -> Tensor:
+    dtype = getattr(torch, stack.dtype)
+    if value is None:
+        return torch.zeros((groups, *shape[1:]), dtype=dtype, device=stack.device)
+    return value.to(dtype)
+
+
+def _column(values: Sequence[float], stack: StackSpec) -> Tensor:
+    dtype = getattr(torch, stack.dtype)
+    return torch.tensor(values, dtype=dtype, device=stack.device)[:, None, None]

@@ -1,0 +1,58 @@
+"""Counters and last values of an optimizer, for a person to look at."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass
+class Diagnostics:
+    """What happened so far; ``opt.diagnostics`` returns it.
+
+    Last values that are computed on the model's device stay there until they are read.
+    """
+
+    steps: int = 0
+    statistics_steps: int = 0
+    refreshes: int = 0
+    skipped_steps: int = 0
+    """Steps that were not taken because a gradient was not finite."""
+    missed_statistics: int = 0
+    """Steps at which statistics were due and no backward pass gave any."""
+    dropped_statistics: Counter[str] = field(default_factory=Counter)
+    """Statistics that were not finite, by block."""
+    inverse_failures: Counter[str] = field(default_factory=Counter)
+    """Decompositions that failed and were replaced by the identity, by block."""
+    damping: float = 0.0
+    last_nu: Tensor | None = field(default=None, repr=False)
+    last_clip_scale: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def nu(self) -> float | None:
+        """Last ν = vᵀ(F + γ)v, before clipping; None where nothing clips."""
+        return None if self.last_nu is None else float(self.last_nu)
+
+    @property
+    def clip_scale(self) -> float | None:
+        """Last factor by which the step was scaled, one where it was not clipped."""
+        return None if self.last_clip_scale is None else float(self.last_clip_scale)
+
+    def counters(self) -> dict[str, object]:
+        """The counters as plain data, for ``state_dict``."""
+        return {
+            "steps": self.steps,
+            "statistics_steps": self.statistics_steps,
+            "refreshes": self.refreshes,
+            "skipped_steps": self.skipped_steps,
+            "missed_statistics": self.missed_statistics,
+            "dropped_statistics": dict(self.dropped_statistics),
+            "inverse_failures": dict(self.inverse_failures),
+        }
+
+    def restore(self, counters: dict[str, object]) -> None:
+        """Continue from saved counters."""
+        for name, value in counters.items():
+            setattr(self, name, Counter(value) if isinstance(value, dict) else value)

@@ -1,0 +1,433 @@
+"""The optimizer: a ``torch.optim.Optimizer`` around the generated update."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfc_fx.binding import learning_rates, update_spec
+from kfc_fx.codegen.engine import SavedState, UpdateEngine
+from kfc_fx.codegen.statistics import screen
+from kfc_fx.compile import CompiledModel
+from kfc_fx.curvature.diagnostics import Diagnostics
+from kfc_fx.curvature.factors import Factors
+from kfc_fx.curvature.fisher_vector import fisher_quadratic_form
+from kfc_fx.curvature.schedule import Schedule, powers_of_two
+from kfc_fx.errors import KfcWarning, OptionError, StatisticsError, StepError
+from kfc_fx.optim_options import KFCOptions
+
+_EARLY = {"adam": powers_of_two(20), "inverse": tuple(range(20))}
+"""Steps that have statistics and a refresh whatever the intervals say. A stale inverse
+overshoots while curvature grows; a stale basis only rotates."""
+
+DROPPED = "has a statistic that is not finite: it is dropped, the last good factor stays"
+UNDECOMPOSED = "has a factor that cannot be decomposed: the identity takes its place"
+
+
+class KFC(torch.optim.Optimizer):
+    """Approximate natural gradient with Kronecker factors (Grosse & Martens 2016).
+
+    Args:
+        compiled: what :func:`kfc_fx.compile` returned.
+        params: parameters or parameter groups to update; by default all of the model. A group
+            may set ``lr`` and ``weight_decay``. Weight and bias of one layer share their ``lr``.
+        lr: learning rate α.
+        scaling: ``"adam"``, Adam in the eigenbasis of Ω ⊗ Γ; or ``"inverse"``, the paper's
+            algorithm 1 (KFC-pre).
+        momentum: decay of the first moment ("adam", Nesterov) or μ ("inverse").
+        damping: γ of factored Tikhonov damping, and λ of ν; "adam" has none but ``eps``.
+        weight_decay: decoupled, ``θ ← (1 − lr·weight_decay) θ``.
+        ema_decay: decay of the factors' moving average.
+        factor_interval: T_s, steps between statistics.
+        inverse_interval: T_f, steps between refreshes of the inverses or bases.
+        clip: C, the bound on ν = vᵀFv + λ vᵀv of a step ("inverse"); None for no bound.
+        clip_by: ``"factors"`` computes ν from the Kronecker factors, which costs nothing;
+            ``"exact"`` from Fisher-vector products through the model.
+        clip_samples: examples of the batch that the exact ν is taken of; all by default.
+        average: τ in steps of the Polyak average ``θ̄ ← ξ θ̄ + (1 − ξ) θ``, ``ξ = e^(−1/τ)``;
+            None for no average. See :meth:`averaged`.
+        fisher: ``"sampled"`` targets from the model's predictive distribution, or
+            ``"empirical"`` ones, read off the gradient of the loss.
+        input_factor: ``"dense"``, ``"separable"``, or ``"auto"``: separable for convolutions
+            whose dense Ω is wide.
+        second_moment_decay: decay of the second moment ("adam").
+        eps: ε of "adam".
+        generic: rule for parameters without a block, ``"adamw"`` or ``"sgd"``; by default
+            "adamw" beside "adam", "sgd" beside "inverse".
+        seed: of the sampled targets; by default torch's initial seed.
+
+    Raises:
+        OptionError: an option is unknown or out of range, or a parameter is not the model's.
+    """
+
+    def __init__(
+        self,
+        compiled: CompiledModel,
+        params: Iterable[Any] | None = None,
+        *,
+        lr: float,
+        scaling: str = "adam",
+        momentum: float = 0.9,
+        damping: float = 1e-2,
+        weight_decay: float = 0.0,
+        ema_decay: float = 0.95,
+        factor_interval: int = 5,
+        inverse_interval: int = 10,
+        clip: float | None = 1e-2,
+        clip_by: str = "factors",
+        clip_samples: int | None = None,
+        average: float | None = None,
+        fisher: str = "sampled",
+        input_factor: str = "auto",
+        second_moment_decay: float = 0.95,
+        eps: float = 1e-8,
+        generic: str | None = None,
+        seed: int | None = None,
+    ) -> None:
+        if not isinstance(compiled, CompiledModel):
+            raise OptionError(
+                f"KFC takes a compiled model, got {type(compiled).__name__}: "
+                "pass kfc_fx.compile(model)"
+            )
+        self.options = KFCOptions(
+            scaling=scaling,  # type: ignore[arg-type]
+            momentum=momentum,
+            damping=damping,
+            ema_decay=ema_decay,
+            factor_interval=factor_interval,
+            inverse_interval=inverse_interval,
+            clip=clip,
+            clip_by=clip_by,  # type: ignore[arg-type]
+            clip_samples=clip_samples,
+            average=average,
+            fisher=fisher,  # type: ignore[arg-type]
+            input_factor=input_factor,  # type: ignore[arg-type]
+            second_moment_decay=second_moment_decay,
+            eps=eps,
+            generic=generic or ("adamw" if scaling == "adam" else "sgd"),  # type: ignore[arg-type]
+        )
+        _check_group({"lr": lr, "weight_decay": weight_decay})
+        self.compiled = compiled
+        self._names = {p: name for name, p in compiled.original.named_parameters()}
+        chosen = list(compiled.original.parameters() if params is None else params)
+        super().__init__(chosen, {"lr": lr, "weight_decay": weight_decay})
+        early = _EARLY[self.options.scaling]
+        self.schedule = Schedule(factor_interval, inverse_interval, early)
+        self.diagnostics = Diagnostics(damping=damping)
+        self._engine: UpdateEngine | None = None
+        self._engine_key: object = None
+        self._saved = SavedState({}, {}, {})
+        self._rates: tuple[object, dict[str, Any]] = (None, {})
+        self._token = object()
+        recorder = compiled.recorder
+        recorder.owner, recorder.seed, recorder.fisher = self._token, seed, self.options.fisher
+        recorder.take()
+        recorder.keep_inputs = self.options.clipping == "exact"
+        compiled.input_factor = self.options.input_factor
+        recorder.armed = self.schedule.statistics_due(0)
+
+    # -- torch.optim.Optimizer -------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its parameters must be the compiled model's."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        _check_group(group)
+        for parameter in group["params"]:
+            if parameter not in self._names:
+                raise OptionError(
+                    f"a parameter of shape {tuple(parameter.shape)} is not one of the compiled "
+                    "model; KFC updates the parameters of the model it was made with"
+                )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one step.
+
+        Args:
+            closure: clears the gradients, computes the loss, runs backward, returns the loss.
+
+        Raises:
+            StepError: no parameter has a gradient.
+            StatisticsError: statistics are due for the first time and none have arrived.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        gradients = self._gradients()
+        if not _all_finite(gradients.values()):
+            self._skip_step()
+            return loss
+        engine = self._bound_engine()
+        self._use_statistics(engine)
+        report = engine.apply(gradients, self._arguments(engine), self._exact_nu)
+        diagnostics = self.diagnostics
+        diagnostics.last_nu = report.get("nu")
+        diagnostics.last_clip_scale = report.get("clip_scale")
+        diagnostics.steps += 1
+        self.compiled.recorder.take()
+        self._arm()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients, and the statistics that belong to them."""
+        super().zero_grad(set_to_none)
+        self.compiled.recorder.take()
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """Parameter groups, and under ``"kfc"`` the state by block and parameter name."""
+        saved = self._engine.saved() if self._engine is not None else self._saved
+        return {
+            **super().state_dict(),
+            "kfc": {
+                "blocks": saved.blocks,
+                "generic": saved.generic,
+                "average": saved.average,
+                "started": saved.started,
+                "counters": self.diagnostics.counters(),
+                "generators": self.compiled.recorder.generator_states(),
+            },
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Continue from a saved state, in this process or another.
+
+        Raises:
+            OptionError: the state is not that of a KFC optimizer.
+        """
+        if "kfc" not in state_dict:
+            raise OptionError("this state_dict is not of a KFC optimizer: it has no entry 'kfc'")
+        kfc = state_dict["kfc"]
+        super().load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
+        self._saved = SavedState(
+            {name: dict(entry) for name, entry in kfc["blocks"].items()},
+            {name: dict(entry) for name, entry in kfc["generic"].items()},
+            dict(kfc["average"]),
+            kfc["started"],
+        )
+        self._engine = None
+        self.diagnostics.restore(kfc["counters"])
+        self.compiled.recorder.set_generator_states(kfc["generators"])
+        self.compiled.recorder.take()
+        self._arm()
+
+    # -- what users look at ----------------------------------------------------------------
+
+    @property
+    def factors(self) -> Mapping[str, Factors]:
+        """Factors by block name: ``opt.factors["conv1"].omega`` and ``.gamma``."""
+        engine = self._bound_engine()
+        return {block.name: engine.factors(block.name) for block in engine.blocks}
+
+    @property
+    def update_source(self) -> str:
+        """Source of the generated update."""
+        return self._bound_engine().program.source
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Swap the Polyak-averaged parameters in while the context lasts.
+
+        Raises:
+            StepError: averaging is off, or no step was taken.
+        """
+        averages = self._engine.average if self._engine is not None else self._saved.average
+        if not averages:
+            raise StepError("no averaged parameters: make KFC with average=τ and take a step first")
+        own = dict(self.compiled.original.named_parameters())
+        kept = {name: own[name].detach().clone() for name in averages}
+        try:
+            _copy_into(own, averages)
+            yield
+        finally:
+            _copy_into(own, kept)
+
+    def initialise(self, batches: Iterable[Any]) -> None:
+        """Take the first factors from some batches, without a step.
+
+        Args:
+            batches: an iterable of inputs: a tensor, a tuple or list whose first entry is the
+                input (a data loader's ``(x, y)``), or a dict of keyword arguments.
+
+        Raises:
+            StatisticsError: there was no batch.
+        """
+        recorder = self.compiled.recorder
+        recorder.take()
+        for batch in batches:
+            args, kwargs = _call_of(batch)
+            self.compiled.collect_statistics(*args, **kwargs)
+        if not recorder.statistics.sums:
+            raise StatisticsError("initialise got no batch with statistics; pass at least one")
+        with torch.no_grad():
+            self._use_statistics(self._bound_engine())
+        recorder.take()
+
+    # -- one step ------------------------------------------------------------------------
+
+    def _gradients(self) -> dict[str, Tensor]:
+        if self.compiled.recorder.owner is not self._token:
+            raise StepError("another KFC was made for this compiled model; step that one")
+        gradients = {
+            self._names[p]: p.grad
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        }
+        if not gradients:
+            raise StepError(
+                "no parameter has a gradient: call loss.backward() before opt.step(), with a loss "
+                "computed from the output of the compiled model"
+            )
+        return gradients
+
+    def _skip_step(self) -> None:
+        self.diagnostics.skipped_steps += 1
+        self.compiled.recorder.take()
+        if self.diagnostics.skipped_steps == 1:
+            warnings.warn(
+                "a gradient is not finite: the step is skipped, parameters and state stay "
+                "(opt.diagnostics.skipped_steps counts these)",
+                KfcWarning,
+                stacklevel=4,
+            )
+
+    def _use_statistics(self, engine: UpdateEngine) -> None:
+        """Statistics into factors, and factors into inverses or bases, where they are due."""
+        step, diagnostics = self.diagnostics.steps, self.diagnostics
+        statistics = self.compiled.recorder.statistics
+        if statistics.sums:
+            screened = screen(statistics, engine.spec.stacks, 1 - self.options.ema_decay)
+            self._note("dropped_statistics", screened.dropped, DROPPED)
+            engine.accumulate(screened)
+            diagnostics.statistics_steps += 1
+        elif self.schedule.statistics_due(step):
+            self._note_missed(step)
+        if not engine.started or self.schedule.refresh_due(step):
+            failed = engine.refresh(self.options.damping)
+            self._note("inverse_failures", failed, UNDECOMPOSED)
+            diagnostics.refreshes += 1
+
+    def _note(self, counter: str, blocks: Iterable[str], what: str) -> None:
+        """Count by block, and warn once for each."""
+        counts = getattr(self.diagnostics, counter)
+        for block in blocks:
+            counts[block] += 1
+            if counts[block] == 1:
+                warnings.warn(
+                    f"layer {block!r} {what} (opt.diagnostics.{counter} counts these)",
+                    KfcWarning,
+                    stacklevel=5,
+                )
+
+    def _note_missed(self, step: int) -> None:
+        text = (
+            f"factor statistics are due at step {step} and no backward pass gave any: call the "
+            "compiled model (not the original) with gradients enabled, after KFC was made, and "
+            "compute the loss from what it returns"
+        )
+        if self.diagnostics.statistics_steps == 0:
+            raise StatisticsError(text)
+        self.diagnostics.missed_statistics += 1
+        if self.diagnostics.missed_statistics == 1:
+            warnings.warn(text, KfcWarning, stacklevel=5)
+
+    def _arguments(self, engine: UpdateEngine) -> dict[str, Any]:
+        options = self.options
+        arguments: dict[str, Any] = {
+            "lr": self._learning_rates(engine),
+            "momentum": options.momentum,
+            "step": self.diagnostics.steps + 1,
+            "second_moment_decay": options.second_moment_decay,
+            "eps": options.eps,
+            "clip": options.clip,
+        }
+        if engine.spec.weight_decay:
+            groups = self._groups()
+            arguments["shrink"] = {
+                name: 1 - float(group["lr"]) * group["weight_decay"]
+                for name, group in groups.items()
+            }
+        if options.average is not None:
+            arguments["average_decay"] = float(torch.tensor(-1 / options.average).double().exp())
+        return arguments
+
+    def _groups(self) -> dict[str, dict[str, Any]]:
+        """Parameter group by parameter name."""
+        return {self._names[p]: group for group in self.param_groups for p in group["params"]}
+
+    def _learning_rates(self, engine: UpdateEngine) -> dict[str, Any]:
+        """Rates as the generated code takes them, rebuilt only when one has changed."""
+        key = (id(engine), tuple(float(group["lr"]) for group in self.param_groups))
+        if self._rates[0] != key:
+            self._rates = (key, learning_rates(engine.spec, self._groups()))
+        return self._rates[1]
+
+    def _bound_engine(self) -> UpdateEngine:
+        """The engine for the plan, devices and groups as they are now."""
+        parameters = dict(self.compiled.original.named_parameters())
+        key = (
+            self.compiled.revision,
+            tuple((p.requires_grad, p.device, p.dtype) for p in parameters.values()),
+            tuple((len(g["params"]), g["weight_decay"] > 0) for g in self.param_groups),
+        )
+        if self._engine is None or self._engine_key != key:
+            spec = update_spec(self.compiled, self.options, parameters, self._groups())
+            if self._engine is None or self._engine.spec != spec:
+                saved = self._saved if self._engine is None else self._engine.saved()
+                self._engine = UpdateEngine(spec, saved, parameters)
+                self._saved = SavedState({}, {}, {})
+            self._engine_key = key
+        return self._engine
+
+    def _exact_nu(self, vectors: Mapping[str, Tensor]) -> Tensor:
+        """ν = vᵀFv + γ vᵀv by Fisher-vector products on the last batch."""
+        inputs = self.compiled.recorder.last_inputs
+        if inputs is None:
+            raise StepError("the exact ν needs a forward pass through the compiled model")
+        quadratic = fisher_quadratic_form(
+            self.compiled.original,
+            self.compiled.recorder.likelihood,
+            inputs,
+            vectors,
+            self.options.clip_samples,
+        )
+        squares = torch.stack([v.square().sum() for v in vectors.values()]).sum()
+        return quadratic + self.options.damping * squares
+
+    def _arm(self) -> None:
+        """Let the next forward pass emit, if statistics are due at the next step."""
+        self.compiled.recorder.armed = self.schedule.statistics_due(self.diagnostics.steps)
+
+
+def _check_group(group: Mapping[str, Any]) -> None:
+    for name in ("lr", "weight_decay"):
+        if not float(group[name]) >= 0:
+            raise OptionError(f"{name} must not be negative, got {group[name]!r}")
+
+
+def _all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all entries are finite; one synchronisation for each device."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        by_device.setdefault(tensor.device, []).append(tensor)
+    norms = [torch.stack(torch._foreach_norm(group, 1)).sum() for group in by_device.values()]
+    return all(bool(norm.isfinite()) for norm in norms)
+
+
+def _copy_into(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in values.items():
+            own[name].copy_(value)
+
+
+def _call_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (batch[0] if isinstance(batch, tuple | list) else batch,), {}
