@@ -14,8 +14,8 @@ from kfc_fx.codegen.update_graph import UpdateGraph
 
 ADAM_SUMMARY = """One step of Adam in the eigenbasis of Ω ⊗ Γ.
 
-    The first moment m lives in the original coordinates (Nesterov), the second moment v in the
-    basis; both are bias-corrected. ``step`` counts from one; ``lr`` holds one rate per block.
+    Both moments live in the basis, and ``refresh`` turns them with it; both are bias-corrected,
+    m with Nesterov's step ahead. ``step`` counts from one, ``lr`` holds one rate per block.
     """
 INVERSE_SUMMARY = """One step of KFC-pre (Grosse & Martens 2016, algorithm 1).
 
@@ -63,20 +63,20 @@ def _adam_stack(
     }
     q_gamma = bases["gamma"]
     rotated = rotate_input(update, stack, bases, transposed(q_gamma) @ g)
-    squared = update.let(f"rotated_{key}", rotated, shape).square()
-    v = update.call(torch.lerp, state[f"v_{key}"], squared, 1 - decay)
+    rotated = update.let(f"rotated_{key}", rotated, shape)
+    v = update.call(torch.lerp, state[f"v_{key}"], rotated.square(), 1 - decay)
     v = update.let(f"v_{key}", _masked(update, spec, arguments, key, v, state[f"v_{key}"]), shape)
     result[f"v_{key}"] = v
-    direction = g
+    ahead = rotated
     if spec.momentum:
         momentum = arguments["momentum"]
-        m = update.call(torch.lerp, state[f"m_{key}"], g, 1 - momentum)
+        m = update.call(torch.lerp, state[f"m_{key}"], rotated, 1 - momentum)
         m = _masked(update, spec, arguments, key, m, state[f"m_{key}"])
         result[f"m_{key}"] = m = update.let(f"m_{key}", m, shape)
-        ahead = update.call(torch.lerp, g, m, momentum) / (1 - momentum ** (step + 1))
-        direction = update.let(f"ahead_{key}", ahead, shape)
+        ahead = update.call(torch.lerp, rotated, m, momentum) / (1 - momentum ** (step + 1))
+        ahead = update.let(f"ahead_{key}", ahead, shape)
     scale = update.let(f"scale_{key}", (v / (1 - decay**step)).sqrt() + arguments["eps"], shape)
-    scaled = rotate_input(update, stack, bases, transposed(q_gamma) @ direction) / scale
+    scaled = update.let(f"scaled_{key}", ahead / scale, shape)
     turned = rotate_input(update, stack, bases, q_gamma @ scaled, back=True)
     moved = turned * -arguments["lr"][key]
     return update.let(f"step_{key}", _masked_step(spec, arguments, key, moved), shape)

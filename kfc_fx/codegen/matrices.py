@@ -68,11 +68,12 @@ def rotate_input(
     width = block.channels * block.offsets
     main = matrix[:, :, :width] if stack.bias else matrix
     main = main.unflatten(2, (block.offsets, block.channels))
-    channel, offset = bases["channel"].unsqueeze(1), bases["offset"].unsqueeze(1)
-    if back:
-        turned = offset @ main @ _attribute(channel, "mT")
-    else:
-        turned = _attribute(offset, "mT") @ main @ channel
+    channel, offset = bases["channel"], bases["offset"].unsqueeze(1)
+    # The offsets are turned in many tiny products, whose basis is cheap to broadcast; the
+    # channels in one large product, because broadcasting their basis would copy it.
+    turned = (offset if back else transposed(offset)) @ main
+    turned = turned.flatten(1, 2) @ (transposed(channel) if back else channel)
+    turned = turned.unflatten(1, (block.rows, block.offsets))
     shape = (stack.depth, block.rows, block.offsets, block.channels)
     turned = update.let(f"turned_{stack.key}", turned, shape).flatten(2)
     if stack.bias:

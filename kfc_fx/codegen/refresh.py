@@ -14,7 +14,7 @@ from kfc_fx.curvature.inverse import damped_inverses, separable_damped_inverses
 
 SUMMARIES = {
     ("adam", "start"): "Eigenbases of all factors, from scratch.",
-    ("adam", "refresh"): """Bases of all factors, and the second moments turned into them.
+    ("adam", "refresh"): """Bases of all factors, and the moments turned into them.
 
     Narrow factors are decomposed; wide ones follow by one orthogonal iteration.
     """,
@@ -58,26 +58,36 @@ def _basis_graph(spec: UpdateSpec, name: str) -> UpdateGraph:
             result[basis] = found
             failed.setdefault(stack.key, []).append(lost)
         if name == "refresh":
-            moved = _transported_second_moment(update, stack, state, result)
-            result[f"v_{stack.key}"] = moved
+            _turn_moments(update, spec, stack, state, result)
     return update.finish((result, failed))
 
 
-def _transported_second_moment(
-    update: UpdateGraph, stack: StackSpec, state: Proxy, result: dict[str, Proxy]
-) -> Proxy:
-    """Second moments in the new basis: ``(R_Γ∘R_Γ)ᵀ v (R_Ω∘R_Ω)`` with ``R = Qᵀ_old Q_new``.
+def _turn_moments(
+    update: UpdateGraph,
+    spec: UpdateSpec,
+    stack: StackSpec,
+    state: Proxy,
+    result: dict[str, Proxy],
+) -> None:
+    """Moments in the new basis, with ``R = Qᵀ_old Q_new`` of each factor.
 
-    Exact where the coordinates of the gradient are uncorrelated, and their sum is kept. Left as
-    they are, they would belong to other directions wherever eigenvalues trade places.
+    First moments turn exactly, ``R_Γᵀ m R_Ω``: it is as if they were kept in the original
+    coordinates. Second moments take ``(R_Γ∘R_Γ)ᵀ v (R_Ω∘R_Ω)``, exact where the gradient's
+    coordinates are uncorrelated; left alone they would belong to other directions wherever
+    eigenvalues trade places.
     """
-    turns = {}
+    key = stack.key
+    turns, squares = {}, {}
     for factor, shape in stack.factor_shapes.items():
-        basis = f"q_{factor}_{stack.key}"
-        turn = (transposed(state[basis]) @ result[basis]).square()
-        turns[factor] = update.let(f"turn_{factor}_{stack.key}", turn, shape)
-    left = transposed(turns["gamma"]) @ state[f"v_{stack.key}"]
-    return rotate_input(update, stack, turns, left)
+        basis = f"q_{factor}_{key}"
+        turn = update.let(f"turn_{factor}_{key}", transposed(state[basis]) @ result[basis], shape)
+        turns[factor] = turn
+        squares[factor] = update.let(f"turn2_{factor}_{key}", turn.square(), shape)
+    if spec.momentum:
+        m = transposed(turns["gamma"]) @ state[f"m_{key}"]
+        result[f"m_{key}"] = rotate_input(update, stack, turns, m)
+    v = transposed(squares["gamma"]) @ state[f"v_{key}"]
+    result[f"v_{key}"] = rotate_input(update, stack, squares, v)
 
 
 def _inverse_graph(spec: UpdateSpec) -> UpdateGraph:
