@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,7 +48,14 @@ def fisher_quadratic_form(
 
     devices = sorted({p.device.index for p in parameters.values() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices), torch.no_grad():
+        with (
+            torch.random.fork_rng(devices),
+            torch.no_grad(),
+            warnings.catch_warnings(),
+        ):
+            # torch scripts its own forward-mode formulas and warns of it.
+            warnings.filterwarnings("ignore", "`torch.jit.script`", FutureWarning)
+            warnings.filterwarnings("ignore", "`torch.jit.script`", DeprecationWarning)
             output, tangent = torch.func.jvp(predict, (parameters,), (tangents,))
     except (RuntimeError, NotImplementedError) as error:
         raise KfcError(

@@ -1,0 +1,290 @@
+"""Steps of the optimizer against the algorithms written out per layer."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import kfc_fx
+from tests.oracle import categorical_cotangent, exact_factors, matrix_of, parameters_of
+
+LAYERS = ("0", "2", "4", "7")
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 4, 3, stride=2, bias=False),
+        nn.Tanh(),
+        nn.Conv2d(4, 4, 3, padding=1, groups=2),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(4 * 3 * 3, 5),
+    ).double()
+
+
+def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            # Enough examples that no factor has a null space of two dimensions, in which the
+            # eigenvectors would be arbitrary.
+            torch.randn(64, 2, 7, 7, generator=generator, dtype=torch.float64),
+            torch.randint(5, (64,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+def gradients(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+    named = dict(net.named_parameters())
+    grads = torch.autograd.grad(F.cross_entropy(net(x), y), list(named.values()))
+    return dict(zip(named, grads, strict=True))
+
+
+class WrittenOut:
+    """What the paper and DESIGN say, one layer after the other, nothing shared."""
+
+    def __init__(self, net: nn.Sequential, separable: bool, decay: float = 0.95) -> None:
+        self.net, self.separable, self.decay = net, separable, decay
+        self.ema: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.mass = 0.0
+
+    def accumulate(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        for name in LAYERS:
+            layer = self.net[int(name)]
+            omega, gamma = exact_factors(self.net, layer, x, categorical_cotangent(y))
+            old = self.ema.get(name, (torch.zeros_like(omega), torch.zeros_like(gamma)))
+            self.ema[name] = tuple(  # type: ignore[assignment]
+                self.decay * o + (1 - self.decay) * n
+                for o, n in zip(old, (omega, gamma), strict=True)
+            )
+        self.mass = self.decay * self.mass + 1 - self.decay
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        omega, gamma = (factor / self.mass for factor in self.ema[name])
+        layer = self.net[int(name)]
+        if self.separable and isinstance(layer, nn.Conv2d):
+            omega = torch.stack([self._separable(layer, o) for o in omega])
+        return omega, gamma
+
+    def _separable(self, layer: nn.Conv2d, omega: torch.Tensor) -> torch.Tensor:
+        channels, offsets = layer.weight.shape[1], layer.weight[0, 0].numel()
+        main = omega[: channels * offsets, : channels * offsets]
+        split = main.reshape(channels, offsets, channels, offsets)
+        channel = torch.einsum("akbk->ab", split)
+        offset = torch.einsum("akal->kl", split)
+        product = torch.kron(channel, offset) / channel.trace()
+        return torch.block_diag(product, omega[-1:, -1:]) if layer.bias is not None else product
+
+    def add(self, name: str, step: torch.Tensor) -> None:
+        layer = self.net[int(name)]
+        weight, bias = parameters_of(layer, step)
+        with torch.no_grad():
+            layer.weight += weight
+            if bias is not None:
+                layer.bias += bias
+
+    def gradient(self, grads: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+        return matrix_of(
+            self.net[int(name)], grads[f"{name}.weight"], grads.get(f"{name}.bias")
+        )
+
+
+def written_inverse(net, data, *, lr, damping, clip, momentum, separable):
+    plain = WrittenOut(net, separable)
+    p: dict[str, torch.Tensor] = {}
+    for x, y in data:
+        grads = gradients(net, x, y)
+        plain.accumulate(x, y)
+        v, nu = {}, 0.0
+        for name in LAYERS:
+            omega, gamma = plain.factors(name)
+            eye_d, eye_r = torch.eye(omega.shape[1]), torch.eye(gamma.shape[1])
+            mean = lambda f: f.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]  # noqa: E731
+            pi = (mean(omega) / mean(gamma)).sqrt()
+            left = torch.linalg.inv(gamma + math.sqrt(damping) / pi * eye_r)
+            right = torch.linalg.inv(omega + math.sqrt(damping) * pi * eye_d)
+            g = plain.gradient(grads, name)
+            v[name] = -lr * left @ g @ right
+            nu += float(-lr * (g * v[name]).sum())
+        scale = min(1.0, math.sqrt(clip / nu)) if clip else 1.0
+        for name in LAYERS:
+            p[name] = momentum * p.get(name, 0) + scale * v[name]
+            plain.add(name, p[name])
+    return nu, scale
+
+
+def written_adam(net, data, *, lr, momentum, beta2, eps, refresh_at, separable):
+    """Adam in the eigenbasis; m in the original coordinates, v turned with the basis."""
+    plain = WrittenOut(net, separable)
+    m, v, basis = {}, {}, {}
+    for step, (x, y) in enumerate(data):
+        grads = gradients(net, x, y)
+        plain.accumulate(x, y)
+        for name in LAYERS:
+            omega, gamma = plain.factors(name)
+            if step in refresh_at:
+                new = (torch.linalg.eigh(omega)[1], torch.linalg.eigh(gamma)[1])
+                if name in basis:
+                    turn = [(o.mT @ n) ** 2 for o, n in zip(basis[name], new, strict=True)]
+                    v[name] = turn[1].mT @ v[name] @ turn[0]
+                basis[name] = new
+            q_omega, q_gamma = basis[name]
+            g = plain.gradient(grads, name)
+            m[name] = momentum * m.get(name, 0) + (1 - momentum) * g
+            rotated = q_gamma.mT @ g @ q_omega
+            v[name] = beta2 * v.get(name, 0) + (1 - beta2) * rotated**2
+            ahead = (momentum * m[name] + (1 - momentum) * g) / (1 - momentum ** (step + 2))
+            scaled = q_gamma.mT @ ahead @ q_omega / ((v[name] / (1 - beta2 ** (step + 1))).sqrt() + eps)
+            plain.add(name, -lr * q_gamma @ scaled @ q_omega.mT)
+
+
+def run_kfc(net, data, **options):
+    compiled = kfc_fx.compile(net)
+    opt = kfc_fx.KFC(compiled, fisher="empirical", **options)
+    for x, y in data:
+        F.cross_entropy(compiled(x), y).backward()
+        opt.step()
+        opt.zero_grad()
+    return opt
+
+
+def assert_same(found: nn.Module, expected: nn.Module, tolerance: float = 1e-9) -> None:
+    for (name, f), e in zip(found.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(f, e, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("clip", [None, 1e-3])
+@pytest.mark.parametrize("input_factor", ["dense", "separable"])
+def test_inverse_steps_equal_the_algorithm_written_out(steps, clip, input_factor):
+    found, expected, data = network(), network(), batches(steps)
+    opt = run_kfc(
+        found, data, lr=0.05, scaling="inverse", damping=0.01, clip=clip, input_factor=input_factor
+    )
+    nu, scale = written_inverse(
+        expected, data, lr=0.05, damping=0.01, clip=clip, momentum=0.9,
+        separable=input_factor == "separable",
+    )  # fmt: skip
+    assert_same(found, expected)
+    if clip:
+        assert opt.diagnostics.nu == pytest.approx(nu)
+        assert opt.diagnostics.clip_scale == pytest.approx(scale)
+        assert scale < 1
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_adam_steps_equal_the_algorithm_written_out(steps, momentum):
+    found, expected, data = network(), network(), batches(steps)
+    run_kfc(found, data, lr=0.01, momentum=momentum, factor_interval=1, inverse_interval=10)
+    written_adam(
+        expected, data, lr=0.01, momentum=momentum, beta2=0.95, eps=1e-8,
+        refresh_at=(0, 1, 2, 4), separable=False,
+    )  # fmt: skip
+    assert_same(found, expected, 1e-6)
+
+
+def test_the_first_separable_adam_step_equals_the_algorithm_written_out():
+    """Eigenvectors of the written-out product, up to order and sign, which Adam does not see."""
+    found, expected, data = network(), network(), batches(1)
+    run_kfc(found, data, lr=0.01, input_factor="separable")
+    written_adam(
+        expected, data, lr=0.01, momentum=0.9, beta2=0.95, eps=1e-8,
+        refresh_at=(0,), separable=True,
+    )  # fmt: skip
+    assert_same(found, expected, 1e-6)
+
+
+def test_preconditioned_gradient_is_the_dense_damped_solve():
+    """``(F̂ + factored damping)⁻¹ vec(∇)`` with the Kronecker product written out."""
+    net, data = network(), batches(1)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    grads = gradients(net, *data[0])
+    plain = WrittenOut(network(), separable=False)
+    plain.accumulate(*data[0])
+    run_kfc(net, data, lr=1.0, scaling="inverse", damping=0.1, clip=None, momentum=0.0)
+    for name in ("0", "2", "7"):
+        omega, gamma = (f[0] for f in plain.factors(name))
+        pi = math.sqrt(omega.diagonal().mean() / gamma.diagonal().mean())
+        omega = omega + pi * math.sqrt(0.1) * torch.eye(len(omega))
+        gamma = gamma + math.sqrt(0.1) / pi * torch.eye(len(gamma))
+        fisher = torch.kron(gamma, omega)  # row-major vec
+        solved = torch.linalg.solve(fisher, plain.gradient(grads, name)[0].flatten())
+        weight, bias = parameters_of(net[int(name)], solved.reshape(1, len(gamma), len(omega)))
+        torch.testing.assert_close(before[f"{name}.weight"] - net[int(name)].weight, weight)
+        if bias is not None:
+            torch.testing.assert_close(before[f"{name}.bias"] - net[int(name)].bias, bias)
+
+
+@pytest.mark.parametrize("rule", ["adamw", "sgd"])
+def test_generic_parameters_follow_torch_optim(rule):
+    def net() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+    torch.manual_seed(3)
+    data = [(torch.randn(8, 4).double(), torch.randint(3, (8,))) for _ in range(3)]
+    found, expected = net(), net()
+    compiled = kfc_fx.compile(found)
+    lr_of_blocks = [
+        {"params": [p for n, p in found.named_parameters() if not n.startswith("1.")], "lr": 0.0},
+        {"params": list(found[1].parameters()), "lr": 0.01},
+    ]
+    opt = kfc_fx.KFC(compiled, lr_of_blocks, lr=0.1, generic=rule)
+    options = {"momentum": 0.9} if rule == "sgd" else {"weight_decay": 0.0, "betas": (0.9, 0.999)}
+    kind = torch.optim.SGD if rule == "sgd" else torch.optim.AdamW
+    reference = kind(expected[1].parameters(), lr=0.01, **options)
+    for x, y in data:
+        for model, optimizer in ((compiled, opt), (expected, reference)):
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            model.zero_grad()
+    assert_same(found, expected)
+
+
+def test_weight_decay_is_decoupled_and_averages_are_polyak():
+    plain, decayed, data = network(), network(), batches(1)
+    run_kfc(plain, data, lr=0.1)
+    opt = run_kfc(decayed, data, lr=0.1, weight_decay=0.5, average=4.0)
+    start = network()
+    shrunk = [p - 0.1 * 0.5 * s for p, s in zip(plain.parameters(), start.parameters(), strict=True)]
+    for found, expected in zip(decayed.parameters(), shrunk, strict=True):
+        torch.testing.assert_close(found, expected)
+    xi = math.exp(-1 / 4)
+    with opt.averaged():
+        for found, now, old in zip(
+            decayed.parameters(), shrunk, start.parameters(), strict=True
+        ):
+            torch.testing.assert_close(found, xi * old + (1 - xi) * now)
+
+
+def test_exact_nu_equals_the_quadratic_form_of_the_dense_fisher():
+    net, (data,) = network(), batches(1)
+    x, y = data
+    start = network()
+    compiled = kfc_fx.compile(net)
+    opt = kfc_fx.KFC(
+        compiled, lr=0.05, scaling="inverse", clip=1e9, clip_by="exact", damping=0.01, momentum=0.0
+    )
+    F.cross_entropy(compiled(x), y).backward()
+    opt.step()
+    names = [name for name, _ in start.named_parameters()]
+    v = torch.cat(
+        [(n - o).flatten() for n, o in zip(net.parameters(), start.parameters(), strict=True)]
+    ).detach()
+    parameters = {name: p.detach() for name, p in start.named_parameters()}
+    jacobian = torch.func.jacrev(lambda p: torch.func.functional_call(start, p, (x,)))(parameters)
+    stacked = torch.cat([jacobian[name].flatten(2) for name in names], 2)
+    p = start(x).softmax(1).detach()
+    output_fisher = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    fisher = torch.einsum("nap,nab,nbq->pq", stacked, output_fisher, stacked) / len(x)
+    expected = v @ fisher @ v + 0.01 * v @ v
+    assert opt.diagnostics.nu == pytest.approx(float(expected))
