@@ -1,0 +1,33 @@
+"""Runs the Triton kernels' tests in Triton's interpreter.
+
+In processes of their own: Triton decides when a kernel is defined whether it is compiled or
+interpreted, and everything else in the suite must see it compiled.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).parent
+SUITES = sorted(
+    path.name
+    for path in HERE.glob("test_triton_*.py")
+    if path.stem not in ("test_triton_interpreter", "test_triton_offline")
+)
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_kernels_in_the_interpreter(suite: str) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / suite)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout, done.stdout
+    assert " skipped" not in done.stdout, done.stdout

@@ -1,0 +1,77 @@
+"""Every shipped configuration compiles for every target, on tensor cores and without spilling."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("kernels are interpreted", allow_module_level=True)
+
+from typer.testing import CliRunner
+
+from kfc_fx.kernels.triton_case import KernelCase
+from kfc_fx.kernels.triton_catalogue import shipped_cases
+from kfc_fx.kernels.triton_offline import TARGETS, compile_case
+from kfc_fx.tools.kernels_report import TARGET_NAMES, app, complaints
+
+# KFC_FX_COMPILE_ALL=1 compiles every case, some minutes of work, as `kfc-fx kernels` does.
+COMPILE_ALL = os.environ.get("KFC_FX_COMPILE_ALL") == "1"
+
+
+def default_selection() -> list[KernelCase]:
+    """For each kernel its largest configuration in each dtype and mode, and its smallest in bf16.
+
+    Registers run out in the largest first.
+    """
+    cases = shipped_cases()
+    if COMPILE_ALL:
+        return cases
+    last = {(case.kernel_name, case.dtype, case.mode): case for case in cases}
+    chosen = [case for case in last.values() if case.dtype != "fp16"]
+    first = {case.kernel_name: case for case in reversed(cases) if case.dtype == "bf16"}
+    return [*chosen, *(case for case in first.values() if case not in chosen)]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", default_selection(), ids=lambda case: case.name)
+def test_compiles_on_tensor_cores_without_spills(case: KernelCase, target: str) -> None:
+    report = compile_case(case, TARGETS[target])
+    assert complaints([report]) == []
+    assert report.shared <= TARGETS[target].shared_bytes
+    assert report.binary_size > 0
+
+
+def test_each_architecture_uses_its_own_instruction() -> None:
+    wide = [case for case in shipped_cases() if case.config.startswith("128x128")]
+    case = next(case for case in wide if case.dtype == "bf16")
+    opcodes = {name: compile_case(case, target).tensor_opcode for name, target in TARGETS.items()}
+    assert opcodes["cuda:80"] == "mma.sync.aligned"
+    assert opcodes["cuda:90"] == "wgmma.mma_async"
+    assert opcodes["cuda:100"] == "tcgen05.mma"
+    assert opcodes["hip:gfx942"].startswith("v_mfma_f32")
+
+
+def test_command_prints_a_line_for_each_case() -> None:
+    done = CliRunner().invoke(
+        app, ["--target", "cuda:80", "--kernel", "split_reduction"], env={"COLUMNS": "160"}
+    )
+    assert done.exit_code == 0, done.output
+    cases = [case for case in shipped_cases() if case.kernel_name == "split_reduction"]
+    assert done.output.count("split_reduction") == len(cases)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--target", "cuda:91"], "unknown target"), (["--kernel", "gramm"], "no kernel matches")],
+)
+def test_command_refuses_what_it_does_not_know(arguments: list[str], message: str) -> None:
+    done = CliRunner().invoke(app, arguments, env={"COLUMNS": "160"})
+    assert done.exit_code == 2
+    assert message in done.output
+
+
+def test_command_names_every_target() -> None:
+    assert tuple(TARGETS) == TARGET_NAMES
