@@ -26,7 +26,7 @@ SUITES = sorted(
 @pytest.mark.parametrize("suite", SUITES)
 def test_kernels_in_the_interpreter(suite: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / suite)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / suite)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout, done.stdout

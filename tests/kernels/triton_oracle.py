@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import settings
+from hypothesis import strategies as st
 from torch import Tensor
+
+from kfc_fx.plan.geometry import ConvGeometry
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -53,3 +57,38 @@ def random_values(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tens
     """Normal values that ``dtype`` holds exactly, with a mean away from zero."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(shape, generator=generator) + 0.25).to(dtype).to(DEVICE)
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """An input and a convolution that fits it."""
+
+    x: Tensor
+    geometry: ConvGeometry
+    bias: bool
+
+
+@st.composite
+def convolutions(draw: st.DrawFn, *, max_stride: int = 3) -> Convolution:
+    """Small convolutions of one to three dimensions, of every kind of geometry.
+
+    The output may be empty: a map may be smaller than the kernel.
+    """
+    ndim = draw(st.integers(0, 3))
+    groups = draw(st.integers(1, 3))
+    kernel = tuple(draw(st.integers(1, 3)) for _ in range(ndim))
+    padding = tuple((draw(st.integers(0, 2)), draw(st.integers(0, 2))) for _ in range(ndim))
+    sizes = tuple(draw(st.integers(1, (9, 9, 7, 4)[ndim])) for _ in range(ndim))
+    strides = tuple(draw(st.integers(1, max_stride)) for _ in range(ndim))
+    dilation = tuple(draw(st.integers(1, 2)) for _ in range(ndim))
+    geometry = ConvGeometry(kernel, strides, padding, dilation, groups)
+    batch = draw(st.sampled_from([1, 2, 5, 9, 33]))
+    channels = groups * draw(st.sampled_from([1, 2, 5]))
+    dtype = draw(st.sampled_from(DTYPES))
+    x = random_values((batch, channels, *sizes), dtype, draw(st.integers(0, 2**16)))
+    match draw(st.sampled_from(["contiguous", "channels last", "slice"])):
+        case "channels last":
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        case "slice":
+            x = torch.stack([x, x], -1)[..., 0]
+    return Convolution(x, geometry, draw(st.booleans()))
