@@ -1,0 +1,81 @@
+"""Ω from its slots, and the slots' place in one flat tensor.
+
+Per group the flat form is ``[J·c² products | B·c sums | N·T]``, the last two only with a bias:
+products ``P[j]: [c, c]``, the sums of x over each distinct reach of an offset, and the number of
+patches. All of it is linear in the data, so it adds up over micro-batches and takes an EMA.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kfc_fx.kernels.products import Product, ProductPlan
+
+CHUNK_ELEMENTS = 2**18
+
+
+def pack_slots(products: Tensor, sums: Tensor | None, patches: int) -> Tensor:
+    """``[J, G, c, c]`` and, with a bias, ``[B, G, c]`` -> ``[G, numbers]``."""
+    parts = [products.transpose(0, 1).flatten(1)]
+    if sums is not None:
+        parts.append(sums.transpose(0, 1).flatten(1))
+        parts.append(sums.new_full((sums.shape[1], 1), patches))
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0].contiguous()
+
+
+def reach_sums(x: Tensor, plan: ProductPlan, stride: tuple[int, ...], groups: int) -> Tensor:
+    """Sums of ``x``: ``[N, C, *spatial]`` over the images and each reach: ``[B, G, C/G]``."""
+    total = x.sum(0, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    sums = [
+        _box(total, plan.slots[slot], stride).flatten(1).sum(1).unflatten(0, (groups, -1))
+        for slot in plan.reaches
+    ]
+    return torch.stack(sums)
+
+
+def _box(total: Tensor, product: Product, stride: tuple[int, ...]) -> Tensor:
+    ranges = [
+        slice(axis.phase + step * axis.start, axis.phase + step * axis.stop, step)
+        for axis, step in zip(product, stride, strict=True)
+    ]
+    return total[(slice(None), *ranges)]
+
+
+def assemble_slots(slots: Tensor, plan: ProductPlan, channels: int, bias: bool) -> Tensor:
+    """``[G, numbers]`` -> ``[G, D, D]`` with ``D = c·K + bias``, symmetric to the last bit."""
+    groups, offsets = slots.shape[0], len(plan.slot_of_pair)
+    split = len(plan.slots) * channels**2
+    products = slots[:, :split].unflatten(1, (len(plan.slots), channels, channels))
+    side = channels * offsets
+    omega = slots.new_empty((groups, side + bias, side + bias))
+    _fill_blocks(omega[:, :side, :side], products, plan)
+    if bias:
+        sums = slots[:, split:-1].unflatten(1, (-1, channels)) # [G, B, c]
+        columns = sums[:, list(plan.reach_of_offset)].mT.flatten(1)
+        omega[:, :side, side] = columns
+        omega[:, side, :side] = columns
+        omega[:, side, side] = slots[:, -1]
+    return omega
+
+
+def _fill_blocks(omega: Tensor, products: Tensor, plan: ProductPlan) -> None:
+    """Gather rows of c numbers in cache, then interleave them with the offsets."""
+    groups, slots, channels, _ = products.shape
+    offsets = len(plan.slot_of_pair)
+    blocks = omega.unflatten(2, (channels, offsets)).unflatten(1, (channels, offsets))
+    # For each c: the rows P[j][c, :] and, for the pairs with δ > δ', the columns P[j][:, c].
+    lines = torch.cat([products.permute(0, 2, 1, 3), products.permute(0, 3, 1, 2)], dim=2)
+    pick = torch.tensor(
+        [
+            plan.slot_of_pair[i][j] + (slots if i > j else 0)
+            for i in range(offsets)
+            for j in range(offsets)
+        ],
+        device=products.device,
+    )
+    step = max(1, CHUNK_ELEMENTS // max(1, groups * offsets**2 * channels))
+    for start in range(0, channels, step):
+        part = lines[:, start : start + step].index_select(2, pick)
+        part = part.unflatten(2, (offsets, offsets))  # [G, c, K, K', c']
+        blocks[:, start : start + step] = part.transpose(3, 4)
