@@ -31,7 +31,7 @@ from kfc_fx.rewrite.emission import Emitters, emission_order, emitting_stages
 from kfc_fx.rewrite.pipeline import run_passes
 
 
-def compile(  # noqa: A001 - the name that torch users expect
+def compile(
     model: nn.Module,
     *,
     likelihood: str | Likelihood | CotangentFunction = "categorical",

@@ -164,10 +164,10 @@ class KFC(torch.optim.Optimizer):
         if not _all_finite(gradients.values()):
             self._skip_step()
             return loss
-        engine = self._bound_engine()
-        self._use_statistics(engine)
-        report = engine.apply(gradients, self._arguments(engine), self._exact_nu)
-        diagnostics = self.diagnostics
+        engine, diagnostics = self._bound_engine(), self.diagnostics
+        with engine.transaction(), diagnostics.transaction():
+            self._use_statistics(engine)
+            report = engine.apply(gradients, self._arguments(engine), self._exact_nu)
         diagnostics.last_nu = report.get("nu")
         diagnostics.last_clip_scale = report.get("clip_scale")
         diagnostics.steps += 1

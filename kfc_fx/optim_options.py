@@ -47,7 +47,9 @@ class KFCOptions:
         for name in ("factor_interval", "inverse_interval"):
             value = getattr(self, name)
             if not (isinstance(value, int) and value >= 1):
-                raise OptionError(f"{name} must be a whole number of steps, at least 1; got {value!r}")
+                raise OptionError(
+                    f"{name} must be a whole number of steps, at least 1; got {value!r}"
+                )
         if not (self.damping > 0 or (self.damping == 0 and self.scaling == "inverse")):
             raise OptionError(f"damping must be positive, got {self.damping!r}")
         for name in ("clip", "average", "clip_samples"):

@@ -33,7 +33,11 @@ def _conv_patches(layer: nn.Module, x: Tensor) -> Tensor:
     rows = []
     for location in itertools.product(*map(range, out)):
         window = tuple(
-            slice(location[d] * stride[d], location[d] * stride[d] + dilation[d] * (kernel[d] - 1) + 1, dilation[d])
+            slice(
+                location[d] * stride[d],
+                location[d] * stride[d] + dilation[d] * (kernel[d] - 1) + 1,
+                dilation[d],
+            )
             for d in range(ndim)
         )
         rows.append(padded[(slice(None), *window)].reshape(layer.groups, -1))

@@ -41,7 +41,9 @@ def first_factors(net: nn.Module, x: torch.Tensor, y: torch.Tensor, **options):
     return opt.factors
 
 
-@pytest.mark.parametrize("options", CONVS, ids=lambda o: "-".join(f"{k[0]}{v}" for k, v in o.items()))
+@pytest.mark.parametrize(
+    "options", CONVS, ids=lambda o: "-".join(f"{k[0]}{v}" for k, v in o.items())
+)
 def test_conv_factors_are_per_example_sums(options):
     torch.manual_seed(0)
     net = conv_net(options)

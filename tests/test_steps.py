@@ -92,9 +92,7 @@ class WrittenOut:
                 layer.bias += bias
 
     def gradient(self, grads: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-        return matrix_of(
-            self.net[int(name)], grads[f"{name}.weight"], grads.get(f"{name}.bias")
-        )
+        return matrix_of(self.net[int(name)], grads[f"{name}.weight"], grads.get(f"{name}.bias"))
 
 
 def written_inverse(net, data, *, lr, damping, clip, momentum, separable):
@@ -142,7 +140,9 @@ def written_adam(net, data, *, lr, momentum, beta2, eps, refresh_at, separable):
             rotated = q_gamma.mT @ g @ q_omega
             v[name] = beta2 * v.get(name, 0) + (1 - beta2) * rotated**2
             ahead = (momentum * m[name] + (1 - momentum) * g) / (1 - momentum ** (step + 2))
-            scaled = q_gamma.mT @ ahead @ q_omega / ((v[name] / (1 - beta2 ** (step + 1))).sqrt() + eps)
+            scaled = (
+                q_gamma.mT @ ahead @ q_omega / ((v[name] / (1 - beta2 ** (step + 1))).sqrt() + eps)
+            )
             plain.add(name, -lr * q_gamma @ scaled @ q_omega.mT)
 
 
@@ -158,7 +158,9 @@ def run_kfc(net, data, **options):
 
 def assert_same(found: nn.Module, expected: nn.Module, tolerance: float = 1e-9) -> None:
     for (name, f), e in zip(found.named_parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(f, e, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            f, e, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("steps", [1, 4])
@@ -255,14 +257,14 @@ def test_weight_decay_is_decoupled_and_averages_are_polyak():
     run_kfc(plain, data, lr=0.1)
     opt = run_kfc(decayed, data, lr=0.1, weight_decay=0.5, average=4.0)
     start = network()
-    shrunk = [p - 0.1 * 0.5 * s for p, s in zip(plain.parameters(), start.parameters(), strict=True)]
+    shrunk = [
+        p - 0.1 * 0.5 * s for p, s in zip(plain.parameters(), start.parameters(), strict=True)
+    ]
     for found, expected in zip(decayed.parameters(), shrunk, strict=True):
         torch.testing.assert_close(found, expected)
     xi = math.exp(-1 / 4)
     with opt.averaged():
-        for found, now, old in zip(
-            decayed.parameters(), shrunk, start.parameters(), strict=True
-        ):
+        for found, now, old in zip(decayed.parameters(), shrunk, start.parameters(), strict=True):
             torch.testing.assert_close(found, xi * old + (1 - xi) * now)
 
 

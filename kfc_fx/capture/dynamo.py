@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,7 +57,9 @@ def compile_emitting(backend: str, module: fx.GraphModule) -> Callable[..., Any]
     def run(*inputs: Any) -> Any:
         # The Fisher pass retains the graph for the loss's backward pass, so the compiled
         # backward must not reuse ("donate") the buffers that the forward saved.
-        with torch._functorch.config.patch(donated_buffer=False):
+        with torch._functorch.config.patch(donated_buffer=False), warnings.catch_warnings():
+            # Dynamo reads .grad of every input, gated probes among them, which are no leaves.
+            warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor", UserWarning)
             return compiled(*inputs)
 
     return run

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,7 +38,9 @@ class UpdateEngine:
     returns replaces the state only after it has returned.
     """
 
-    def __init__(self, spec: UpdateSpec, saved: SavedState, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, spec: UpdateSpec, saved: SavedState, parameters: Mapping[str, Tensor]
+    ) -> None:
         self.spec = spec
         self.parameters = parameters
         self.started = saved.started and all(b.name in saved.blocks for b in self.blocks)
@@ -96,9 +99,14 @@ class UpdateEngine:
         program = self.program_for(spec)
         given = {**arguments, "parameters": self.parameters, "gradients": gradients}
         given["state"] = self.state | self._lists(spec)
-        given["lr"] = {**given["lr"], "generic": [given["lr"]["generic"][g.name] for g in spec.generic]}
+        given["lr"] = {
+            **given["lr"],
+            "generic": [given["lr"]["generic"][g.name] for g in spec.generic],
+        }
         if spec.weight_decay:
-            given["shrink"] = [given["shrink"][name] for name in spec.parameters]
+            still = self._without_gradient(gradients)
+            shrink = given["shrink"]
+            given["shrink"] = [1.0 if n in still else shrink[n] for n in spec.parameters]
         if spec.partial:
             gradients, given["active"] = self._filled(gradients)
             given["gradients"] = gradients
@@ -111,11 +119,32 @@ class UpdateEngine:
         result = program.functions["apply"](**{str(name): given[str(name)] for name in names})
         return self._commit(spec, result)
 
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Put the state back as it was if the body raises.
+
+        Generated functions write to no state tensor, so that references are enough.
+        """
+        before = (
+            dict(self.state),
+            {name: dict(entry) for name, entry in self.generic.items()},
+            dict(self.average),
+            self.started,
+        )
+        try:
+            yield
+        except BaseException:
+            self.state, self.generic, self.average, self.started = before
+            raise
+
     def saved(self) -> SavedState:
         """Copies of the state by name."""
         return SavedState(
             state_by_block(self.spec, self.state),
-            {name: {k: v.clone() for k, v in entry.items()} for name, entry in self.generic.items()},
+            {
+                name: {k: v.clone() for k, v in entry.items()}
+                for name, entry in self.generic.items()
+            },
             {name: value.clone() for name, value in self.average.items()},
             self.started,
         )
@@ -149,6 +178,15 @@ class UpdateEngine:
         if len(generic) == len(self.spec.generic) and not partial:
             return self.spec
         return replace(self.spec, generic=generic, partial=partial)
+
+    def _without_gradient(self, gradients: Mapping[str, Tensor]) -> set[str]:
+        """Parameters of blocks that lack a gradient: the whole block stays as it is."""
+        return {
+            name
+            for block in self.blocks
+            if any(p not in gradients for p in block.parameters)
+            for name in block.parameters
+        }
 
     def _lists(self, spec: UpdateSpec) -> dict[str, Any]:
         """State of the generic parameters and of the average, as the lists the code takes."""

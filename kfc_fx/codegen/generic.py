@@ -52,11 +52,11 @@ def _adamw(
         result["generic_m"] = m = update.let("generic_m", m)
         corrected = update.call(torch._foreach_div, m, 1 - momentum**step)
     squares = update.call(torch._foreach_mul, gradients, gradients)
-    v = update.call(torch._foreach_lerp, state["generic_v"], squares, update.call(operator.sub, 1, decay))
-    result["generic_v"] = v = update.let("generic_v", v)
-    root = update.call(
-        torch._foreach_sqrt, update.call(torch._foreach_div, v, 1 - decay ** step)
+    v = update.call(
+        torch._foreach_lerp, state["generic_v"], squares, update.call(operator.sub, 1, decay)
     )
+    result["generic_v"] = v = update.let("generic_v", v)
+    root = update.call(torch._foreach_sqrt, update.call(torch._foreach_div, v, 1 - decay**step))
     scale = update.let("generic_scale", update.call(torch._foreach_add, root, ADAMW_EPS))
     return update.call(torch._foreach_div, corrected, scale)
 

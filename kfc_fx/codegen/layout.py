@@ -85,7 +85,9 @@ def stack_blocks(
         shape = (block.rows, block.channels, block.offsets, block.bias is not None)
         if form == "dense":
             shape = (block.rows, block.columns, 0, False)
-        members.setdefault((form, shape, block.bias is None, *placement_of(block)), []).append(block)
+        members.setdefault((form, shape, block.bias is None, *placement_of(block)), []).append(
+            block
+        )
     stacks: list[StackSpec] = []
     for (form, _, _, *placement), group in members.items():
         key = _unused_key(_shape_key(group[0], form), stacks)  # type: ignore[arg-type]

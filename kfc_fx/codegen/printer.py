@@ -94,7 +94,9 @@ class _Printer:
 
     def statement(self, node: fx.Node) -> list[str]:
         expression = self.node(node)
-        target = ", ".join(n.name for n in node.meta["unpack"]) if "unpack" in node.meta else node.name
+        target = (
+            ", ".join(n.name for n in node.meta["unpack"]) if "unpack" in node.meta else node.name
+        )
         prefix = "" if "effect" in node.meta else f"{target} = "
         comment = f"  # {list(node.meta['shape'])}" if "shape" in node.meta else ""
         return _broken(expression.labelled(prefix), 4, comment)

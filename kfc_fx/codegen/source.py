@@ -37,7 +37,8 @@ def build_program(header: str, updates: Sequence[UpdateGraph]) -> UpdateProgram:
             imports.setdefault(module, set()).add(name)
     lines = ["import torch", ""] if imports else ["import torch"]
     lines += [
-        f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(imports.items())
+        f"from {module} import {', '.join(sorted(names))}"
+        for module, names in sorted(imports.items())
     ]
     body = "\n\n".join(text for text, _ in printed)
     source = f'"""{header}"""\n\n' + "\n".join(lines) + "\n\n\n" + body

@@ -49,9 +49,7 @@ def state_entries(spec: UpdateSpec, stack: StackSpec) -> dict[str, StateEntry]:
     return entries
 
 
-def stacked_state(
-    spec: UpdateSpec, saved: Mapping[str, Mapping[str, Tensor]]
-) -> dict[str, Tensor]:
+def stacked_state(spec: UpdateSpec, saved: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Stacked tensors by ``"<name>_<key>"``, from saved blocks where there are any.
 
     Args:

@@ -26,9 +26,7 @@ class ScreenedStatistics:
     dropped: Sequence[str]
 
 
-def screen(
-    statistics: Statistics, stacks: Sequence[StackSpec], rate: float
-) -> ScreenedStatistics:
+def screen(statistics: Statistics, stacks: Sequence[StackSpec], rate: float) -> ScreenedStatistics:
     """Fill in absent blocks, drop blocks with a statistic that is not finite.
 
     Args:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -51,6 +53,16 @@ class Diagnostics:
             "dropped_statistics": dict(self.dropped_statistics),
             "inverse_failures": dict(self.inverse_failures),
         }
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Put the counters back as they were if the body raises."""
+        before = self.counters()
+        try:
+            yield
+        except BaseException:
+            self.restore(before)
+            raise
 
     def restore(self, counters: dict[str, object]) -> None:
         """Continue from saved counters."""

@@ -26,9 +26,7 @@ def damping_ratio(omega_mean: Tensor, gamma_mean: Tensor) -> Tensor:
     return (omega_mean.clamp(min=tiny) / gamma_mean.clamp(min=tiny)).sqrt()
 
 
-def damped_inverses(
-    omega: Tensor, gamma: Tensor, damping: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def damped_inverses(omega: Tensor, gamma: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
     """Inverses of both factors of each block under factored Tikhonov damping.
 
     Args:

@@ -105,6 +105,14 @@ class StatisticsRecorder:
         for block, count in zip(blocks, rows, strict=True):
             self._record.rows[block] += count
 
+    def collect(
+        self, output: Any, record: ForwardRecord, statistics_of: Mapping[str, Sequence[str]]
+    ) -> None:
+        """Run the Fisher pass at once, with sampled targets, without a loss's backward pass."""
+        prediction = find_prediction(output)
+        self.likelihood.examples(prediction)
+        _FisherPass(self, prediction, 0, record, statistics_of, "sampled")([None])
+
     def tap(
         self, output: Any, record: ForwardRecord, statistics_of: Mapping[str, Sequence[str]]
     ) -> Any:
@@ -129,7 +137,7 @@ class StatisticsRecorder:
         if not tensors or not record.rows:
             return output  # nothing to differentiate: a frozen or unused part of the model
         position = _position(prediction, tensors)
-        run = _FisherPass(self, prediction, position, record, statistics_of)
+        run = _FisherPass(self, prediction, position, record, statistics_of, self.fisher)
         tapped = _OutputTap.apply(run, *tensors)
         by_id = {id(old): new for old, new in zip(tensors, tapped, strict=True)}
         return replace_tensors(output, lambda t: by_id.get(id(t), t))
@@ -171,7 +179,9 @@ class _FisherPass:
         position: int,
         record: ForwardRecord,
         statistics_of: Mapping[str, Sequence[str]],
+        fisher: Fisher,
     ) -> None:
+        self.fisher = fisher
         self.recorder = recorder
         self.prediction: Tensor | None = prediction
         self.position = position
@@ -203,7 +213,7 @@ class _FisherPass:
         likelihood = self.recorder.likelihood
         # Probabilities in half precision lose the tail that samples come from.
         wide = prediction.detach().to(torch.promote_types(prediction.dtype, torch.float32))
-        if self.recorder.fisher == "sampled":
+        if self.fisher == "sampled":
             generator = self.recorder.generator(prediction.device)
             return likelihood.sampled_cotangent(wide, generator).to(prediction.dtype)
         if true_cotangent is None:

@@ -18,8 +18,7 @@ def convolutions(draw):
     padding = tuple((b, a) for b, a in zip(each(0, 2), each(0, 2), strict=True))
     reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
     size = [
-        max(1, r - sum(p)) + extra
-        for r, p, extra in zip(reach, padding, each(0, 3), strict=True)
+        max(1, r - sum(p)) + extra for r, p, extra in zip(reach, padding, each(0, 3), strict=True)
     ]
     groups = draw(st.sampled_from([1, 2, 3]))
     channels = groups * draw(st.integers(1, 3))
@@ -53,7 +52,7 @@ def test_opcheck(dtype):
 
 
 def test_channels_last_and_views_give_the_same():
-    x = torch.randn(3, 8, 6, 6)
+    x = torch.randn(3, 8, 6, 6).double()
     expected = separable_gram(x, (3, 3), padding=1)
     for view in (x.to(memory_format=torch.channels_last), torch.cat([x, x], 1)[:, :8]):
         for found, value in zip(separable_gram(view, (3, 3), padding=1), expected, strict=True):

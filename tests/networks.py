@@ -1,0 +1,126 @@
+"""Small networks and batches that several tests train."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kfc_fx
+
+GENERATOR = torch.Generator().manual_seed(1)
+IMAGES = torch.randn(12, 2, 6, 6, generator=GENERATOR)
+LABELS = torch.randint(5, (12,), generator=GENERATOR)
+
+
+def conv_network() -> nn.Sequential:
+    """Two convs with in-place activations, a norm, and a head; seeded."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 4, 3),
+        nn.ReLU(inplace=True),
+        nn.Flatten(),
+        nn.Linear(64, 5),
+    )
+
+
+class TokenNet(nn.Module):
+    """Plain and grouped conv, norm, dropout, and a linear layer over tokens; in-place ReLUs."""
+
+    def __init__(self, dropout: float = 0.5) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.grouped = nn.Conv2d(4, 4, 3, stride=2, groups=2, bias=False)
+        self.drop = nn.Dropout(dropout)
+        self.tokens = nn.Linear(4, 6)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(F.relu(self.conv(x), inplace=True)), inplace=True)
+        x = self.drop(F.relu(self.grouped(x), inplace=True))
+        tokens = F.relu(self.tokens(x.flatten(2).transpose(1, 2)), inplace=True)
+        return self.head(tokens.mean(1))
+
+
+def token_network(dropout: float = 0.5) -> TokenNet:
+    """A seeded :class:`TokenNet`."""
+    torch.manual_seed(0)
+    return TokenNet(dropout)
+
+
+def make(
+    net: nn.Module | None = None, **options: object
+) -> tuple[kfc_fx.CompiledModel, kfc_fx.KFC]:
+    """A compiled network and a KFC with a fixed seed for it."""
+    compiled = kfc_fx.compile(conv_network() if net is None else net)
+    return compiled, kfc_fx.KFC(compiled, **{"lr": 0.01, "seed": 3, **options})
+
+
+def backward(model: nn.Module, x: Tensor = IMAGES, y: Tensor = LABELS) -> Tensor:
+    """Forward and backward pass under a fixed seed; returns the output."""
+    torch.manual_seed(7)
+    output = model(x)
+    F.cross_entropy(output, y).backward()
+    return output
+
+
+def train(
+    compiled: nn.Module, opt: torch.optim.Optimizer, steps: int, scheduler: object = None
+) -> list[float]:
+    """Steps on rolling batches; returns the losses."""
+    losses = []
+    for step in range(steps):
+        index = torch.arange(step, step + 8) % 12
+        loss = F.cross_entropy(compiled(IMAGES[index]), LABELS[index])
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        if scheduler is not None:
+            scheduler.step()
+        losses.append(loss.item())
+    return losses
+
+
+def parameters(model: nn.Module) -> list[Tensor]:
+    """Copies of the parameters."""
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def assert_equal(found: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
+    """Bit for bit."""
+    for f, e in zip(found, expected, strict=True):
+        assert torch.equal(f, e)
+
+
+def assert_equal_state(found: nn.Module, expected: nn.Module) -> None:
+    """Same keys, and every parameter and buffer bit for bit."""
+    expected_state = expected.state_dict()
+    assert list(found.state_dict()) == list(expected_state)
+    for name, value in found.state_dict().items():
+        assert torch.equal(value, expected_state[name]), name
+
+
+def count_calls_of_emitting_graphs(monkeypatch) -> list[int]:
+    """A list that grows by one at every call of an emitting graph compiled from now on."""
+    module = sys.modules["kfc_fx.compile"]  # the package's attribute of that name is a function
+    calls: list[int] = []
+    own = module.compile_emitting
+
+    def counted(*args, **kwargs):
+        run = own(*args, **kwargs)
+
+        def counting(*inputs):
+            calls.append(1)
+            return run(*inputs)
+
+        return counting
+
+    monkeypatch.setattr(module, "compile_emitting", counted)
+    return calls

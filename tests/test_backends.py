@@ -1,0 +1,83 @@
+"""Compiled backends give what eager gives, to rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kfc_fx
+from tests.networks import IMAGES, LABELS, backward, parameters, token_network
+
+SIZES = (12, 7, 5)
+"""Batch of each step: two with statistics, then a plain one."""
+
+
+def run(backend: str) -> dict[str, object]:
+    net = token_network(dropout=0.0).double()
+    compiled = kfc_fx.compile(net, backend=backend)
+    opt = kfc_fx.KFC(compiled, lr=0.01, fisher="empirical", scaling="inverse", clip=None)
+    outputs, gradients, sums, armed = [], [], [], []
+    for step, size in enumerate(SIZES):
+        if step == 2:
+            compiled.recorder.armed = False
+        armed.append(compiled.recorder.armed)
+        outputs.append(backward(compiled, IMAGES[:size].double(), LABELS[:size]).detach())
+        gradients.append([p.grad.clone() for p in net.parameters()])
+        sums.append({name: dict(s) for name, s in compiled.recorder.statistics.sums.items()})
+        if step < 2:
+            opt.step()
+        opt.zero_grad()
+    assert armed == [True, True, False]
+    factors = {name: (f.omega, f.gamma) for name, f in opt.factors.items()}
+    return {
+        "outputs": outputs,
+        "gradients": gradients,
+        "sums": sums,
+        "factors": factors,
+        "parameters": parameters(net),
+        "buffers": [b.clone() for b in net.buffers()],
+        "graphs": len(compiled.graphs),
+    }
+
+
+@pytest.fixture(scope="module")
+def eager() -> dict[str, object]:
+    return run("eager")
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_gradients_statistics_and_steps_equal_those_of_eager(backend, eager):
+    found = run(backend)
+    assert set(eager["factors"]) == {"conv", "grouped", "tokens", "head"}
+    assert eager["sums"][2] == {}
+    for what, expected in eager.items():
+        torch.testing.assert_close(found[what], expected, msg=lambda m, w=what: f"{w}: {m}")
+
+
+@pytest.mark.parametrize("backend", ["aot_eager"])
+def test_evaluation_and_gradients_alternate(backend):
+    net, reference = token_network(dropout=0.0).double(), token_network(dropout=0.0).double()
+    compiled = kfc_fx.compile(net, backend=backend)
+    kfc_fx.KFC(compiled, lr=0.1)
+    x = IMAGES.double()
+    for _ in range(2):
+        compiled.eval()
+        reference.eval()
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), reference(x))
+        compiled.train()
+        reference.train()
+        torch.testing.assert_close(backward(compiled, x), backward(reference, x))
+
+
+def test_a_second_backward_pass_collects_nothing_more_in_a_compiled_graph():
+    compiled = kfc_fx.compile(token_network(dropout=0.0).double(), backend="aot_eager")
+    kfc_fx.KFC(compiled, lr=0.1, fisher="empirical")
+    loss = torch.nn.functional.cross_entropy(compiled(IMAGES.double()), LABELS)
+    loss.backward(retain_graph=True)
+    once = {name: s["gamma"].clone() for name, s in compiled.recorder.statistics.sums.items()}
+    gradient = compiled.conv.weight.grad.clone()
+    loss.backward()
+    for name, gamma in once.items():
+        assert torch.equal(compiled.recorder.statistics.sums[name]["gamma"], gamma)
+    torch.testing.assert_close(compiled.conv.weight.grad, 2 * gradient)

@@ -1,0 +1,383 @@
+"""A compiled model behaves as the original, on plain steps and on steps with statistics."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import kfc_fx
+from tests.networks import (
+    IMAGES,
+    LABELS,
+    TokenNet,
+    assert_equal_state,
+    backward,
+    conv_network,
+    count_calls_of_emitting_graphs,
+    make,
+    parameters,
+    token_network,
+)
+
+BLOCKS = {"conv", "grouped", "tokens", "head"}
+
+
+@pytest.mark.parametrize("armed", [False, True])
+def test_outputs_gradients_buffers_and_rng_are_bit_equal(armed, monkeypatch):
+    emitted = count_calls_of_emitting_graphs(monkeypatch)
+    net, reference = token_network(), token_network()
+    compiled, _ = make(net)
+    compiled.recorder.armed = armed
+    for _ in range(2):
+        assert torch.equal(backward(compiled), backward(reference))
+        after_compiled = backward(compiled), torch.get_rng_state()
+        after_reference = backward(reference), torch.get_rng_state()
+        assert all(map(torch.equal, after_compiled, after_reference))
+    for (name, p), q in zip(net.named_parameters(), reference.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
+    assert_equal_state(net, reference)
+    assert bool(compiled.recorder.statistics.sums) == armed
+    assert len(emitted) == 4 * armed
+
+
+@pytest.mark.parametrize("armed", [False, True])
+def test_dropout_draws_what_the_original_draws(armed):
+    compiled, _ = make(token_network())
+    reference = token_network()
+    compiled.recorder.armed = armed
+    torch.manual_seed(5)
+    found = [compiled(IMAGES) for _ in range(3)]
+    torch.manual_seed(5)
+    expected = [reference(IMAGES) for _ in range(3)]
+    assert all(map(torch.equal, found, expected))
+    assert not torch.equal(found[0], found[1])
+
+
+def test_parameters_are_the_same_objects_and_state_has_the_same_keys():
+    net = token_network()
+    compiled = kfc_fx.compile(net)
+    assert [id(p) for p in compiled.parameters()] == [id(p) for p in net.parameters()]
+    assert list(compiled.state_dict()) == list(token_network().state_dict())
+    assert dict(compiled.named_modules()).keys() == dict(net.named_modules()).keys()
+
+
+def test_compiling_twice_starts_anew_from_the_original():
+    net = token_network()
+    once = kfc_fx.compile(net)
+    twice = kfc_fx.compile(once, likelihood="gaussian")
+    assert twice.original is net
+    assert "gaussian" in repr(twice).lower()
+    assert "not captured yet" in repr(once)
+    once.trace(IMAGES)
+    assert "1 graphs, 4 blocks" in repr(once)
+
+
+def shifted(net: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(1)
+        for buffer in net.buffers():
+            buffer.add_(1)
+    return net
+
+
+def test_state_dict_loads_from_original_to_compiled_and_back():
+    source = shifted(token_network())
+    compiled = kfc_fx.compile(token_network())
+    compiled.load_state_dict(source.state_dict())
+    assert_equal_state(compiled, source)
+    plain = token_network()
+    plain.load_state_dict(compiled.state_dict())
+    assert_equal_state(plain, source)
+    with pytest.raises(RuntimeError, match=r"Missing key.*head\.bias"):
+        compiled.load_state_dict({k: v for k, v in source.state_dict().items() if k != "head.bias"})
+
+
+def test_state_dict_loads_where_the_compiled_model_is_a_child():
+    source = nn.ModuleDict({"body": shifted(token_network()), "tail": nn.Linear(5, 2)})
+    parent = nn.ModuleDict({"body": kfc_fx.compile(token_network()), "tail": nn.Linear(5, 2)})
+    parent.load_state_dict(source.state_dict())
+    assert_equal_state(parent, source)
+    plain = nn.ModuleDict({"body": token_network(), "tail": nn.Linear(5, 2)})
+    plain.load_state_dict(parent.state_dict())
+    assert_equal_state(plain, source)
+
+
+class WithExtraState(nn.Linear):
+    loaded = None
+
+    def get_extra_state(self):
+        return torch.ones(1)
+
+    def set_extra_state(self, state):
+        self.loaded = state
+
+
+def test_extra_state_loads_where_the_compiled_model_is_a_child():
+    parent = nn.Sequential(kfc_fx.compile(WithExtraState(4, 3)))
+    assert list(parent.state_dict()) == ["0.weight", "0.bias", "0._extra_state"]
+    parent.load_state_dict(parent.state_dict())
+    assert parent[0].loaded is not None
+
+
+def test_apply_visits_the_original_itself():
+    seen = []
+    kfc_fx.compile(nn.Linear(4, 3)).apply(seen.append)
+    assert [type(module) for module in seen] == [nn.Linear]
+
+
+def test_loading_in_place_in_the_middle_of_training_is_seen():
+    compiled, opt = make(token_network())
+    reference = token_network()
+    backward(compiled)
+    opt.step()
+    opt.zero_grad()
+    state = {k: v + 1 if v.is_floating_point() else v for k, v in reference.state_dict().items()}
+    compiled.load_state_dict(state)
+    reference.load_state_dict(state)
+    assert torch.equal(backward(compiled), backward(reference))
+    assert torch.equal(compiled.conv.weight.grad, reference.conv.weight.grad)
+    assert len(compiled.graphs) == 1
+
+
+def test_modes_and_no_grad_are_the_originals():
+    net = token_network()
+    compiled = kfc_fx.compile(net)
+    assert compiled.eval() is compiled
+    assert not net.training
+    assert not net.norm.training
+    with torch.no_grad():
+        output = compiled(IMAGES)
+    assert not output.requires_grad
+    assert torch.equal(output, net(IMAGES))
+    with torch.inference_mode():
+        assert torch.equal(compiled(IMAGES), output)
+    assert compiled.train() is compiled
+    assert net.training
+    assert net.norm.training
+    assert compiled.training
+    parent = nn.Sequential(compiled)
+    parent.eval()
+    assert not net.norm.training
+
+
+@pytest.mark.parametrize("armed", [False, True])
+def test_eval_mode_with_gradients_is_the_originals(armed):
+    compiled, _ = make(token_network().eval())
+    reference = token_network().eval()
+    compiled.recorder.armed = armed
+    assert torch.equal(backward(compiled), backward(reference))
+    compiled.train()
+    reference.train()
+    assert torch.equal(backward(compiled), backward(reference))
+    assert_equal_state(compiled, reference)
+
+
+def test_evaluation_without_gradients_collects_nothing(monkeypatch):
+    emitted = count_calls_of_emitting_graphs(monkeypatch)
+    compiled, opt = make(token_network())
+    with torch.no_grad():
+        compiled(IMAGES)
+    assert not emitted
+    backward(compiled)
+    with torch.no_grad():
+        compiled(IMAGES)
+    assert len(emitted) == 1
+    assert compiled.recorder.statistics.examples == len(IMAGES)
+    opt.step()
+
+
+def test_dtype_moves_with_the_model():
+    compiled, opt = make(token_network())
+    backward(compiled)
+    opt.step()
+    opt.zero_grad()
+    assert compiled.to(torch.float64) is compiled
+    assert compiled.original.norm.running_mean.dtype == torch.float64
+    output = backward(compiled, IMAGES.double())
+    assert output.dtype == torch.float64
+    opt.step()
+    assert opt.factors["conv"].omega.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["deepcopy", "pickle"],
+)
+def test_copies_are_independent_and_train(duplicate):
+    compiled, opt = make(token_network())
+    backward(compiled)
+    copied = duplicate(compiled)
+    assert_equal_state(copied, compiled)
+    before = parameters(compiled)
+    copied.zero_grad()
+    again = kfc_fx.KFC(copied, lr=0.01, seed=3)
+    backward(copied)
+    again.step()
+    assert all(map(torch.equal, compiled.parameters(), before))
+    assert not torch.equal(copied.conv.weight, compiled.conv.weight)
+    opt.step()  # the copy's optimizer did not take the original's place
+    assert set(opt.factors) == set(again.factors) == BLOCKS
+
+
+def test_attributes_go_through_to_the_original():
+    net = token_network()
+    net.flag = 3
+    compiled = kfc_fx.compile(net)
+    assert compiled.flag == 3
+    compiled.flag = 4
+    assert net.flag == 4
+    del compiled.flag
+    assert not hasattr(net, "flag")
+    assert compiled.conv is net.conv
+    compiled.head = nn.Linear(6, 2)
+    assert net.head.out_features == 2
+    assert compiled(IMAGES).shape == (12, 2)
+    compiled.register_buffer("extra", torch.zeros(1))
+    assert net.extra is compiled.extra
+    with pytest.raises(AttributeError, match="missing"):
+        compiled.missing  # noqa: B018
+
+
+def test_trace_captures_without_a_trace_in_the_model(monkeypatch):
+    emitted = count_calls_of_emitting_graphs(monkeypatch)
+    net, reference = token_network(), token_network()
+    compiled, _ = make(net)
+    state = torch.get_rng_state()
+    plan = compiled.trace(x=IMAGES)
+    assert torch.equal(state, torch.get_rng_state())
+    assert_equal_state(net, reference)
+    assert all(p.grad is None for p in net.parameters())
+    assert not emitted
+    assert not compiled.recorder.statistics.sums
+    assert plan is compiled.plan
+    assert {block.name for block in plan.blocks} == BLOCKS
+    assert {g.name for g in plan.generic} == {"norm.weight", "norm.bias"}
+    assert all("batch_norm" in g.reason for g in plan.generic)
+    assert len(compiled.graphs) == 1
+
+
+def test_nothing_captured_is_an_error_that_says_so():
+    with pytest.raises(kfc_fx.CaptureError, match=r"compiled\.trace"):
+        kfc_fx.compile(token_network()).plan  # noqa: B018
+
+
+def test_every_stage_can_be_seen_as_code():
+    compiled = kfc_fx.compile(token_network())
+    compiled.trace(IMAGES)
+    (graph,) = compiled.graphs
+    names = [stage.name for stage in graph.stages]
+    assert names == ["captured", "canonical", "probes", "emissions", "emitting"]
+    assert all("def forward(self" in stage.code for stage in graph.stages)
+    assert "probe_" not in graph.stage("canonical").code
+    assert "probe_conv" in graph.stage("probes").code
+    assert graph.stage("probes").code.count("emit_") == 0
+    assert graph.stage("emissions").code.count("emit_factors(") == 4
+    assert "numel" not in graph.stage("emissions").code
+    assert graph.stage("emitting").code.count("numel()") == 4
+    assert "captured, canonical" in repr(graph)
+    with pytest.raises(KeyError, match="stages: captured, canonical"):
+        graph.stage("nonsense")
+
+
+def test_batch_sizes_share_one_graph():
+    compiled, opt = make(token_network(), factor_interval=2)
+    for size in (6, 4, 12, 3, 5, 7):
+        backward(compiled, IMAGES[:size], LABELS[:size])
+        opt.step()
+        opt.zero_grad()
+    assert len(compiled.graphs) == 1
+
+
+def test_a_batch_of_one_costs_at_most_one_more_graph():
+    compiled, opt = make(token_network().eval(), factor_interval=1)
+    for size in (1, 6, 1, 4, 3):
+        backward(compiled, IMAGES[:size], LABELS[:size])
+        opt.step()
+        opt.zero_grad()
+    assert len(compiled.graphs) <= 2
+
+
+def test_many_models_of_one_class_do_not_use_up_each_others_recompiles():
+    kept = []
+    for _ in range(12):  # the recompile limit is 8
+        torch.manual_seed(0)
+        compiled = kfc_fx.compile(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 5)))
+        kept.append((compiled, kfc_fx.KFC(compiled, lr=0.1, factor_interval=1)))
+    x = torch.randn(6, 4)
+    for _ in range(2):
+        for compiled, opt in kept:
+            backward(compiled, x, LABELS[:6])
+            opt.step()
+            opt.zero_grad()
+    for compiled, opt in kept:
+        assert len(compiled.graphs) == 1
+        assert opt.diagnostics.statistics_steps == 2
+
+
+class Broken(TokenNet):
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        torch._dynamo.graph_break()
+        return self.head(self.tokens(x.flatten(2).transpose(1, 2))).mean(1)
+
+
+def test_statistics_survive_a_graph_break():
+    torch.manual_seed(0)
+    compiled, opt = make(Broken())
+    reference = copy.deepcopy(compiled.original)
+    assert torch.equal(backward(compiled), backward(reference))
+    for name in ("conv", "tokens", "head"):
+        own, other = compiled.get_submodule(name), reference.get_submodule(name)
+        assert torch.equal(own.weight.grad, other.weight.grad)
+    opt.step()
+    assert len(compiled.graphs) == 2
+    assert set(opt.factors) == {"conv", "tokens", "head"}
+    assert opt.factors["conv"].gamma.trace() > 0
+
+
+def test_strict_refuses_a_layer_without_a_block():
+    class Reparametrised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.head = nn.Linear(4, 5)
+
+        def forward(self, x):
+            return self.head(self.layer(x) + self.layer.weight.sum())
+
+    compiled = kfc_fx.compile(Reparametrised(), strict=True)
+    with pytest.raises(kfc_fx.CoverageError, match=r"layer\.weight: also used by"):
+        compiled.trace(torch.randn(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"likelihood": "poisson"}, "likelihood must be one of categorical.*'poisson'"),
+        ({"likelihood": 3}, "likelihood must be one of categorical.*int"),
+        ({"backend": "tensorrt"}, "backend must be one of eager, aot_eager, inductor.*'tensorrt'"),
+    ],
+)
+def test_unknown_options_are_refused_with_the_known_ones(option, message):
+    with pytest.raises(kfc_fx.OptionError, match=message):
+        kfc_fx.compile(conv_network(), **option)
+
+
+def test_only_modules_are_compiled():
+    with pytest.raises(TypeError, match=r"takes an nn\.Module, got function"):
+        kfc_fx.compile(lambda x: x)
+
+
+def test_an_error_of_the_model_is_the_models_own_and_training_goes_on():
+    compiled, opt = make()
+    with pytest.raises(Exception, match="channels"):
+        compiled(torch.randn(4, 3, 6, 6))
+    F.cross_entropy(compiled(IMAGES), LABELS).backward()
+    opt.step()

@@ -1,0 +1,237 @@
+"""What a model may return, and what a likelihood may be."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kfc_fx
+
+GENERATOR = torch.Generator().manual_seed(1)
+X = torch.randn(8, 4, generator=GENERATOR).double()
+Y = torch.randint(3, (8,), generator=GENERATOR)
+
+
+class Pair(NamedTuple):
+    scores: Tensor
+    hidden: Tensor
+
+
+class Opaque:
+    def __init__(self, logits: Tensor, hidden: Tensor, loss: Tensor) -> None:
+        self.logits, self.hidden, self.loss = logits, hidden, loss
+
+
+@dataclass
+class Record:
+    loss: Tensor
+    logits: Tensor
+    hidden: Tensor
+
+
+@dataclass(frozen=True)
+class FrozenRecord:
+    logits: Tensor
+    hidden: Tensor
+    loss: Tensor
+
+
+class ModelOutput(OrderedDict):
+    """As in transformers: entries that are attributes as well."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(name) from error
+
+    def __setattr__(self, name: str, value: Tensor) -> None:
+        self[name] = value
+
+
+FORMS = {
+    "tensor": (lambda z, h, loss: z, lambda out: out),
+    "tuple": (lambda z, h, loss: (z, h, loss), lambda out: out[0]),
+    "list": (lambda z, h, loss: [None, "name", z, h], lambda out: out[2]),
+    "dict-logits": (lambda z, h, loss: {"loss": loss, "logits": z}, lambda out: out["logits"]),
+    "dict-out": (lambda z, h, loss: {"aux": h, "out": z}, lambda out: out["out"]),
+    "dict-first": (lambda z, h, loss: {"score": z, "aux": h}, lambda out: out["score"]),
+    "nested": (lambda z, h, loss: {"out": z, "more": [(h,)]}, lambda out: out["out"]),
+    "namedtuple": (lambda z, h, loss: Pair(z, h), lambda out: out.scores),
+    "dataclass": (lambda z, h, loss: Record(loss, z, h), lambda out: out.logits),
+    "frozen-dataclass": (lambda z, h, loss: FrozenRecord(z, h, loss), lambda out: out.logits),
+    "opaque": (lambda z, h, loss: Opaque(z, h, loss), lambda out: out.logits),
+    "model-output": (
+        lambda z, h, loss: ModelOutput(loss=loss, logits=z, hidden=h),
+        lambda out: out.logits,
+    ),
+}
+
+
+class Net(nn.Module):
+    def __init__(self, form) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(4, 5)
+        self.head = nn.Linear(5, 3)
+        self.form = form
+
+    def forward(self, x, y=None):
+        hidden = torch.tanh(self.body(x))
+        scores = self.head(hidden)
+        loss = F.cross_entropy(scores, Y if y is None else y)
+        return self.form(scores, hidden, loss)
+
+
+def make(form, likelihood="categorical", **options):
+    compiled = kfc_fx.compile(Net(form).double(), likelihood=likelihood)
+    return compiled, kfc_fx.KFC(compiled, **{"lr": 0.01, "seed": 3, **options})
+
+
+def factors_of(compiled, opt) -> dict[str, tuple[Tensor, Tensor]]:
+    opt.step()
+    assert opt.diagnostics.statistics_steps == 1
+    return {name: (f.omega, f.gamma) for name, f in opt.factors.items()}
+
+
+def expected_factors(**options) -> dict[str, tuple[Tensor, Tensor]]:
+    compiled, opt = make(FORMS["tensor"][0], **options)
+    F.cross_entropy(compiled(X), Y).backward()
+    return factors_of(compiled, opt)
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "empirical"])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_prediction_is_found_in_every_form_of_output(form, fisher):
+    build, read = FORMS[form]
+    compiled, opt = make(build, fisher=fisher)
+    output = compiled(X)
+    plain = compiled.original(X)
+    assert type(output) is type(plain)
+    assert torch.equal(read(output), read(plain))
+    F.cross_entropy(read(output), Y).backward()
+    torch.testing.assert_close(factors_of(compiled, opt), expected_factors(fisher=fisher))
+
+
+@pytest.mark.parametrize(
+    ("form", "read"),
+    [
+        ("dict-logits", lambda out: out["loss"]),
+        ("dict-out", lambda out: out["aux"].sum()),
+        ("tuple", lambda out: out[2]),
+        ("namedtuple", lambda out: out.hidden.sum()),
+        ("dataclass", lambda out: out.loss),
+        ("opaque", lambda out: out.hidden.sum()),
+        ("model-output", lambda out: out.loss),
+    ],
+)
+def test_a_loss_from_another_output_than_the_prediction_gives_statistics(form, read):
+    compiled, opt = make(FORMS[form][0])
+    read(compiled(X)).backward()
+    torch.testing.assert_close(factors_of(compiled, opt), expected_factors())
+
+
+def test_a_loss_from_several_outputs_collects_once():
+    compiled, opt = make(FORMS["tuple"][0])
+    scores, hidden, loss = compiled(X)
+    (loss + scores.sum() + hidden.sum()).backward()
+    assert compiled.recorder.statistics.examples == len(X)
+    torch.testing.assert_close(factors_of(compiled, opt), expected_factors())
+
+
+def test_empirical_targets_need_a_loss_of_the_prediction():
+    compiled, _ = make(FORMS["dict-logits"][0], fisher="empirical")
+    with pytest.raises(kfc_fx.OutputError, match="loss was not computed from it.*sampled"):
+        compiled(X)["loss"].backward()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda z: z.div_(10), lambda z: z.add_(3 * torch.eye(8, 3).double()), lambda z: z.zero_()],
+    ids=["div_", "add_", "zero_"],
+)
+def test_an_in_place_op_on_the_output_does_not_touch_the_statistics(change):
+    compiled, opt = make(FORMS["tensor"][0])
+    output = compiled(X)
+    change(output)
+    output.sum().backward()
+    torch.testing.assert_close(factors_of(compiled, opt), expected_factors())
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (lambda z, h, loss: "scores", "output of type str: return a floating-point tensor"),
+        (lambda z, h, loss: None, "output of type NoneType"),
+        (lambda z, h, loss: [z.argmax(1)], "output of type list"),
+        (lambda z, h, loss: loss, "output is a scalar, perhaps a loss"),
+        (lambda z, h, loss: {"logits": z.detach(), "aux": h}, "check that it is not detached"),
+    ],
+    ids=["string", "none", "integers", "scalar", "detached"],
+)
+def test_an_output_without_a_prediction_is_refused_with_what_to_return(form, message):
+    compiled, _ = make(form)
+    with pytest.raises(kfc_fx.OutputError, match=message):
+        compiled(X)
+    with torch.no_grad():
+        compiled(X)  # only statistics need a prediction
+    compiled.recorder.armed = False
+    compiled(X)
+
+
+@pytest.mark.parametrize(
+    ("named", "built"),
+    [
+        ("categorical", kfc_fx.Categorical()),
+        ("categorical", kfc_fx.Categorical(dim=1)),
+        ("gaussian", kfc_fx.Gaussian()),
+        ("bernoulli", kfc_fx.Bernoulli()),
+    ],
+    ids=str,
+)
+def test_a_likelihood_by_name_and_as_an_object_are_the_same(named, built):
+    torch.testing.assert_close(
+        expected_factors(likelihood=built), expected_factors(likelihood=named), rtol=0, atol=0
+    )
+    others = {"categorical", "gaussian", "bernoulli"} - {named}
+    for other in others:
+        gamma = expected_factors(likelihood=other)["head"][1]
+        assert not torch.allclose(gamma, expected_factors(likelihood=named)["head"][1])
+
+
+def test_a_likelihood_function_gives_the_cotangents():
+    signs = torch.tensor([[1.0, -2.0, 1.0]]).double()
+    factors = expected_factors(likelihood=lambda z: signs.expand_as(z))
+    torch.testing.assert_close(factors["head"][1], signs.T @ signs)
+
+
+@pytest.mark.parametrize(
+    ("function", "found"),
+    [
+        (lambda z: z.sum(1), r"\(8,\)"),
+        (lambda z: z[:, :2], r"\(8, 2\)"),
+        (lambda z: 1.0, "float"),
+    ],
+    ids=["vector", "narrow", "number"],
+)
+def test_a_likelihood_function_of_the_wrong_shape_is_refused(function, found):
+    compiled, _ = make(FORMS["tensor"][0], likelihood=function)
+    with pytest.raises(kfc_fx.OptionError, match=rf"shape \(8, 3\); it returned .*{found}"):
+        compiled(X).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "message"),
+    [("gaussian", "gaussian likelihood does not allow"), (torch.zeros_like, "knows no targets")],
+    ids=["gaussian", "function"],
+)
+def test_empirical_targets_are_refused_where_they_cannot_be_read_off(likelihood, message):
+    compiled, _ = make(FORMS["tensor"][0], likelihood=likelihood, fisher="empirical")
+    with pytest.raises(kfc_fx.OptionError, match=message):
+        compiled(X).sum().backward()
