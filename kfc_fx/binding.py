@@ -80,8 +80,8 @@ def _check_blocks(
     for block in blocks:
         if block.bias is not None and block.bias not in groups:
             raise OptionError(
-                f"layer {block.name!r}: its weight is among the optimizer's parameters and its bias "
-                "is not, but they are one block [W b]; pass both, or freeze the bias"
+                f"layer {block.name!r}: its weight is among the optimizer's parameters and its "
+                "bias is not, but they are one block [W b]; pass both, or freeze the bias"
             )
 
 

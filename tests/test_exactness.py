@@ -11,7 +11,7 @@ import kfc_fx
 
 
 def test_one_linear_layer_with_gaussian_likelihood_takes_the_natural_gradient_step():
-    """The Fisher matrix of a linear regression is ``E[a aᵀ] ⊗ I``: one step of rate one solves it."""
+    """The Fisher matrix of a linear regression is ``E[a aᵀ] ⊗ I``: one step solves it."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 3)).double()
     x, target = torch.randn(50, 4).double(), torch.randn(50, 3).double()

@@ -147,7 +147,7 @@ def test_a_loss_from_several_outputs_collects_once():
 
 def test_empirical_targets_need_a_loss_of_the_prediction():
     compiled, _ = make(FORMS["dict-logits"][0], fisher="empirical")
-    with pytest.raises(kfc_fx.OutputError, match="loss was not computed from it.*sampled"):
+    with pytest.raises(kfc_fx.OutputError, match=r"loss was not computed from it.*sampled"):
         compiled(X)["loss"].backward()
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch.fx.proxy import Proxy
 
 from kfc_fx.codegen.layout import StackSpec
 from kfc_fx.codegen.options import UpdateSpec
-from kfc_fx.codegen.update_graph import UpdateGraph
+from kfc_fx.codegen.update_graph import UpdateGraph, Value
 
 SUMMARY = """EMA of the factors: Ω = Σ a aᵀ / N and Γ = Σ g gᵀ / (N |T|).
 
@@ -22,7 +21,7 @@ def accumulate_graph(spec: UpdateSpec) -> UpdateGraph:
     update = UpdateGraph("accumulate", SUMMARY)
     names = ("statistics", "examples", "rows", "rate", "state")
     statistics, examples, rows, rate, state = (update.argument(name) for name in names)
-    result: dict[str, Proxy] = {}
+    result: dict[str, Value] = {}
     for stack in spec.stacks:
         update.section(describe(stack))
         key = stack.key

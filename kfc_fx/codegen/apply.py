@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch.fx.proxy import Proxy
 
 from kfc_fx.codegen.accumulate import describe
 from kfc_fx.codegen.generic import generic_steps
 from kfc_fx.codegen.layout import StackSpec
 from kfc_fx.codegen.matrices import gather, rotate_input, scatter, transposed
 from kfc_fx.codegen.options import UpdateSpec
-from kfc_fx.codegen.update_graph import UpdateGraph
+from kfc_fx.codegen.update_graph import UpdateGraph, Value
 
 ADAM_SUMMARY = """One step of Adam in the eigenbasis of Ω ⊗ Γ.
 
@@ -38,8 +37,8 @@ def apply_graphs(spec: UpdateSpec) -> list[UpdateGraph]:
 def _adam_graph(spec: UpdateSpec) -> UpdateGraph:
     update = UpdateGraph("apply", ADAM_SUMMARY)
     arguments = _arguments(update, spec, ["step", "second_moment_decay", "eps"])
-    steps: dict[str, Proxy] = {}
-    result: dict[str, Proxy] = {}
+    steps: dict[str, Value] = {}
+    result: dict[str, Value] = {}
     for stack in spec.stacks:
         update.section(describe(stack))
         matrix = _adam_stack(update, spec, stack, arguments, result)
@@ -51,9 +50,9 @@ def _adam_stack(
     update: UpdateGraph,
     spec: UpdateSpec,
     stack: StackSpec,
-    arguments: dict[str, Proxy],
-    result: dict[str, Proxy],
-) -> Proxy:
+    arguments: dict[str, Value],
+    result: dict[str, Value],
+) -> Value:
     key, shape, state = stack.key, stack.matrix_shape, arguments["state"]
     decay, step = arguments["second_moment_decay"], arguments["step"]
     g = update.let(f"g_{key}", gather(update, stack, arguments["gradients"]), shape)
@@ -85,8 +84,8 @@ def _adam_stack(
 def _precondition_graph(spec: UpdateSpec) -> UpdateGraph:
     update = UpdateGraph("precondition", PRECONDITION_SUMMARY)
     arguments = {name: update.argument(name) for name in ("gradients", "state", "lr")}
-    views: dict[str, Proxy] = {}
-    matrices: dict[str, Proxy] = {}
+    views: dict[str, Value] = {}
+    matrices: dict[str, Value] = {}
     for stack in spec.stacks:
         update.section(describe(stack))
         _, v = _direction(update, stack, arguments)
@@ -101,12 +100,12 @@ def _inverse_graph(spec: UpdateSpec) -> UpdateGraph:
     extra = {"none": [], "factors": ["clip"], "exact": ["v", "nu", "clip"]}[spec.clip]
     arguments = _arguments(update, spec, extra)
     vectors = _vectors(update, spec, arguments)
-    result: dict[str, Proxy] = {}
+    result: dict[str, Value] = {}
     if spec.clip != "none":
         scale = (arguments["clip"] / arguments["nu"].clamp(min=0)).sqrt().clamp(max=1)
         arguments["clip_scale"] = update.let("clip_scale", scale)
         result |= {"nu": arguments["nu"], "clip_scale": arguments["clip_scale"]}
-    steps: dict[str, Proxy] = {}
+    steps: dict[str, Value] = {}
     for stack in spec.stacks:
         update.section(f"{stack.key}: step")
         matrix = _momentum_step(update, spec, stack, arguments, vectors[stack.key], result)
@@ -115,8 +114,8 @@ def _inverse_graph(spec: UpdateSpec) -> UpdateGraph:
 
 
 def _vectors(
-    update: UpdateGraph, spec: UpdateSpec, arguments: dict[str, Proxy]
-) -> dict[str, Proxy]:
+    update: UpdateGraph, spec: UpdateSpec, arguments: dict[str, Value]
+) -> dict[str, Value]:
     """v by stack; with the clip from the factors, ν = −Σ lr ⟨∇, v⟩ too, since F v = −lr ∇."""
     if spec.clip == "exact":
         return {stack.key: arguments["v"][stack.key] for stack in spec.stacks}
@@ -136,8 +135,8 @@ def _vectors(
 
 
 def _direction(
-    update: UpdateGraph, stack: StackSpec, arguments: dict[str, Proxy]
-) -> tuple[Proxy, Proxy]:
+    update: UpdateGraph, stack: StackSpec, arguments: dict[str, Value]
+) -> tuple[Value, Value]:
     """(gradient, v = −lr Γ⁻¹ ∇ Ω⁻¹) of a stack."""
     key, shape, state = stack.key, stack.matrix_shape, arguments["state"]
     g = update.let(f"g_{key}", gather(update, stack, arguments["gradients"]), shape)
@@ -156,10 +155,10 @@ def _momentum_step(
     update: UpdateGraph,
     spec: UpdateSpec,
     stack: StackSpec,
-    arguments: dict[str, Proxy],
-    v: Proxy,
-    result: dict[str, Proxy],
-) -> Proxy:
+    arguments: dict[str, Value],
+    v: Value,
+    result: dict[str, Value],
+) -> Value:
     key, shape, state = stack.key, stack.matrix_shape, arguments["state"]
     moved = arguments["clip_scale"] * v if spec.clip != "none" else v
     if spec.momentum:
@@ -174,20 +173,20 @@ def _momentum_step(
 def _masked(
     update: UpdateGraph,
     spec: UpdateSpec,
-    arguments: dict[str, Proxy],
+    arguments: dict[str, Value],
     key: str,
-    new: Proxy,
-    old: Proxy,
-) -> Proxy:
+    new: Value,
+    old: Value,
+) -> Value:
     """Keep the old state of blocks that have no gradient in this step."""
     return update.call(torch.where, arguments["active"][key], new, old) if spec.partial else new
 
 
-def _masked_step(spec: UpdateSpec, arguments: dict[str, Proxy], key: str, step: Proxy) -> Proxy:
+def _masked_step(spec: UpdateSpec, arguments: dict[str, Value], key: str, step: Value) -> Value:
     return step * arguments["active"][key] if spec.partial else step
 
 
-def _arguments(update: UpdateGraph, spec: UpdateSpec, extra: list[str]) -> dict[str, Proxy]:
+def _arguments(update: UpdateGraph, spec: UpdateSpec, extra: list[str]) -> dict[str, Value]:
     names = ["parameters", "gradients", "state", "lr"]
     names += ["momentum"] * spec.momentum
     names += extra
@@ -202,9 +201,9 @@ def _arguments(update: UpdateGraph, spec: UpdateSpec, extra: list[str]) -> dict[
 def _finish(
     update: UpdateGraph,
     spec: UpdateSpec,
-    arguments: dict[str, Proxy],
-    steps: dict[str, Proxy],
-    result: dict[str, Proxy],
+    arguments: dict[str, Value],
+    steps: dict[str, Value],
+    result: dict[str, Value],
 ) -> UpdateGraph:
     """Generic parameters, decay, the step itself and the Polyak average; one call for each."""
     generic = generic_steps(update, spec, arguments, result) if spec.generic else None

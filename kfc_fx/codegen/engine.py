@@ -222,7 +222,9 @@ class UpdateEngine:
         return filled, active
 
     def _commit(self, spec: UpdateSpec, result: dict[str, Any]) -> dict[str, Any]:
-        report = {name: result.pop(name) for name in ("nu", "clip_scale") if name in result}
+        report: dict[str, Any] = {
+            name: result.pop(name) for name in ("nu", "clip_scale") if name in result
+        }
         for name in GENERIC_STATE:
             for parameter, value in zip(spec.generic, result.pop(name, ()), strict=False):
                 self.generic[parameter.name][name] = value

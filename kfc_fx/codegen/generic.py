@@ -5,10 +5,9 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch.fx.proxy import Proxy
 
 from kfc_fx.codegen.options import UpdateSpec
-from kfc_fx.codegen.update_graph import UpdateGraph
+from kfc_fx.codegen.update_graph import UpdateGraph, Value
 
 ADAMW_SECOND_MOMENT_DECAY = 0.999
 ADAMW_EPS = 1e-8
@@ -18,9 +17,9 @@ ADAMW_EPS = 1e-8
 def generic_steps(
     update: UpdateGraph,
     spec: UpdateSpec,
-    arguments: dict[str, Proxy],
-    result: dict[str, Proxy],
-) -> Proxy:
+    arguments: dict[str, Value],
+    result: dict[str, Value],
+) -> Value:
     """Steps to subtract from the generic parameters, a list in the order of the spec.
 
     New state goes into ``result``.
@@ -39,10 +38,10 @@ def generic_steps(
 def _adamw(
     update: UpdateGraph,
     spec: UpdateSpec,
-    arguments: dict[str, Proxy],
-    gradients: Proxy,
-    result: dict[str, Proxy],
-) -> Proxy:
+    arguments: dict[str, Value],
+    gradients: Value,
+    result: dict[str, Value],
+) -> Value:
     """``m̂ / (sqrt(v̂) + ε)`` (Loshchilov & Hutter 2019, algorithm 2)."""
     state, step, decay = arguments["state"], arguments["step"], ADAMW_SECOND_MOMENT_DECAY
     corrected = gradients
@@ -64,10 +63,10 @@ def _adamw(
 def _sgd(
     update: UpdateGraph,
     spec: UpdateSpec,
-    arguments: dict[str, Proxy],
-    gradients: Proxy,
-    result: dict[str, Proxy],
-) -> Proxy:
+    arguments: dict[str, Value],
+    gradients: Value,
+    result: dict[str, Value],
+) -> Value:
     """``p ← momentum p + ∇`` as in torch.optim.SGD."""
     if not spec.momentum:
         return gradients

@@ -89,7 +89,7 @@ def stack_blocks(
             block
         )
     stacks: list[StackSpec] = []
-    for (form, _, _, *placement), group in members.items():
+    for (form, _, _, *placement), group in members.items():  # type: ignore[assignment]
         key = _unused_key(_shape_key(group[0], form), stacks)  # type: ignore[arg-type]
         stacks.append(StackSpec(key, form, tuple(group), *placement))  # type: ignore[arg-type]
     return tuple(stacks)

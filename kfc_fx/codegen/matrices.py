@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch.fx.proxy import Proxy
 
 from kfc_fx.codegen.layout import StackSpec
-from kfc_fx.codegen.update_graph import UpdateGraph
+from kfc_fx.codegen.update_graph import UpdateGraph, Value
 from kfc_fx.plan.spec import BlockSpec
 
 
-def gather(update: UpdateGraph, stack: StackSpec, tensors: Proxy) -> Proxy:
+def gather(update: UpdateGraph, stack: StackSpec, tensors: Value) -> Value:
     """Stack the gradients of a stack's blocks: ``[depth, rows, columns]``."""
     weights = [_weight_matrix(stack, block, tensors) for block in stack.blocks]
     matrix = _joined(update, weights)
@@ -29,9 +28,9 @@ def gather(update: UpdateGraph, stack: StackSpec, tensors: Proxy) -> Proxy:
     return matrix.to(getattr(torch, stack.dtype)) if stack.converts else matrix
 
 
-def scatter(update: UpdateGraph, stack: StackSpec, matrix: Proxy) -> dict[str, Proxy]:
+def scatter(update: UpdateGraph, stack: StackSpec, matrix: Value) -> dict[str, Value]:
     """Views of a stacked matrix in the shapes of the parameters."""
-    views: dict[str, Proxy] = {}
+    views: dict[str, Value] = {}
     for block in stack.blocks:
         start, stop = stack.spans[block.name]
         entry = matrix
@@ -50,11 +49,11 @@ def scatter(update: UpdateGraph, stack: StackSpec, matrix: Proxy) -> dict[str, P
 def rotate_input(
     update: UpdateGraph,
     stack: StackSpec,
-    bases: Mapping[str, Proxy],
-    matrix: Proxy,
+    bases: Mapping[str, Value],
+    matrix: Value,
     *,
     back: bool = False,
-) -> Proxy:
+) -> Value:
     """``M Q_Ω``, or ``M Q_Ωᵀ`` with ``back``.
 
     Args:
@@ -81,12 +80,12 @@ def rotate_input(
     return turned
 
 
-def transposed(matrix: Proxy) -> Proxy:
+def transposed(matrix: Value) -> Value:
     """``matrix.mT``."""
     return _attribute(matrix, "mT")
 
 
-def _weight_matrix(stack: StackSpec, block: BlockSpec, tensors: Proxy) -> Proxy:
+def _weight_matrix(stack: StackSpec, block: BlockSpec, tensors: Value) -> Value:
     weight = tensors[block.weight]
     if stack.form == "dense":
         return weight.reshape(block.groups, block.rows, block.channels * block.offsets)
@@ -94,11 +93,11 @@ def _weight_matrix(stack: StackSpec, block: BlockSpec, tensors: Proxy) -> Proxy:
     return _attribute(split, "mT").flatten(2)
 
 
-def _joined(update: UpdateGraph, parts: list[Proxy]) -> Proxy:
+def _joined(update: UpdateGraph, parts: list[Value]) -> Value:
     return parts[0] if len(parts) == 1 else update.call(torch.cat, parts)
 
 
-def _attribute(value: Proxy, name: str) -> Proxy:
+def _attribute(value: Value, name: str) -> Value:
     return value.tracer.create_proxy("call_function", getattr, (value, name), {})
 
 

@@ -130,7 +130,7 @@ class _Printer:
         if target is getattr:
             return Expression(f"{self.bracketed(node.args[0], ATOM)}.{node.args[1]}")
         if target is list:
-            return self.value(list(node.args[0]))
+            return self.value(list(node.args[0]))  # type: ignore[arg-type]
         return self.call(self.function_name(target), node.args, node.kwargs)
 
     def infix(self, sign: str, left: Any, right: Any) -> Expression:

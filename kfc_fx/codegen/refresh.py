@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from torch.fx.proxy import Proxy
-
 from kfc_fx.codegen.accumulate import describe
 from kfc_fx.codegen.layout import StackSpec
 from kfc_fx.codegen.matrices import rotate_input, transposed
 from kfc_fx.codegen.options import UpdateSpec
-from kfc_fx.codegen.update_graph import UpdateGraph
+from kfc_fx.codegen.update_graph import UpdateGraph, Value
 from kfc_fx.curvature.eigenbasis import eigenbasis, orthogonal_iteration
 from kfc_fx.curvature.inverse import damped_inverses, separable_damped_inverses
 
@@ -44,8 +42,8 @@ def _sides(stack: StackSpec) -> dict[str, int]:
 def _basis_graph(spec: UpdateSpec, name: str) -> UpdateGraph:
     update = UpdateGraph(name, SUMMARIES["adam", name])
     state = update.argument("state")
-    result: dict[str, Proxy] = {}
-    failed: dict[str, list[Proxy]] = {}
+    result: dict[str, Value] = {}
+    failed: dict[str, list[Value]] = {}
     for stack in spec.stacks:
         update.section(describe(stack))
         for factor, basis in bases_of(stack).items():
@@ -66,8 +64,8 @@ def _turn_moments(
     update: UpdateGraph,
     spec: UpdateSpec,
     stack: StackSpec,
-    state: Proxy,
-    result: dict[str, Proxy],
+    state: Value,
+    result: dict[str, Value],
 ) -> None:
     """Moments in the new basis, with ``R = Qᵀ_old Q_new`` of each factor.
 
@@ -93,8 +91,8 @@ def _turn_moments(
 def _inverse_graph(spec: UpdateSpec) -> UpdateGraph:
     update = UpdateGraph("refresh", SUMMARIES["inverse", "refresh"])
     state, damping = update.argument("state"), update.argument("damping")
-    result: dict[str, Proxy] = {}
-    failed: dict[str, list[Proxy]] = {}
+    result: dict[str, Value] = {}
+    failed: dict[str, list[Value]] = {}
     for stack in spec.stacks:
         update.section(describe(stack))
         key = stack.key

@@ -9,6 +9,9 @@ from typing import Any
 from torch import fx
 from torch.fx.proxy import GraphAppendingTracer, Proxy
 
+Value = Any
+"""A ``torch.fx`` proxy, whose operators torch leaves untyped."""
+
 
 class UpdateGraph:
     """Builds the graph and marks what the printed source should show.
@@ -24,11 +27,11 @@ class UpdateGraph:
         self._tracer = GraphAppendingTracer(self.graph)
         self._section: str | None = None
 
-    def argument(self, name: str) -> Proxy:
+    def argument(self, name: str) -> Value:
         """An argument of the function."""
         return Proxy(self.graph.placeholder(name), self._tracer)
 
-    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Proxy:
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Value:
         """A call, with proxies anywhere in its arguments."""
         return self._tracer.create_proxy("call_function", function, args, kwargs)
 
@@ -36,13 +39,13 @@ class UpdateGraph:
         """A comment line before the next statement."""
         self._section = title
 
-    def let(self, name: str, value: Proxy, shape: Sequence[int] | None = None) -> Proxy:
+    def let(self, name: str, value: Value, shape: Sequence[int] | None = None) -> Value:
         """Name a value; its statement carries the shape as a comment."""
         self._statement(value.node, shape)
         value.node._rename(name)
         return value
 
-    def let_tuple(self, names: Sequence[str], value: Proxy) -> tuple[Proxy, ...]:
+    def let_tuple(self, names: Sequence[str], value: Value) -> tuple[Value, ...]:
         """Unpack a call that returns a tuple into named values."""
         self._statement(value.node, None)
         parts = tuple(self.call(operator.getitem, value, index) for index in range(len(names)))
@@ -58,7 +61,7 @@ class UpdateGraph:
         self._statement(node, None)
         node.meta["effect"] = True
 
-    def named_list(self, name: str, values: Sequence[Proxy]) -> Proxy:
+    def named_list(self, name: str, values: Sequence[Value]) -> Value:
         """A list that is used more than once."""
         return self.let(name, self.call(list, tuple(values)))
 

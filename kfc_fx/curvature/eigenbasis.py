@@ -28,7 +28,7 @@ def eigendecomposition(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     no_failure = torch.zeros(factor.shape[0], dtype=torch.bool, device=factor.device)
     try:
         values, basis = torch.linalg.eigh(factor)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return _one_by_one(factor)
     return values, basis, no_failure
 
@@ -60,7 +60,7 @@ def _one_by_one(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for index, matrix in enumerate(factor):
         try:
             found, vectors = torch.linalg.eigh(matrix.double())
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             failed[index] = True
             continue
         values[index], basis[index] = found.to(factor.dtype), vectors.to(factor.dtype)

@@ -56,10 +56,11 @@ def fisher_quadratic_form(
             # torch scripts its own forward-mode formulas and warns of it.
             warnings.filterwarnings("ignore", "`torch.jit.script`", FutureWarning)
             warnings.filterwarnings("ignore", "`torch.jit.script`", DeprecationWarning)
-            output, tangent = torch.func.jvp(predict, (parameters,), (tangents,))
+            output, tangent = torch.func.jvp(predict, (parameters,), (tangents,))  # type: ignore[misc]
     except (RuntimeError, NotImplementedError) as error:
         raise KfcError(
-            f"the exact ν needs a forward-mode derivative of the whole model, and it failed: {error}. "
+            "the exact ν needs a forward-mode derivative of the whole model, and it failed: "
+            f"{error}. "
             "Use clip_by='factors', which needs none"
         ) from error
     wide = torch.promote_types(output.dtype, torch.float32)

@@ -201,7 +201,7 @@ def resolve_likelihood(option: str | Likelihood | CotangentFunction) -> Likeliho
             )
         return NAMED[option]()
     if hasattr(option, "sampled_cotangent"):
-        return option
+        return option  # type: ignore[return-value]
     if callable(option):
         return SampledCotangents(option)
     raise OptionError(

@@ -39,7 +39,7 @@ def match_uses(graph: fx.Graph, parameters: Mapping[str, str]) -> GraphUses:
         unmatched += [
             UnmatchedUse(name, node.name, _target_name(node), source_location(node))
             for position, name in _parameter_arguments(node, parameters)
-            if in_site.get(position) != name
+            if in_site.get(position) != name  # type: ignore[arg-type]
         ]
     return GraphUses(tuple(sites), tuple(unmatched))
 

@@ -139,6 +139,6 @@ def _emission_node(
     probes = [present[block.name, statistic] for statistic in statistic_shapes(block, form)]
     arguments = (node, nodes[site.input_node], *probes)
     if form == "separable":
-        return graph.call_function(emit_separable_factors, arguments, options)
+        return graph.call_function(emit_separable_factors, arguments, options)  # type: ignore[arg-type]
     options["bias"] = block.bias is not None
-    return graph.call_function(emit_factors, arguments, options)
+    return graph.call_function(emit_factors, arguments, options)  # type: ignore[arg-type]
