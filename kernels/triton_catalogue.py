@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from kfc_fx.kernels import triton_im2col_gram, triton_pack, triton_row_gram, triton_split_reduction
+from kfc_fx.kernels import (
+    triton_im2col_gram,
+    triton_pack,
+    triton_patch_products,
+    triton_row_gram,
+    triton_split_reduction,
+)
 from kfc_fx.kernels.triton_case import KernelCase
 
-KERNEL_MODULES = (triton_im2col_gram, triton_pack, triton_row_gram, triton_split_reduction)
+KERNEL_MODULES = (
+    triton_im2col_gram,
+    triton_pack,
+    triton_patch_products,
+    triton_row_gram,
+    triton_split_reduction,
+)
 
 
 def shipped_cases() -> list[KernelCase]:

@@ -69,6 +69,13 @@ SYMMETRIC_IEEE = (
 # Kernels by precision mode; ``"half"`` stands for bfloat16 and float16 inputs.
 SYMMETRIC = {"half": SYMMETRIC_16, "tf32": SYMMETRIC_TF32, "ieee": SYMMETRIC_IEEE}
 
+# Rectangular tiles for products of two different operands, by the same modes.
+RECTANGULAR = {
+    "half": (*SYMMETRIC_16, GramConfig(128, 256, 64, 8, 4)),
+    "tf32": (*SYMMETRIC_TF32, GramConfig(128, 256, 32, 8, 4)),
+    "ieee": SYMMETRIC_IEEE,
+}
+
 
 def precision_mode(dtype: torch.dtype) -> str:
     """``"half"``, ``"tf32"`` or ``"ieee"``: how a dtype is multiplied under torch's settings.
@@ -122,6 +129,17 @@ def default_symmetric(side: int, mode: str) -> GramConfig:
         if padded * 4 <= side * 5:
             return config
     return configs[0] if side <= configs[0].block_m else configs[1]
+
+
+def default_rectangular(side: int, mode: str, shared_bytes: int) -> GramConfig:
+    """The largest tile that wastes at most a quarter of its columns and has two stages."""
+    configs = RECTANGULAR[mode]
+    itemsize = 2 if mode == "half" else 4
+    for config in reversed(configs[1:]):
+        padded = -(-side // config.block_n) * config.block_n
+        if padded * 4 <= side * 5 and 2 * config.stage_bytes(itemsize) <= shared_bytes:
+            return config
+    return configs[0] if side <= configs[0].block_n else configs[1]
 
 
 def default_splits(tiles: int, steps: int, processors: int, *, least_steps: int = 8) -> int:
