@@ -16,22 +16,25 @@ CHUNK_ELEMENTS = 2**18
 
 
 def pack_slots(products: Tensor, sums: Tensor | None, patches: int) -> Tensor:
-    """``[J, G, c, c]`` and, with a bias, ``[B, G, c]`` -> ``[G, numbers]``."""
+    """``[J, G, c, c]`` and, with a bias, ``[G, B, c]`` -> ``[G, numbers]``."""
     parts = [products.transpose(0, 1).flatten(1)]
     if sums is not None:
-        parts.append(sums.transpose(0, 1).flatten(1))
-        parts.append(sums.new_full((sums.shape[1], 1), patches))
+        parts.append(sums.flatten(1))
+        parts.append(sums.new_full((sums.shape[0], 1), patches))
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0].contiguous()
 
 
 def reach_sums(x: Tensor, plan: ProductPlan, stride: tuple[int, ...], groups: int) -> Tensor:
-    """Sums of ``x``: ``[N, C, *spatial]`` over the images and each reach: ``[B, G, C/G]``."""
+    """Sums of ``x``: ``[N, C, *spatial]`` over the images and each reach: ``[G, B, C/G]``."""
     total = x.sum(0, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     sums = [
-        _box(total, plan.slots[slot], stride).flatten(1).sum(1).unflatten(0, (groups, -1))
+        _box(total, plan.slots[slot], stride)
+        .flatten(1)
+        .sum(1)
+        .unflatten(0, (groups, x.shape[1] // groups))
         for slot in plan.reaches
     ]
-    return torch.stack(sums)
+    return torch.stack(sums, dim=1)
 
 
 def _box(total: Tensor, product: Product, stride: tuple[int, ...]) -> Tensor:
@@ -51,12 +54,21 @@ def assemble_slots(slots: Tensor, plan: ProductPlan, channels: int, bias: bool) 
     omega = slots.new_empty((groups, side + bias, side + bias))
     _fill_blocks(omega[:, :side, :side], products, plan)
     if bias:
-        sums = slots[:, split:-1].unflatten(1, (-1, channels)) # [G, B, c]
-        columns = sums[:, list(plan.reach_of_offset)].mT.flatten(1)
-        omega[:, :side, side] = columns
-        omega[:, side, :side] = columns
-        omega[:, side, side] = slots[:, -1]
+        fill_bias(
+            omega,
+            slots[:, split:-1].unflatten(1, (len(plan.reaches), channels)),
+            slots[:, -1],
+            plan,
+        )
     return omega
+
+
+def fill_bias(omega: Tensor, sums: Tensor, patches: Tensor | int, plan: ProductPlan) -> None:
+    """The last row and column of Ω from the reach sums ``[G, B, c]`` and the number of patches."""
+    columns = sums[:, list(plan.reach_of_offset)].mT.flatten(1)
+    omega[:, :-1, -1] = columns
+    omega[:, -1, :-1] = columns
+    omega[:, -1, -1] = patches
 
 
 def _fill_blocks(omega: Tensor, products: Tensor, plan: ProductPlan) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 from math import ceil, prod
 
-import torch
 from torch import Tensor
 
 from kfc_fx.kernels.cpu_symmetric_product import add_upper_gram, mirror_upper
@@ -21,15 +20,14 @@ BUFFER_ELEMENTS = 2**21
 LEAST_ROWS = 512  # a shorter sum would spend its time on reading and writing Ω
 
 
-def im2col_gram(x: Tensor, geometry: ConvGeometry) -> Tensor:
-    """``x``: ``[N, C, *spatial]`` -> Ω without a bias: ``[G, c·K, c·K]``."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+def add_im2col_gram(omega: Tensor, x: Tensor, geometry: ConvGeometry) -> None:
+    """Add Ω of ``x``: ``[N, C, *spatial]`` to ``omega``: ``[G, c·K, c·K]``, symmetric already."""
+    dtype = omega.dtype
     out = geometry.output_size(x.shape[2:])
     groups, channels = geometry.groups, x.shape[1] // geometry.groups
     side = channels * geometry.offsets
-    omega = x.new_zeros((groups, side, side), dtype=dtype)
     if not x.numel() or not prod(out):
-        return omega
+        return
     images = _images_per_buffer(len(x), groups * side, prod(out))
     shape = (groups, channels, *geometry.kernel_size, images, *out)
     padded = any(map(any, geometry.padding)) or len(x) % images
@@ -37,7 +35,7 @@ def im2col_gram(x: Tensor, geometry: ConvGeometry) -> Tensor:
     for part in x.split(images):
         fill_patches(patches, part.contiguous(), geometry)
         add_upper_gram(omega, patches.view(groups, side, -1))
-    return mirror_upper(omega)
+    mirror_upper(omega)
 
 
 def _images_per_buffer(images: int, side: int, locations: int) -> int:

@@ -92,9 +92,7 @@ def line_products(x: Tensor, plan: ProductPlan, geometry: ConvGeometry) -> Tenso
     return slots
 
 
-def _line_patches(
-    x: Tensor, geometry: ConvGeometry, dtype: torch.dtype
-) -> Iterator[list[Tensor]]:
+def _line_patches(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> Iterator[list[Tensor]]:
     """Yield, for a few images at a time, the lines of each phase: ``[G, c·K', Q0, n·T']``."""
     stride, groups = geometry.stride[0], geometry.groups
     rows = ceil(x.shape[2] / stride)

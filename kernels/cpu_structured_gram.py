@@ -127,7 +127,7 @@ def structured_products(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     channels = x.shape[1] // groups
     spatial = tuple(x.shape[2:])
-    layout = _layout(plan, stride, spatial)
+    layout = buffer_layout(plan, stride, spatial)
     work = schedule(plan, layout.quotients)
     sums = x.new_zeros((len(work.jobs), groups, channels, channels), dtype=dtype)
     if x.numel():
@@ -172,12 +172,13 @@ class Layout:
         return total
 
 
-def _layout(plan: ProductPlan, stride: tuple[int, ...], spatial: tuple[int, ...]) -> Layout:
+@lru_cache(maxsize=512)
+def buffer_layout(plan: ProductPlan, stride: tuple[int, ...], spatial: tuple[int, ...]) -> Layout:
+    """The layout of a map of size ``spatial``."""
     quotients = tuple(ceil(size / step) for size, step in zip(spatial, stride, strict=True))
     reach = [max(abs(slot[axis].shift) for slot in plan.slots) for axis in range(len(spatial))]
-    padded = (quotients[0],) + tuple(
-        size + pad for size, pad in zip(quotients[1:], reach[1:], strict=True)
-    )
+    reach[0] = 0  # the first axis is outermost: its shifts never leave a line
+    padded = tuple(size + pad for size, pad in zip(quotients, reach, strict=True))
     phases = {tuple(axis.phase for axis in slot) for slot in plan.slots}
     phases |= {tuple(axis.other_phase for axis in slot) for slot in plan.slots}
     bare = Layout(stride, tuple(sorted(phases)), quotients, padded, 0)

@@ -41,7 +41,7 @@ class AxisProduct:
 Product = tuple[AxisProduct, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity: plans are cached, and keys of caches
 class ProductPlan:
     """The distinct products (slots) of one geometry on one map, and who uses them.
 
@@ -119,9 +119,7 @@ def elementary_segments(intervals: Sequence[tuple[int, int]]) -> list[tuple[int,
     ]
 
 
-def segments_within(
-    interval: tuple[int, int], segments: Sequence[tuple[int, int]]
-) -> list[int]:
+def segments_within(interval: tuple[int, int], segments: Sequence[tuple[int, int]]) -> list[int]:
     """Which of the elementary segments make up one interval."""
     low, high = interval
     return [i for i, (start, stop) in enumerate(segments) if low <= start and stop <= high]

@@ -1,7 +1,8 @@
 """Statistics as functional ``torch.library`` ops; the only importer of ``kfc_fx.kernels``."""
 
 from kfc_fx.ops.patch_gram import patch_gram
+from kfc_fx.ops.patch_products import assemble, patch_products
 from kfc_fx.ops.row_gram import row_gram
 from kfc_fx.ops.separable_gram import separable_gram
 
-__all__ = ["patch_gram", "row_gram", "separable_gram"]
+__all__ = ["assemble", "patch_gram", "patch_products", "row_gram", "separable_gram"]

@@ -1,0 +1,133 @@
+"""Which method is fastest on CPU: counts of work, times the speed of each kind of work.
+
+The speeds are those of two AVX-512 cores; a choice depends on their ratios alone, which vary far
+less between machines than the speeds. Half precision is widened while it is copied, so dtypes
+differ in nothing but float64's doubled cost, which is the same for all methods.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from math import ceil, log2, prod
+
+from kfc_fx.kernels import cpu_im2col_gram, cpu_line_gram, cpu_structured_gram
+from kfc_fx.kernels.cpu_symmetric_product import upper_blocks
+from kfc_fx.kernels.products import ProductPlan
+from kfc_fx.plan.geometry import ConvGeometry
+
+CALL = 12e3  # ns for one product, however small
+COPY = 0.45  # ns per element laid out
+GATHER = 2.0  # ns per element of a border column
+ASSEMBLE = 1.2  # ns per element of Ω
+MIRROR = 0.7  # ns per element of Ω
+# side of a product -> 1e9 floating-point operations per second
+RATES = ((1, 25.0), (2, 3.0), (3, 5.0), (8, 25.0), (16, 60.0), (32, 100.0), (64, 120.0),
+         (128, 160.0), (256, 190.0))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Estimated nanoseconds of each way to the dense Ω."""
+
+    structured: float
+    lines: float
+    im2col: float
+
+    @property
+    def best_products(self) -> str:
+        """The faster of the two ways to the slots."""
+        return "structured" if self.structured <= self.lines else "lines"
+
+    @property
+    def best(self) -> str:
+        """The fastest way to Ω."""
+        return self.best_products if min(self.structured, self.lines) < self.im2col else "im2col"
+
+
+def rate(side: float) -> float:
+    """Speed of a square product with a long sum, by interpolation over the side's logarithm."""
+    for (low, slow), (high, fast) in pairwise(RATES):
+        if side <= high:
+            share = log2(max(side, low) / low) / log2(high / low)
+            return slow + share * (fast - slow)
+    return RATES[-1][1]
+
+
+@lru_cache(maxsize=4096)
+def estimate(geometry: ConvGeometry, plan: ProductPlan, shape: tuple[int, ...]) -> Cost:
+    """Estimates for an input of ``shape`` ``[N, C, *spatial]``."""
+    side = shape[1] // geometry.groups * geometry.offsets
+    slots = len(plan.slots) * shape[1] ** 2 // geometry.groups
+    assembled = ASSEMBLE * (geometry.groups * side**2 + slots)
+    return Cost(
+        _structured(geometry, plan, shape) + assembled,
+        _lines(geometry, plan, shape) + assembled,
+        _im2col(geometry, plan, shape),
+    )
+
+
+def _product(groups: int, side: float, length: float) -> float:
+    return 2 * groups * side**2 * length / rate(side)
+
+
+def _structured(geometry: ConvGeometry, plan: ProductPlan, shape: tuple[int, ...]) -> float:
+    images, channels, groups = shape[0], shape[1], geometry.groups
+    layout = cpu_structured_gram.buffer_layout(plan, geometry.stride, shape[2:])
+    work = cpu_structured_gram.schedule(plan, layout.quotients)
+    line = prod(layout.padded[1:])
+    length = gathered = 0
+    for job in work.jobs:
+        rows = job.rows[1] - job.rows[0]
+        widths = [high - low for low, high in job.columns]
+        whole = all(segment == cpu_structured_gram.LINE for segment in job.columns)
+        across = (
+            line
+            if whole
+            else prod(
+                size if width == 0 else width
+                for size, width in zip(layout.padded[1:], widths, strict=True)
+            )
+        )
+        length += rows * across
+        gathered += 0 if whole else rows * across
+    buffered = len(layout.phases) * channels * prod(layout.padded)
+    buffers = ceil(images * buffered / cpu_structured_gram.BUFFER_ELEMENTS)
+    return (
+        buffers * len(work.jobs) * CALL
+        + COPY * images * buffered
+        + min(GATHER * gathered, COPY * prod(layout.padded)) * images * channels
+        + _product(groups, channels // groups, images * length)
+    )
+
+
+def _lines(geometry: ConvGeometry, plan: ProductPlan, shape: tuple[int, ...]) -> float:
+    images, channels, groups = shape[0], shape[1], geometry.groups
+    inner = prod(geometry.kernel_size[1:])
+    work = cpu_line_gram.line_schedule(plan, inner)
+    across = prod(geometry.output_size(shape[2:])[1:])
+    length = sum(job.stop - job.start for job in work.jobs) * across
+    buffered = channels * inner * shape[2] * across
+    buffers = ceil(images * buffered / cpu_line_gram.BUFFER_ELEMENTS)
+    return (
+        buffers * len(work.jobs) * CALL
+        + COPY * images * buffered
+        + _product(groups, channels // groups * inner, images * length)
+    )
+
+
+def _im2col(geometry: ConvGeometry, plan: ProductPlan, shape: tuple[int, ...]) -> float:
+    images, groups = shape[0], geometry.groups
+    side = shape[1] // groups * geometry.offsets
+    blocks = upper_blocks(side)
+    (top, bottom), _ = blocks[0]
+    patches = images * groups * side * plan.locations
+    buffers = ceil(patches / cpu_im2col_gram.BUFFER_ELEMENTS)
+    product = _product(groups, bottom - top, images * plan.locations)
+    return (
+        buffers * (len(blocks) + geometry.offsets) * CALL
+        + COPY * patches
+        + len(blocks) * product
+        + MIRROR * groups * side**2
+    )

@@ -1,0 +1,62 @@
+"""The patch Gram and its slots in ATen: choose a method, then run it. Any device can run it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kfc_fx.kernels.cpu_assemble import assemble_slots, fill_bias, pack_slots, reach_sums
+from kfc_fx.kernels.cpu_cost import estimate
+from kfc_fx.kernels.cpu_im2col_gram import add_im2col_gram
+from kfc_fx.kernels.cpu_line_gram import line_products
+from kfc_fx.kernels.cpu_structured_gram import structured_products
+from kfc_fx.kernels.products import ProductPlan, product_plan
+from kfc_fx.plan.geometry import ConvGeometry
+
+
+def patch_gram(x: Tensor, geometry: ConvGeometry, *, bias: bool, method: str) -> Tensor:
+    """``x``: ``[N, C, *spatial]`` -> ``[G, D, D]``; methods as in ``kfc_fx.ops.patch_gram``."""
+    x, geometry = with_two_axes(x, geometry)
+    plan = product_plan(geometry, tuple(x.shape[2:]))
+    if method == "auto":
+        method = estimate(geometry, plan, tuple(x.shape)).best
+    if method == "im2col":
+        return _im2col(x, plan, geometry, bias)
+    slots = patch_products(x, geometry, bias=bias)
+    return assemble_slots(slots, plan, x.shape[1] // geometry.groups, bias)
+
+
+def _im2col(x: Tensor, plan: ProductPlan, geometry: ConvGeometry, bias: bool) -> Tensor:
+    side = x.shape[1] // geometry.groups * geometry.offsets
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    omega = x.new_zeros((geometry.groups, side + bias, side + bias), dtype=dtype)
+    add_im2col_gram(omega[:, :side, :side], x, geometry)
+    if bias:
+        sums = reach_sums(x, plan, geometry.stride, geometry.groups)
+        fill_bias(omega, sums, len(x) * plan.locations, plan)
+    return omega
+
+
+def patch_products(x: Tensor, geometry: ConvGeometry, *, bias: bool) -> Tensor:
+    """``x``: ``[N, C, *spatial]`` -> slots ``[G, numbers]``, as ``cpu_assemble`` lays them out."""
+    x, geometry = with_two_axes(x, geometry)
+    plan = product_plan(geometry, tuple(x.shape[2:]))
+    if estimate(geometry, plan, tuple(x.shape)).best_products == "lines":
+        products = line_products(x, plan, geometry)
+    else:
+        products = structured_products(x, plan, geometry.stride, geometry.groups)
+    sums = reach_sums(x, plan, geometry.stride, geometry.groups) if bias else None
+    return pack_slots(products, sums, len(x) * plan.locations)
+
+
+def with_two_axes(x: Tensor, geometry: ConvGeometry) -> tuple[Tensor, ConvGeometry]:
+    """Put axes of size one in front: a line is a map of one row. The slots are the same."""
+    missing = max(0, 2 - geometry.ndim)
+    lifted = ConvGeometry(
+        (1,) * missing + geometry.kernel_size,
+        (1,) * missing + geometry.stride,
+        ((0, 0),) * missing + geometry.padding,
+        (1,) * missing + geometry.dilation,
+        geometry.groups,
+    )
+    return x.reshape(*x.shape[:2], *(1,) * missing, *x.shape[2:]), lifted

@@ -1,0 +1,95 @@
+"""A convolution's geometry as op arguments, and the checks that every op makes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kfc_fx.plan.geometry import ConvGeometry, IntOrInts, conv_geometry
+
+Padding = str | int | Sequence[int] | Sequence[tuple[int, int]]
+
+GEOMETRY_SCHEMA = (
+    "int[] kernel_size, int[] stride, int[] padding_before, int[] padding_after, "
+    "int[] dilation, int groups"
+)
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def checked_geometry(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: IntOrInts,
+    padding: Padding,
+    dilation: IntOrInts,
+    groups: int,
+) -> ConvGeometry:
+    """The geometry of a convolution of ``x``: ``[N, C, *spatial]``.
+
+    Raises:
+        ValueError: arguments that ``conv_geometry`` refuses; more than 3 spatial dimensions, or
+            another number of them than ``kernel_size`` has; channels that ``groups`` does not
+            divide; a padded map smaller than the kernel; a dtype that is not floating point.
+    """
+    geometry = conv_geometry(
+        kernel_size, stride=stride, padding=padding, dilation=dilation, groups=groups
+    )
+    if geometry.ndim > 3:
+        raise ValueError(f"kernel_size has {geometry.ndim} dimensions; at most 3 are supported")
+    if x.ndim != 2 + geometry.ndim:
+        raise ValueError(
+            f"kernel_size {geometry.kernel_size} needs x of {2 + geometry.ndim} dimensions "
+            f"[N, C, *spatial], got shape {tuple(x.shape)}"
+        )
+    check_channels_and_dtype(x, groups)
+    _check_map(x.shape[2:], geometry)
+    return geometry
+
+
+def check_channels_and_dtype(x: Tensor, groups: int) -> None:
+    """Raise ValueError where ``x``: ``[N, C, ...]`` cannot be split or accumulated."""
+    if x.shape[1] % groups:
+        raise ValueError(f"groups={groups} does not divide the {x.shape[1]} channels of x")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x must have one of the dtypes {DTYPES}, got {x.dtype}")
+
+
+def _check_map(spatial: Sequence[int], geometry: ConvGeometry) -> None:
+    for axis, size in enumerate(spatial):
+        padded = size + sum(geometry.padding[axis])
+        reach = geometry.dilation[axis] * (geometry.kernel_size[axis] - 1) + 1
+        if padded < reach:
+            raise ValueError(
+                f"the convolution has no output: spatial dimension {axis} is {padded} with its "
+                f"padding, and the kernel reaches over {reach}"
+            )
+
+
+def geometry_arguments(
+    geometry: ConvGeometry,
+) -> tuple[list[int], list[int], list[int], list[int], list[int], int]:
+    """The arguments of ``GEOMETRY_SCHEMA``, in order."""
+    return (
+        list(geometry.kernel_size),
+        list(geometry.stride),
+        [before for before, _ in geometry.padding],
+        [after for _, after in geometry.padding],
+        list(geometry.dilation),
+        geometry.groups,
+    )
+
+
+def geometry_from_arguments(
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding_before: Sequence[int],
+    padding_after: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> ConvGeometry:
+    """The inverse of :func:`geometry_arguments`."""
+    padding = tuple(zip(padding_before, padding_after, strict=True))
+    return ConvGeometry(tuple(kernel_size), tuple(stride), padding, tuple(dilation), groups)

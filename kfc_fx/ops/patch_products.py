@@ -1,0 +1,179 @@
+"""Ω in the compact form of its distinct products, and back.
+
+    patch_gram(x, ...) = assemble(patch_products(x, ...), ...)
+
+Many blocks of Ω are the same product of shifted activations (``kernels.products``); the slots
+hold each once: for kernel 3, stride 1 and "same" padding, 29 ``C × C`` products in place of 81
+blocks. Slots are linear in the data, so sums over micro-batches and moving averages are taken on
+them, and Ω is assembled only where it is factored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kfc_fx.kernels import cpu_patch_gram
+from kfc_fx.kernels.cpu_assemble import assemble_slots
+from kfc_fx.kernels.products import product_plan
+from kfc_fx.ops.convolution import (
+    GEOMETRY_SCHEMA,
+    Padding,
+    checked_geometry,
+    geometry_arguments,
+    geometry_from_arguments,
+)
+from kfc_fx.ops.library import define, statistic_dtype
+from kfc_fx.plan.geometry import IntOrInts
+
+
+def patch_products(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    *,
+    stride: IntOrInts = 1,
+    padding: Padding = 0,
+    dilation: IntOrInts = 1,
+    groups: int = 1,
+    bias: bool = False,
+) -> Tensor:
+    """The distinct products that Ω consists of, each once.
+
+    Args:
+        x: ``[N, C, *spatial]``.
+        kernel_size, stride, padding, dilation, groups, bias: as for ``patch_gram``.
+
+    Returns:
+        ``[groups, numbers]`` slots, with ``numbers = J·(C/groups)²``, and with a bias
+        ``B·C/groups + 1`` more: the sums over each distinct reach of an offset, and the number
+        of patches. float64 for a float64 input, else float32.
+
+    Raises:
+        ValueError: a geometry that does not fit ``x``.
+    """
+    geometry = checked_geometry(x, kernel_size, stride, padding, dilation, groups)
+    return torch.ops.kfc_fx.patch_products.default(x, *geometry_arguments(geometry), bias)
+
+
+def assemble(
+    slots: Tensor,
+    input_size: Sequence[int],
+    kernel_size: Sequence[int],
+    *,
+    stride: IntOrInts = 1,
+    padding: Padding = 0,
+    dilation: IntOrInts = 1,
+    groups: int = 1,
+    bias: bool = False,
+) -> Tensor:
+    """Ω from the slots of ``patch_products``.
+
+    Args:
+        slots: ``[groups, numbers]``.
+        input_size: ``(C, *spatial)``, what the slots were computed from.
+        kernel_size, stride, padding, dilation, groups, bias: as for ``patch_products``.
+
+    Returns:
+        ``[groups, D, D]`` as ``patch_gram``, in the dtype of ``slots``.
+
+    Raises:
+        ValueError: slots of another size than the geometry has on ``input_size``.
+    """
+    geometry = checked_geometry(
+        slots.new_empty((0, *input_size)), kernel_size, stride, padding, dilation, groups
+    )
+    channels, *spatial = input_size
+    numbers = product_plan(geometry, tuple(spatial)).numbers(channels // groups, bias)
+    if slots.shape != (groups, numbers):
+        raise ValueError(
+            f"slots of a map {tuple(spatial)} of {channels} channels have shape "
+            f"{(groups, numbers)}, got {tuple(slots.shape)}"
+        )
+    return torch.ops.kfc_fx.assemble.default(
+        slots, list(input_size), *geometry_arguments(geometry), bias
+    )
+
+
+def _products_on_any_device(
+    x: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding_before: list[int],
+    padding_after: list[int],
+    dilation: list[int],
+    groups: int,
+    bias: bool,
+) -> Tensor:
+    geometry = geometry_from_arguments(
+        kernel_size, stride, padding_before, padding_after, dilation, groups
+    )
+    return cpu_patch_gram.patch_products(x, geometry, bias=bias)
+
+
+def _fake_products(
+    x: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding_before: list[int],
+    padding_after: list[int],
+    dilation: list[int],
+    groups: int,
+    bias: bool,
+) -> Tensor:
+    geometry = geometry_from_arguments(
+        kernel_size, stride, padding_before, padding_after, dilation, groups
+    )
+    # The number of slots depends on the map: its size is specialised, the batch is not.
+    plan = product_plan(geometry, tuple(int(size) for size in x.shape[2:]))
+    numbers = plan.numbers(x.shape[1] // groups, bias)
+    return x.new_empty((groups, numbers), dtype=statistic_dtype(x))
+
+
+def _assemble_on_any_device(
+    slots: Tensor,
+    input_size: list[int],
+    kernel_size: list[int],
+    stride: list[int],
+    padding_before: list[int],
+    padding_after: list[int],
+    dilation: list[int],
+    groups: int,
+    bias: bool,
+) -> Tensor:
+    geometry = geometry_from_arguments(
+        kernel_size, stride, padding_before, padding_after, dilation, groups
+    )
+    plan = product_plan(geometry, tuple(input_size[1:]))
+    return assemble_slots(slots, plan, input_size[0] // groups, bias)
+
+
+def _fake_assemble(
+    slots: Tensor,
+    input_size: list[int],
+    kernel_size: list[int],
+    stride: list[int],
+    padding_before: list[int],
+    padding_after: list[int],
+    dilation: list[int],
+    groups: int,
+    bias: bool,
+) -> Tensor:
+    geometry = geometry_from_arguments(
+        kernel_size, stride, padding_before, padding_after, dilation, groups
+    )
+    side = input_size[0] // groups * geometry.offsets + bias
+    return slots.new_empty((groups, side, side))
+
+
+define(
+    f"patch_products(Tensor x, {GEOMETRY_SCHEMA}, bool bias) -> Tensor",
+    _products_on_any_device,
+    _fake_products,
+)
+define(
+    f"assemble(Tensor slots, int[] input_size, {GEOMETRY_SCHEMA}, bool bias) -> Tensor",
+    _assemble_on_any_device,
+    _fake_assemble,
+)
