@@ -1,0 +1,348 @@
+"""What happens when something goes wrong: nothing silent, and nothing half done."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import kfc_fx
+from tests.networks import (
+    IMAGES,
+    LABELS,
+    assert_equal,
+    backward,
+    conv_network,
+    make,
+    parameters,
+    train,
+)
+
+SCALINGS = ["adam", "inverse"]
+
+
+def saved_state(opt: kfc_fx.KFC) -> dict:
+    """State without the target generators, which a backward pass moves on."""
+    state = copy.deepcopy(opt.state_dict()["kfc"])
+    del state["generators"]
+    return state
+
+
+def assert_same_state(found: dict, expected: dict) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def assert_finite(compiled: nn.Module, opt: kfc_fx.KFC) -> None:
+    assert all(p.isfinite().all() for p in compiled.parameters())
+    for name, factors in opt.factors.items():
+        assert factors.omega.isfinite().all(), name
+        assert factors.gamma.isfinite().all(), name
+
+
+# -- gradients that are not finite ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scaling", "index", "bad"),
+    [("adam", 1, float("nan")), ("adam", 3, -float("inf")), ("inverse", 3, float("nan"))],
+    ids=["adam-generic", "adam-block", "inverse-block"],
+)
+def test_skipped_steps_leave_everything_warn_once_and_training_goes_on(scaling, index, bad):
+    compiled, opt = make(scaling=scaling, average=5.0, weight_decay=0.1)
+    reference, plain = make(scaling=scaling, average=5.0, weight_decay=0.1)
+    train(compiled, opt, 2)
+    train(reference, plain, 2)
+    before, saved = parameters(compiled), saved_state(opt)
+    generators = opt.state_dict()["kfc"]["generators"]
+    buffers = copy.deepcopy(dict(compiled.named_buffers()))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            backward(compiled)
+            compiled.original[index].weight.grad.view(-1)[0] = bad
+            opt.step()
+            opt.zero_grad()
+    assert [w.category for w in caught] == [kfc_fx.KfcWarning]
+    assert opt.diagnostics.skipped_steps == 3
+    assert_equal(parameters(compiled), before)
+    saved["counters"]["skipped_steps"] = 3
+    assert_same_state(saved_state(opt), saved)
+
+    for name, buffer in compiled.named_buffers():
+        buffer.copy_(buffers[name])
+    compiled.recorder.set_generator_states(generators)
+    train(compiled, opt, 3)
+    train(reference, plain, 3)
+    assert_equal(parameters(compiled), parameters(reference))
+
+
+def test_large_finite_gradients_in_half_precision_are_no_reason_to_skip():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 5)).half()
+    compiled, opt = make(net, lr=1e-3)
+    F.cross_entropy(compiled(torch.randn(6, 4).half()).float(), LABELS[:6]).backward()
+    for p in net.parameters():
+        p.grad.fill_(30000.0)  # finite, and its sum is not
+    opt.step()
+    assert opt.diagnostics.skipped_steps == 0
+    assert opt.diagnostics.steps == 1
+
+
+# -- statistics that are not finite, or of nothing ---------------------------------------------------
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_first_statistics_that_are_not_finite_are_dropped_and_later_ones_repair(scaling):
+    broken = [True]
+
+    def cotangents(z):
+        return torch.full_like(z, float("nan")) if broken[0] else z.softmax(1) - 0.2
+
+    compiled = kfc_fx.compile(conv_network(), likelihood=cotangents)
+    opt = kfc_fx.KFC(compiled, lr=0.01, scaling=scaling, factor_interval=1)
+    backward(compiled)
+    with pytest.warns(kfc_fx.KfcWarning) as caught:
+        opt.step()
+    messages = "\n".join(str(w.message) for w in caught)
+    for name in ("0", "3", "6"):
+        assert f"layer '{name}' has a statistic that is not finite" in messages
+    assert opt.diagnostics.dropped_statistics == {"0": 1, "3": 1, "6": 1}
+    assert_finite(compiled, opt)
+    opt.zero_grad()
+
+    broken[0] = False
+    reference = kfc_fx.compile(copy.deepcopy(compiled.original), likelihood=cotangents)
+    first = kfc_fx.KFC(reference, lr=0.01, scaling=scaling)
+    backward(compiled)
+    opt.step()
+    backward(reference)
+    first.step()
+    assert opt.diagnostics.dropped_statistics == {"0": 1, "3": 1, "6": 1}
+    for name, expected in first.factors.items():
+        torch.testing.assert_close(opt.factors[name].gamma, expected.gamma)
+        torch.testing.assert_close(opt.factors[name].omega, expected.omega)
+
+
+@pytest.mark.parametrize("statistic", ["omega", "gamma"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_one_bad_layer_does_not_take_the_others_along(statistic, bad):
+    compiled, opt = make(factor_interval=1, ema_decay=0.5)
+    train(compiled, opt, 1)
+    before = opt.factors
+    backward(compiled)
+    compiled.recorder.statistics.sums["3"][statistic][0, 1, 1] = bad
+    with pytest.warns(kfc_fx.KfcWarning, match="layer '3' has a statistic") as caught:
+        opt.step()
+    assert len(caught) == 1
+    assert torch.equal(opt.factors["3"].omega, before["3"].omega)
+    assert torch.equal(opt.factors["3"].gamma, before["3"].gamma)
+    for name in ("0", "6"):
+        assert not torch.allclose(opt.factors[name].gamma, before[name].gamma)
+    assert_finite(compiled, opt)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_an_empty_batch_does_not_poison_the_factors(scaling):
+    net = conv_network()
+    net[1] = nn.Identity()  # batch norm refuses an empty batch itself
+    compiled, opt = make(net, scaling=scaling, factor_interval=1)
+    train(compiled, opt, 2)
+    F.cross_entropy(compiled(IMAGES[:0]), LABELS[:0], reduction="sum").backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", kfc_fx.KfcWarning)
+        opt.step()
+    opt.zero_grad()
+    assert_finite(compiled, opt)
+    train(compiled, opt, 1)
+    assert_finite(compiled, opt)
+
+
+# -- decompositions that fail ---------------------------------------------------------------------
+
+
+def test_a_basis_that_cannot_be_computed_is_the_identity_until_it_can(monkeypatch):
+    compiled, opt = make(factor_interval=1, inverse_interval=1)
+    own = torch.linalg.eigh
+
+    def fail_on_wide(matrix):
+        if matrix.shape[-1] == 19:
+            raise torch.linalg.LinAlgError("did not converge")
+        return own(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail_on_wide)
+    for expected_warnings in (1, 0):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(compiled, opt, 1)
+        assert len(caught) == expected_warnings
+        for warning in caught:
+            assert "layer '0' has a factor that cannot be decomposed" in str(warning.message)
+    assert opt.diagnostics.inverse_failures == {"0": 2}
+    blocks = opt.state_dict()["kfc"]["blocks"]
+    assert torch.equal(blocks["0"]["q_omega"][0], torch.eye(19))
+    assert not torch.equal(blocks["3"]["q_omega"][0], torch.eye(37))
+    assert_finite(compiled, opt)
+    monkeypatch.setattr(torch.linalg, "eigh", own)
+    train(compiled, opt, 1)
+    assert opt.diagnostics.inverse_failures == {"0": 2}
+    assert not torch.equal(opt.state_dict()["kfc"]["blocks"]["0"]["q_omega"][0], torch.eye(19))
+
+
+def test_a_factor_that_is_not_positive_definite_is_inverted_as_the_identity():
+    compiled, opt = make(scaling="inverse", factor_interval=1, inverse_interval=1)
+    train(compiled, opt, 1)
+    backward(compiled)
+    compiled.recorder.statistics.sums["3"]["omega"] = -1e9 * torch.eye(37)[None]
+    with pytest.warns(kfc_fx.KfcWarning, match="layer '3' .* identity takes its place") as caught:
+        opt.step()
+    assert len(caught) == 1
+    assert opt.diagnostics.inverse_failures == {"3": 1}
+    blocks = opt.state_dict()["kfc"]["blocks"]
+    assert torch.equal(blocks["3"]["omega_inverse"][0], torch.eye(37))
+    assert torch.equal(blocks["3"]["gamma_inverse"][0], torch.eye(4))
+    assert not torch.equal(blocks["0"]["omega_inverse"][0], torch.eye(19))
+    assert all(p.isfinite().all() for p in compiled.parameters())
+
+
+# -- steps that raise ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failing", ["accumulate", "refresh", "apply"])
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_a_step_that_raised_can_be_taken_again_as_if_nothing_had_been(scaling, failing):
+    options = {"factor_interval": 1, "inverse_interval": 1, "average": 3.0, "weight_decay": 0.1}
+    compiled, opt = make(scaling=scaling, **options)
+    reference, plain = make(scaling=scaling, **options)
+    train(compiled, opt, 2)
+    train(reference, plain, 2)
+    backward(compiled)
+    backward(reference)
+    before, saved = parameters(compiled), saved_state(opt)
+    functions = opt._engine.program.functions
+    own = functions[failing]
+
+    def fail(*_, **__):
+        raise RuntimeError("out of memory")
+
+    functions[failing] = fail
+    with pytest.raises(RuntimeError, match="out of memory"):
+        opt.step()
+    functions[failing] = own
+    assert_equal(parameters(compiled), before)
+    assert_same_state(saved_state(opt), saved)
+    opt.step()
+    plain.step()
+    assert_equal(parameters(compiled), parameters(reference))
+    assert_same_state(saved_state(opt), saved_state(plain))
+
+
+@pytest.mark.parametrize("failing", ["start", "apply"])
+def test_a_first_step_that_raised_can_be_taken_again(failing):
+    compiled, opt = make()
+    reference, plain = make()
+    backward(compiled)
+    backward(reference)
+    functions = opt._bound_engine().program.functions
+    own = functions[failing]
+
+    def fail(*_, **__):
+        raise RuntimeError("out of memory")
+
+    functions[failing] = fail
+    with pytest.raises(RuntimeError, match="out of memory"):
+        opt.step()
+    functions[failing] = own
+    opt.step()
+    plain.step()
+    assert_equal(parameters(compiled), parameters(reference))
+    assert_same_state(saved_state(opt), saved_state(plain))
+
+
+def test_a_model_without_a_forward_mode_derivative_is_told_of_the_other_clip():
+    class Opaque(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * 2
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 5)
+
+        def forward(self, x):
+            return Opaque.apply(self.layer(x))
+
+    compiled, opt = make(Net(), scaling="inverse", clip_by="exact")
+    F.cross_entropy(compiled(torch.randn(6, 4)), LABELS[:6]).backward()
+    before = parameters(compiled)
+    with pytest.raises(kfc_fx.KfcError, match="clip_by='factors'"):
+        opt.step()
+    assert_equal(parameters(compiled), before)
+    assert opt.diagnostics.steps == 0
+
+
+def test_a_closure_that_raises_leaves_everything_as_it_was():
+    compiled, opt = make()
+    train(compiled, opt, 2)
+    before, saved = parameters(compiled), saved_state(opt)
+
+    def closure():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        opt.step(closure)
+    assert_equal(parameters(compiled), before)
+    assert_same_state(saved_state(opt), saved)
+
+
+# -- calls in the wrong order ----------------------------------------------------------------------
+
+
+def test_a_step_before_any_backward_is_an_error():
+    compiled, opt = make()
+    with pytest.raises(kfc_fx.StepError, match=r"call loss\.backward\(\) before opt\.step\(\)"):
+        opt.step()
+    train(compiled, opt, 1)
+    with pytest.raises(kfc_fx.StepError, match=r"call loss\.backward\(\)"):
+        opt.step()
+
+
+def test_a_forward_pass_without_gradients_is_an_error_at_the_step():
+    compiled, opt = make()
+    with torch.no_grad():
+        F.cross_entropy(compiled(IMAGES), LABELS)
+    with pytest.raises(kfc_fx.StepError, match="output of the compiled model"):
+        opt.step()
+
+
+def test_a_forward_pass_through_the_original_before_any_capture_is_an_error():
+    compiled, opt = make()
+    backward(compiled.original)
+    with pytest.raises(kfc_fx.KfcError, match=r"compiled\.trace|compiled model"):
+        opt.step()
+
+
+def test_an_optimizer_made_after_the_forward_pass_says_so():
+    compiled = kfc_fx.compile(conv_network())
+    backward(compiled)
+    opt = kfc_fx.KFC(compiled, lr=0.1)
+    with pytest.raises(kfc_fx.StatisticsError, match="after KFC was made"):
+        opt.step()
+
+
+def test_a_model_whose_layers_are_all_frozen_is_an_error_that_says_use_torch_optim():
+    net = conv_network()
+    for index in (0, 3, 6):
+        net[index].requires_grad_(False)
+    compiled, opt = make(net)
+    backward(compiled)
+    with pytest.raises(kfc_fx.OptionError, match=r"nothing to precondition.*torch\.optim"):
+        opt.step()

@@ -1,0 +1,424 @@
+"""KFC among torch's own tools: schedulers, scalers, parameter groups, saved states."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import lr_scheduler
+
+import kfc_fx
+from tests.networks import (
+    IMAGES,
+    LABELS,
+    assert_equal,
+    backward,
+    conv_network,
+    make,
+    parameters,
+    train,
+)
+
+SCALINGS = ["adam", "inverse"]
+
+
+# -- rates -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "rates"),
+    [
+        (lambda o: lr_scheduler.StepLR(o, 2, 0.1), [0.01, 0.01, 0.001, 0.001]),
+        (
+            lambda o: lr_scheduler.LambdaLR(o, lambda k: 1 / (1 + k)),
+            [0.01, 0.005, 0.01 / 3, 0.0025],
+        ),
+        (lambda o: lr_scheduler.LinearLR(o, 0.5, 1.0, 2), [0.005, 0.0075, 0.01, 0.01]),
+        (lambda o: lr_scheduler.CosineAnnealingLR(o, 4), None),
+        (lambda o: lr_scheduler.OneCycleLR(o, 0.01, 8, cycle_momentum=False), None),
+    ],
+    ids=["step", "lambda", "linear", "cosine", "one-cycle"],
+)
+def test_a_scheduled_run_equals_one_whose_rate_is_set_by_hand(build, rates):
+    compiled, opt = make()
+    scheduler = build(opt)
+    used = []
+    for step in range(4):
+        used.append(scheduler.get_last_lr()[0])
+        backward(compiled, IMAGES[step:], LABELS[step:])
+        opt.step()
+        scheduler.step()
+        opt.zero_grad()
+    if rates is not None:
+        assert used == pytest.approx(rates)
+    assert len(set(used)) > 1
+    by_hand, plain = make()
+    for step in range(4):
+        plain.param_groups[0]["lr"] = used[step]
+        backward(by_hand, IMAGES[step:], LABELS[step:])
+        plain.step()
+        plain.zero_grad()
+    assert_equal(parameters(compiled), parameters(by_hand))
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_the_rate_scales_the_step(scaling):
+    def step_of(lr) -> list[torch.Tensor]:
+        net = conv_network().double()
+        start = parameters(net)
+        compiled, opt = make(net, scaling=scaling, lr=lr, momentum=0.0, clip=None)
+        backward(compiled, IMAGES.double())
+        opt.step()
+        return [p - s for p, s in zip(parameters(net), start, strict=True)]
+
+    once, thrice = step_of(0.01), step_of(0.03)
+    torch.testing.assert_close(thrice, [3 * s for s in once])
+    torch.testing.assert_close(step_of(torch.tensor(0.03, dtype=torch.float64)), thrice)
+
+
+def test_one_cycle_with_momentum_is_refused_by_torch_when_it_is_made():
+    _, opt = make()
+    with pytest.raises(ValueError, match="cycle_momentum"):
+        lr_scheduler.OneCycleLR(opt, 0.01, 8)
+
+
+def test_groups_have_their_own_rate_and_decay():
+    net = conv_network()
+    start = parameters(net)
+    compiled = kfc_fx.compile(net)
+    groups = [
+        {"params": net[:6].parameters(), "weight_decay": 0.5},
+        {"params": net[6].parameters(), "lr": 0.04},
+    ]
+    opt = kfc_fx.KFC(compiled, groups, lr=0.01, seed=3)
+    plain = conv_network()
+    same_seed = kfc_fx.KFC(kfc_fx.compile(plain), lr=0.01, seed=3)
+    backward(compiled)
+    opt.step()
+    backward(same_seed.compiled)
+    same_seed.step()
+    changes = [p - s for p, s in zip(parameters(plain), start, strict=True)]
+    for index, (found, old, change) in enumerate(
+        zip(net.parameters(), start, changes, strict=True)
+    ):
+        decay, factor = (1 - 0.01 * 0.5, 1) if index < 6 else (1, 4)
+        torch.testing.assert_close(found, decay * old + factor * change, rtol=1e-4, atol=1e-6)
+
+
+def test_named_parameters_are_taken():
+    net = conv_network()
+    compiled = kfc_fx.compile(net)
+    opt = kfc_fx.KFC(compiled, compiled.named_parameters(), lr=0.01, seed=3)
+    other, plain = make()
+    train(compiled, opt, 2)
+    train(other, plain, 2)
+    assert_equal(parameters(compiled), parameters(other))
+
+
+def test_a_group_added_later_is_updated_from_then_on():
+    net = conv_network()
+    compiled = kfc_fx.compile(net)
+    opt = kfc_fx.KFC(compiled, net[3:].parameters(), lr=0.01, factor_interval=1)
+    before = parameters(net)
+    train(compiled, opt, 2)
+    assert_equal(parameters(net)[:4], before[:4])
+    assert set(opt.factors) == {"3", "6"}
+    omega = opt.factors["3"].omega
+    opt.add_param_group({"params": net[:3].parameters(), "lr": 0.02})
+    torch.testing.assert_close(opt.factors["3"].omega, omega, rtol=0, atol=0)  # state is kept
+    train(compiled, opt, 1)
+    assert set(opt.factors) == {"0", "3", "6"}
+    for found, old in zip(net.parameters(), before, strict=True):
+        assert not torch.equal(found, old)
+
+
+def test_step_hooks_of_torch_run():
+    compiled, opt = make()
+    seen = []
+    opt.register_step_pre_hook(lambda *_: seen.append("pre"))
+    opt.register_step_post_hook(lambda *_: seen.append("post"))
+    train(compiled, opt, 1)
+    assert seen == ["pre", "post"]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_a_closure_is_called_once_with_gradients_enabled(scaling):
+    compiled, opt = make(scaling=scaling)
+    reference, plain = make(scaling=scaling)
+    enabled = []
+
+    def closure():
+        enabled.append(torch.is_grad_enabled())
+        opt.zero_grad()
+        loss = F.cross_entropy(compiled(IMAGES), LABELS)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        loss = opt.step(closure)
+        plain.zero_grad()
+        expected = F.cross_entropy(reference(IMAGES), LABELS)
+        expected.backward()
+        plain.step()
+        assert torch.equal(loss, expected)
+    assert enabled == [True] * 3
+    assert_equal(parameters(compiled), parameters(reference))
+
+
+# -- scaled losses ----------------------------------------------------------------------------------
+
+
+def test_a_gradient_scaler_gives_the_unscaled_run():
+    def run(scaler) -> tuple[list[torch.Tensor], kfc_fx.KFC]:
+        compiled, opt = make()
+        for step in range(3):
+            loss = F.cross_entropy(compiled(IMAGES[step:]), LABELS[step:])
+            scaler.scale(loss).backward()
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+        return parameters(compiled), opt
+
+    # A power of two scales exactly.
+    found, opt = run(torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=1000))
+    expected, plain = run(torch.amp.GradScaler("cpu", enabled=False))
+    assert_equal(found, expected)
+    assert torch.equal(opt.factors["0"].gamma, plain.factors["0"].gamma)
+
+
+def test_a_gradient_scaler_skips_an_overflow_and_backs_off():
+    compiled, opt = make()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    before = parameters(compiled)
+    scaler.scale(1e6 * F.cross_entropy(compiled(IMAGES), LABELS)).backward()
+    scaler.step(opt)
+    scaler.update()
+    opt.zero_grad()
+    assert_equal(parameters(compiled), before)
+    assert opt.diagnostics.steps == 0
+    assert scaler.get_scale() == 2.0**126
+    assert compiled.recorder.armed
+    train(compiled, opt, 1)
+
+
+@pytest.mark.parametrize("scale", [1000.0, 1e-6])
+@pytest.mark.parametrize("fisher", ["sampled", "empirical"])
+def test_factors_do_not_depend_on_the_loss_scale(fisher, scale):
+    def factors(factor, reduction):
+        compiled, opt = make(fisher=fisher, lr=0.0)
+        (factor * F.cross_entropy(compiled(IMAGES), LABELS, reduction=reduction)).backward()
+        opt.step()
+        return {name: (f.omega, f.gamma) for name, f in opt.factors.items()}
+
+    expected = factors(1.0, "mean")
+    torch.testing.assert_close(factors(scale, "mean"), expected, rtol=0, atol=0)
+    torch.testing.assert_close(factors(scale, "sum"), expected, rtol=0, atol=0)
+
+
+# -- state -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_a_state_dict_is_a_snapshot_and_loading_one_keeps_it(scaling):
+    compiled, opt = make(scaling=scaling, average=5.0)
+    train(compiled, opt, 3)
+    saved = opt.state_dict()
+    model = copy.deepcopy(compiled.state_dict())
+    snapshot = copy.deepcopy(saved)
+    train(compiled, opt, 2)
+    torch.testing.assert_close(saved["kfc"], snapshot["kfc"], rtol=0, atol=0)
+    after = parameters(compiled)
+    for _ in range(2):  # the second time shows that the first did not write into it
+        compiled.load_state_dict(model)
+        opt.load_state_dict(saved)
+        train(compiled, opt, 2)
+        assert_equal(parameters(compiled), after)
+    torch.testing.assert_close(saved["kfc"], snapshot["kfc"], rtol=0, atol=0)
+
+
+def test_a_state_loaded_before_the_first_forward_pass_is_there():
+    compiled, opt = make(average=5.0, lr=0.02)
+    train(compiled, opt, 3)
+    saved = copy.deepcopy(opt.state_dict())
+    fresh, again = make(average=5.0, lr=0.5)
+    fresh.load_state_dict(compiled.state_dict())
+    again.load_state_dict(saved)
+    assert again.param_groups[0]["lr"] == 0.02
+    assert again.diagnostics.steps == 3
+    torch.testing.assert_close(again.state_dict()["kfc"], saved["kfc"], rtol=0, atol=0)
+    own = parameters(fresh)
+    with opt.averaged(), again.averaged():
+        assert_equal(parameters(fresh), parameters(compiled))
+    assert_equal(parameters(fresh), own)
+
+
+def test_a_state_saved_before_the_first_step_loads():
+    compiled, opt = make()
+    fresh, again = make()
+    again.load_state_dict(opt.state_dict())
+    train(compiled, opt, 2)
+    train(fresh, again, 2)
+    assert_equal(parameters(compiled), parameters(fresh))
+
+
+def test_schedulers_resume_with_the_optimizer():
+    def build():
+        compiled, opt = make()
+        return compiled, opt, lr_scheduler.StepLR(opt, 2, 0.5)
+
+    compiled, opt, scheduler = build()
+    train(compiled, opt, 3, scheduler)
+    saved = copy.deepcopy((compiled.state_dict(), opt.state_dict(), scheduler.state_dict()))
+    train(compiled, opt, 3, scheduler)
+    fresh, again, schedule = build()
+    for target, state in zip((fresh, again, schedule), saved, strict=True):
+        target.load_state_dict(state)
+    train(fresh, again, 3, schedule)
+    assert_equal(parameters(fresh), parameters(compiled))
+    assert again.param_groups[0]["lr"] == opt.param_groups[0]["lr"] == 0.01 / 8
+
+
+def test_averages_are_the_written_out_recursion():
+    compiled, opt = make(average=2.0)
+    decay = torch.tensor(-0.5).double().exp().item()
+    expected = parameters(compiled)
+    for _ in range(4):
+        train(compiled, opt, 1)
+        now = parameters(compiled)
+        expected = [decay * e + (1 - decay) * p for e, p in zip(expected, now, strict=True)]
+    with opt.averaged():
+        torch.testing.assert_close(parameters(compiled), expected)
+        assert not torch.equal(parameters(compiled)[0], now[0])
+    assert_equal(parameters(compiled), now)
+
+
+# -- first factors, other optimizers, missing gradients ------------------------------------------------
+
+
+def fixed_cotangents(z: torch.Tensor) -> torch.Tensor:
+    return z.softmax(1) - 0.2
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        [IMAGES],
+        [(IMAGES[:5], LABELS[:5]), (IMAGES[5:], LABELS[5:])],
+        [{"input": IMAGES[:3]}, [IMAGES[3:], LABELS[3:]]],
+        iter([(IMAGES, LABELS)]),
+    ],
+    ids=["tensor", "pairs", "mixed", "iterator"],
+)
+def test_initialise_gives_the_factors_of_all_its_batches_and_nothing_else(batches):
+    net = conv_network().eval()
+    reference = kfc_fx.compile(conv_network().eval(), likelihood=fixed_cotangents)
+    plain = kfc_fx.KFC(reference, lr=0.0)
+    backward(reference)
+    plain.step()
+    compiled = kfc_fx.compile(net, likelihood=fixed_cotangents)
+    opt = kfc_fx.KFC(compiled, lr=0.01)
+    before, rng = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    opt.initialise(batches)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert_equal(net.state_dict().values(), before.values())
+    assert all(p.grad is None for p in net.parameters())
+    for name, expected in plain.factors.items():
+        torch.testing.assert_close(opt.factors[name].omega, expected.omega, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(opt.factors[name].gamma, expected.gamma, rtol=1e-4, atol=1e-8)
+    assert opt.diagnostics.steps == 0
+    train(compiled, opt, 2)
+
+
+def test_initialise_leaves_batch_statistics_of_a_training_model_alone():
+    compiled, opt = make()
+    before = copy.deepcopy(compiled.state_dict())
+    opt.initialise([IMAGES])
+    assert_equal(compiled.state_dict().values(), before.values())
+
+
+@pytest.mark.parametrize("empty", [[], iter(())], ids=["list", "iterator"])
+def test_initialise_without_a_batch_is_an_error(empty):
+    _, opt = make()
+    with pytest.raises(kfc_fx.StatisticsError, match="initialise got no batch"):
+        opt.initialise(empty)
+
+
+def test_a_second_optimizer_takes_over_with_its_own_options():
+    compiled, first = make(input_factor="dense")
+    train(compiled, first, 2)
+    second = kfc_fx.KFC(compiled, lr=0.01, scaling="inverse", input_factor="separable", seed=3)
+    backward(compiled)
+    with pytest.raises(kfc_fx.StepError, match="another KFC"):
+        first.step()
+    second.step()
+    second.zero_grad()
+    fresh, plain = make(scaling="inverse", input_factor="separable")
+    train(fresh, plain, 1)
+    assert plain.factors["0"].channel is not None
+    assert second.factors["0"].channel is not None
+    assert second.diagnostics.steps == 1
+    train(compiled, second, 2)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("average", [None, 5.0])
+def test_parameters_without_a_gradient_stay_with_their_state(scaling, average):
+    compiled, opt = make(scaling=scaling, weight_decay=0.1, average=average, inverse_interval=1000)
+    train(compiled, opt, 21)
+    opt.diagnostics.steps += 1  # past a refresh, which turns the moments of every block
+    before, saved = parameters(compiled), copy.deepcopy(opt.state_dict()["kfc"])
+    F.cross_entropy(compiled(IMAGES), LABELS).backward()
+    net = compiled.original
+    missing = [net[0].weight, net[0].bias, net[1].weight]
+    for p in missing:
+        p.grad = None
+    opt.step()
+    changed = [not torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True)]
+    assert changed == [False, False, False, True, True, True, True, True]
+    now = opt.state_dict()["kfc"]
+    moments = {"adam": ("m", "v"), "inverse": ("p",)}[scaling]
+    for name in moments:
+        assert torch.equal(now["blocks"]["0"][name], saved["blocks"]["0"][name])
+        assert not torch.equal(now["blocks"]["3"][name], saved["blocks"]["3"][name])
+    generic = saved["generic"]["1.weight"]
+    assert all(torch.equal(now["generic"]["1.weight"][k], v) for k, v in generic.items())
+
+
+def test_half_a_block_without_a_gradient_keeps_the_whole_block():
+    compiled, opt = make()
+    train(compiled, opt, 1)
+    before = parameters(compiled.original[0])
+    backward(compiled)
+    compiled.original[0].bias.grad = None
+    opt.step()
+    assert_equal(parameters(compiled.original[0]), before)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_a_model_of_mixed_precision_parameters_trains(scaling):
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.body = nn.Linear(4, 6).bfloat16()
+            self.norm = nn.LayerNorm(6)
+            self.head = nn.Linear(6, 5)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.norm(self.body(x.bfloat16()).float())))
+
+    compiled, opt = make(Mixed(), scaling=scaling, lr=0.02)
+    x = torch.randn(12, 4)
+    losses = []
+    for _ in range(15):
+        loss = F.cross_entropy(compiled(x), LABELS)
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert opt.factors["body"].omega.dtype == torch.float32
+    assert compiled.body.weight.dtype == torch.bfloat16
