@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kfc_fx.kernels import (
     triton_im2col_gram,
+    triton_multi_tensor,
     triton_pack,
     triton_patch_products,
     triton_row_gram,
@@ -13,6 +14,7 @@ from kfc_fx.kernels.triton_case import KernelCase
 
 KERNEL_MODULES = (
     triton_im2col_gram,
+    triton_multi_tensor,
     triton_pack,
     triton_patch_products,
     triton_row_gram,
