@@ -221,7 +221,8 @@ class UpdateEngine:
             active[stack.key] = torch.tensor(flags, device=stack.device)[:, None, None]
         return filled, active
 
-    def _commit(self, spec: UpdateSpec, result: dict[str, Any]) -> dict[str, Any]:
+    def _commit(self, spec: UpdateSpec, returned: Mapping[str, Any]) -> dict[str, Any]:
+        result = dict(returned)
         report: dict[str, Any] = {
             name: result.pop(name) for name in ("nu", "clip_scale") if name in result
         }

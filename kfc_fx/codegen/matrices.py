@@ -70,11 +70,13 @@ def rotate_input(
     channel, offset = bases["channel"], bases["offset"].unsqueeze(1)
     # The offsets are turned in many tiny products, whose basis is cheap to broadcast; the
     # channels in one large product, because broadcasting their basis would copy it.
-    turned = (offset if back else transposed(offset)) @ main
-    turned = turned.flatten(1, 2) @ (transposed(channel) if back else channel)
-    turned = turned.unflatten(1, (block.rows, block.offsets))
     shape = (stack.depth, block.rows, block.offsets, block.channels)
-    turned = update.let(f"turned_{stack.key}", turned, shape).flatten(2)
+    half = (offset if back else transposed(offset)) @ main
+    half = update.let(f"half_{stack.key}", half, shape).flatten(1, 2)
+    flat_shape = (stack.depth, block.rows * block.offsets, block.channels)
+    turned = half @ (transposed(channel) if back else channel)
+    turned = update.let(f"turned_{stack.key}", turned, flat_shape)
+    turned = turned.unflatten(1, (block.rows, block.offsets)).flatten(2)
     if stack.bias:
         return update.call(torch.cat, [turned, matrix[:, :, width:]], 2)
     return turned

@@ -99,6 +99,11 @@ class _Printer:
         )
         prefix = "" if "effect" in node.meta else f"{target} = "
         comment = f"  # {list(node.meta['shape'])}" if "shape" in node.meta else ""
+        if len(prefix) + len(expression.head) > WIDTH - 8 and "unpack" in node.meta:
+            names = tuple(Expression(n.name) for n in node.meta["unpack"])
+            *targets, last = _broken(Expression("(", names, ") ="), 4, force=True)
+            first, *rest = _broken(expression, 4)
+            return [*targets, f"{last} {first.strip()}", *rest]
         return _broken(expression.labelled(prefix), 4, comment)
 
     def value(self, value: Any) -> Expression:
@@ -232,10 +237,12 @@ def _bound(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _broken(expression: Expression, indent: int, comment: str = "") -> list[str]:
+def _broken(
+    expression: Expression, indent: int, comment: str = "", *, force: bool = False
+) -> list[str]:
     """Lines of an expression, broken at its outermost brackets where it is too wide."""
     pad = " " * indent
-    if len(pad + expression.flat) <= WIDTH or not expression.parts:
+    if not force and (len(pad + expression.flat) <= WIDTH or not expression.parts):
         line = pad + expression.flat
         if comment and len(line + comment) > WIDTH:
             return [pad + comment.strip(), line]
