@@ -43,7 +43,7 @@ def assert_finite(compiled: nn.Module, opt: kfc_fx.KFC) -> None:
         assert factors.gamma.isfinite().all(), name
 
 
-# -- gradients that are not finite ---------------------------------------------------------------
+# -- gradients that are not finite ----
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_large_finite_gradients_in_half_precision_are_no_reason_to_skip():
     assert opt.diagnostics.steps == 1
 
 
-# -- statistics that are not finite, or of nothing ---------------------------------------------------
+# -- statistics that are not finite, or of nothing ----
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
@@ -161,7 +161,7 @@ def test_an_empty_batch_does_not_poison_the_factors(scaling):
     assert_finite(compiled, opt)
 
 
-# -- decompositions that fail ---------------------------------------------------------------------
+# -- decompositions that fail ----
 
 
 def test_a_basis_that_cannot_be_computed_is_the_identity_until_it_can(monkeypatch):
@@ -208,7 +208,7 @@ def test_a_factor_that_is_not_positive_definite_is_inverted_as_the_identity():
     assert all(p.isfinite().all() for p in compiled.parameters())
 
 
-# -- steps that raise ------------------------------------------------------------------------------
+# -- steps that raise ----
 
 
 @pytest.mark.parametrize("failing", ["accumulate", "refresh", "apply"])
@@ -303,7 +303,7 @@ def test_a_closure_that_raises_leaves_everything_as_it_was():
     assert_same_state(saved_state(opt), saved)
 
 
-# -- calls in the wrong order ----------------------------------------------------------------------
+# -- calls in the wrong order ----
 
 
 def test_a_step_before_any_backward_is_an_error():

@@ -25,7 +25,7 @@ from tests.networks import (
 SCALINGS = ["adam", "inverse"]
 
 
-# -- rates -------------------------------------------------------------------------------------------
+# -- rates ----
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_a_closure_is_called_once_with_gradients_enabled(scaling):
     assert_equal(parameters(compiled), parameters(reference))
 
 
-# -- scaled losses ----------------------------------------------------------------------------------
+# -- scaled losses ----
 
 
 def test_a_gradient_scaler_gives_the_unscaled_run():
@@ -218,7 +218,7 @@ def test_factors_do_not_depend_on_the_loss_scale(fisher, scale):
     torch.testing.assert_close(factors(scale, "sum"), expected, rtol=0, atol=0)
 
 
-# -- state -------------------------------------------------------------------------------------------
+# -- state ----
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
@@ -295,7 +295,7 @@ def test_averages_are_the_written_out_recursion():
     assert_equal(parameters(compiled), now)
 
 
-# -- first factors, other optimizers, missing gradients ------------------------------------------------
+# -- first factors, other optimizers, missing gradients ----
 
 
 def fixed_cotangents(z: torch.Tensor) -> torch.Tensor:
