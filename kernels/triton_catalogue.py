@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kfc_fx.kernels import (
+    triton_assemble,
     triton_im2col_gram,
     triton_multi_tensor,
     triton_pack,
@@ -13,6 +14,7 @@ from kfc_fx.kernels import (
 from kfc_fx.kernels.triton_case import KernelCase
 
 KERNEL_MODULES = (
+    triton_assemble,
     triton_im2col_gram,
     triton_multi_tensor,
     triton_pack,

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Gram matrix of a convolution's patches, which are never formed: an implicit-im2col SYRK.
 
     Ω[g] = scale · Σ_n Σ_t [[a]]_{n,t} [[a]]_{n,t}ᵀ,     Ω: [G, C/G·|Δ| + bias, C/G·|Δ| + bias]
@@ -216,7 +216,7 @@ def im2col_gram_reference(
     padded = F.pad(x.to(torch.promote_types(x.dtype, torch.float32)), pads)
     out = geometry.output_size(x.shape[2:])
     views = [
-        padded[(..., *map(_reached, offset, out, geometry.stride, geometry.dilation))]
+        padded[(..., *_reached(offset, out, geometry))]
         for offset in product(*map(range, geometry.kernel_size))
     ]
     patches = torch.stack(views, 2)  # [N, C, K, *out]
@@ -229,9 +229,13 @@ def im2col_gram_reference(
     return scale * (rows.mT @ rows)
 
 
-def _reached(offset: int, out: int, stride: int, dilation: int) -> slice:
-    begin = offset * dilation
-    return slice(begin, begin + stride * (out - 1) + 1, stride) if out else slice(0, 0)
+def _reached(offset: tuple[int, ...], out: tuple[int, ...], geometry: ConvGeometry) -> list[slice]:
+    """Per axis, the places that one kernel offset reaches."""
+    steps = zip(offset, geometry.dilation, out, geometry.stride, strict=True)
+    return [
+        slice(place * dilation, place * dilation + stride * (size - 1) + 1 if size else 0, stride)
+        for place, dilation, size, stride in steps
+    ]
 
 
 def offline_cases() -> Iterator[KernelCase]:

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Pointwise work on a list of tensors of any sizes in one launch.
 
 The moving average of all factors,
@@ -48,19 +48,54 @@ def block_pointer(entry, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def average_block(target, source, decay, mask, TARGET: tl.constexpr):
+    """The moving average of one block; ``mask`` is None where the block is whole."""
+    old = tl.load(target, mask=mask).to(tl.float32)
+    new = tl.load(source, mask=mask).to(tl.float32)
+    tl.store(target, (decay * old + (1.0 - decay) * new).to(TARGET), mask=mask)
+
+
+@triton.jit
 def moving_average_kernel(
     table, decay, TARGET: tl.constexpr, SOURCE: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid ``[blocks]``; ``table`` is ``[blocks, 3]``: target, source, length."""
     entry = table + tl.program_id(0) * 3
-    target = block_pointer(entry, TARGET, ALIGNED)
-    source = block_pointer(entry + 1, SOURCE, ALIGNED)
     place = tl.arange(0, BLOCK)
-    mask = place < tl.load(entry + 2)
-    old = tl.load(target + place, mask=mask, other=0.0).to(tl.float32)
-    new = tl.load(source + place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(target + place, (decay * old + (1.0 - decay) * new).to(TARGET), mask=mask)
+    target = block_pointer(entry, TARGET, ALIGNED) + place
+    source = block_pointer(entry + 1, SOURCE, ALIGNED) + place
+    length = tl.load(entry + 2)
+    # A mask of unknown length would keep every access to one element at a time.
+    if length == BLOCK:
+        average_block(target, source, decay, None, TARGET)
+    else:
+        average_block(target, source, decay, place < length, TARGET)
+
+
+@triton.jit
+def update_block(
+    entry, place, mask, scale, shrink, momentum, average_decay,
+    PARAMETER: tl.constexpr, DIRECTION: tl.constexpr, STATE: tl.constexpr,
+    HAS_MOMENTUM: tl.constexpr, HAS_AVERAGE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The end of the update of one block; ``mask`` is None where the block is whole."""
+    parameter = block_pointer(entry, PARAMETER, ALIGNED) + place
+    direction = block_pointer(entry + 1, DIRECTION, ALIGNED) + place
+    theta = tl.load(parameter, mask=mask).to(tl.float32)
+    step = tl.load(direction, mask=mask).to(tl.float32) * scale
+    step -= shrink * theta
+    if HAS_MOMENTUM:
+        buffer = block_pointer(entry + 2, STATE, ALIGNED) + place
+        step += momentum * tl.load(buffer, mask=mask).to(tl.float32)
+        tl.store(buffer, step.to(STATE), mask=mask)
+    theta += step
+    tl.store(parameter, theta.to(PARAMETER), mask=mask)
+    if HAS_AVERAGE:
+        average = block_pointer(entry + 2 + HAS_MOMENTUM, STATE, ALIGNED) + place
+        mean = tl.load(average, mask=mask).to(tl.float32)
+        mean = average_decay * mean + (1.0 - average_decay) * theta
+        tl.store(average, mean.to(STATE), mask=mask)
 
 
 @triton.jit
@@ -77,23 +112,14 @@ def update_kernel(
     columns: tl.constexpr = 3 + HAS_MOMENTUM + HAS_AVERAGE
     entry = table + tl.program_id(0) * columns
     place = tl.arange(0, BLOCK)
-    mask = place < tl.load(entry + columns - 1)
-    parameter = block_pointer(entry, PARAMETER, ALIGNED) + place
-    direction = block_pointer(entry + 1, DIRECTION, ALIGNED) + place
-    theta = tl.load(parameter, mask=mask, other=0.0).to(tl.float32)
-    step = tl.load(direction, mask=mask, other=0.0).to(tl.float32) * tl.load(scale)
-    step -= shrink * theta
-    if HAS_MOMENTUM:
-        buffer = block_pointer(entry + 2, STATE, ALIGNED) + place
-        step += momentum * tl.load(buffer, mask=mask, other=0.0).to(tl.float32)
-        tl.store(buffer, step.to(STATE), mask=mask)
-    theta += step
-    tl.store(parameter, theta.to(PARAMETER), mask=mask)
-    if HAS_AVERAGE:
-        average = block_pointer(entry + 2 + HAS_MOMENTUM, STATE, ALIGNED) + place
-        mean = tl.load(average, mask=mask, other=0.0).to(tl.float32)
-        mean = average_decay * mean + (1.0 - average_decay) * theta
-        tl.store(average, mean.to(STATE), mask=mask)
+    length = tl.load(entry + columns - 1)
+    factor = tl.load(scale)
+    if length == BLOCK:
+        update_block(entry, place, None, factor, shrink, momentum, average_decay, PARAMETER,
+                     DIRECTION, STATE, HAS_MOMENTUM, HAS_AVERAGE, ALIGNED)  # fmt: skip
+    else:
+        update_block(entry, place, place < length, factor, shrink, momentum, average_decay,
+                     PARAMETER, DIRECTION, STATE, HAS_MOMENTUM, HAS_AVERAGE, ALIGNED)  # fmt: skip
 
 
 def moving_average_(factors: Sequence[Tensor], new: Sequence[Tensor], decay: float) -> None:

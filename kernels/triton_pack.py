@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Activations with the batch innermost, which the convolution kernels read.
 
     packed[c, d, h, w, n] = x[n, c, d − p_d, h − p_h, w − p_w],   zero outside the image

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """The distinct products of a patch Gram: every autocorrelation once, all in one launch.
 
     P[slot, g] = Σ_n Σ_{q in box} X_g[first + s·q, n] X_g[second + s·q, n]ᵀ,   [C/G, C/G] each

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """How a convolution walks over activations packed with the batch innermost.
 
 Entry ``(c, δ)`` of the patch at location ``t`` of image ``n`` is at

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Gram matrix of rows on the tensor cores.
 
     G = scale · Xᵀ X,    X: [B·R, C], or [B·R, C + 1] with a last column of ones

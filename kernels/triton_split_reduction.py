@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Second reduction of a Gram matrix whose K loop was cut into parts.
 
     out[g] = scale · mirror( Σ_s partial[g, s] ),        border[g] = scale · Σ_s sums[g, s]

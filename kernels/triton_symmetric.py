@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Device functions that the Gram kernels share: the triangular schedule and the mirrored store.
 
 A symmetric ``D × D`` result is computed in its lower tiles only. Tile number ``t`` is the pair

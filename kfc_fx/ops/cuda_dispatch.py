@@ -1,0 +1,164 @@
+"""CUDA implementations of the statistics ops: Triton kernels, or ATen where those do not apply.
+
+Importing this registers them. Triton is imported when the first CUDA tensor arrives, so that the
+package needs neither Triton nor a GPU. float64 takes the ATen way, as does a machine without
+Triton or with a GPU that Triton does not compile for.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from kfc_fx.kernels import cpu_patch_gram
+from kfc_fx.kernels.cpu_assemble import assemble_slots, pack_slots, reach_sums
+from kfc_fx.kernels.products import product_plan
+from kfc_fx.ops.convolution import geometry_from_arguments
+from kfc_fx.ops.library import LIBRARY
+from kfc_fx.plan.geometry import ConvGeometry
+
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LEAST_CAPABILITY = (8, 0)
+
+
+def patch_gram(
+    x: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding_before: list[int],
+    padding_after: list[int],
+    dilation: list[int],
+    groups: int,
+    bias: bool,
+    method: str,
+) -> Tensor:
+    """``kfc_fx::patch_gram`` on CUDA."""
+    geometry = geometry_from_arguments(
+        kernel_size, stride, padding_before, padding_after, dilation, groups
+    )
+    if not uses_triton(x):
+        return cpu_patch_gram.patch_gram(x, geometry, bias=bias, method=method)
+    if is_pointwise(geometry):
+        from kfc_fx.kernels.triton_row_gram import row_gram as triton_row_gram
+
+        return triton_row_gram(x.movedim(1, -1), bias=bias).unsqueeze(0)
+    if method == "auto":
+        method = _cheaper_method(x, geometry)
+    if method == "structured":
+        slots = _slots(x, geometry, bias)
+        return _assemble_slots(slots, geometry, tuple(x.shape[1:]), bias)
+    from kfc_fx.kernels.triton_im2col_gram import im2col_gram
+
+    return im2col_gram(x, geometry, bias=bias)
+
+
+def row_gram(x: Tensor, bias: bool) -> Tensor:
+    """``kfc_fx::row_gram`` on CUDA."""
+    if uses_triton(x):
+        from kfc_fx.kernels.triton_row_gram import row_gram as triton_row_gram
+
+        return triton_row_gram(x, bias=bias)
+    rows = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(0, -2)
+    if bias:
+        rows = torch.cat([rows, rows.new_ones(rows.shape[0], 1)], dim=1)
+    return rows.mT @ rows
+
+
+def patch_products(
+    x: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding_before: list[int],
+    padding_after: list[int],
+    dilation: list[int],
+    groups: int,
+    bias: bool,
+) -> Tensor:
+    """``kfc_fx::patch_products`` on CUDA."""
+    geometry = geometry_from_arguments(
+        kernel_size, stride, padding_before, padding_after, dilation, groups
+    )
+    if not uses_triton(x):
+        return cpu_patch_gram.patch_products(x, geometry, bias=bias)
+    return _slots(x, geometry, bias)
+
+
+def assemble(
+    slots: Tensor,
+    input_size: list[int],
+    kernel_size: list[int],
+    stride: list[int],
+    padding_before: list[int],
+    padding_after: list[int],
+    dilation: list[int],
+    groups: int,
+    bias: bool,
+) -> Tensor:
+    """``kfc_fx::assemble`` on CUDA."""
+    geometry = geometry_from_arguments(
+        kernel_size, stride, padding_before, padding_after, dilation, groups
+    )
+    return _assemble_slots(slots, geometry, tuple(input_size), bias)
+
+
+def uses_triton(x: Tensor) -> bool:
+    """Whether the Triton kernels take ``x``: its dtype, and the device that holds it."""
+    return x.dtype in TRITON_DTYPES and _device_compiles(x.device.type, x.device.index or 0)
+
+
+def is_pointwise(geometry: ConvGeometry) -> bool:
+    """Whether the patches are the pixels themselves, so that a row Gram is the answer."""
+    return (
+        geometry.groups == 1
+        and geometry.offsets == 1
+        and all(step == 1 for step in geometry.stride)
+        and all(pad == (0, 0) for pad in geometry.padding)
+    )
+
+
+@cache
+def _device_compiles(kind: str, index: int) -> bool:
+    if find_spec("triton") is None:
+        return False
+    if kind != "cuda":  # the interpreter, in tests
+        return True
+    if torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(index) >= LEAST_CAPABILITY
+
+
+def _cheaper_method(x: Tensor, geometry: ConvGeometry) -> str:
+    from kfc_fx.kernels.triton_configs import precision_mode, processor
+    from kfc_fx.kernels.triton_cost import estimate
+
+    mode = precision_mode(x.dtype)
+    return estimate(geometry, tuple(x.shape), mode, processor(x).shared_bytes).best
+
+
+def _slots(x: Tensor, geometry: ConvGeometry, bias: bool) -> Tensor:
+    from kfc_fx.kernels.triton_patch_products import patch_products as triton_patch_products
+
+    x, geometry = cpu_patch_gram.with_two_axes(x, geometry)
+    plan = product_plan(geometry, tuple(x.shape[2:]))
+    products = triton_patch_products(x, plan, geometry.stride, geometry.groups)
+    sums = reach_sums(x, plan, geometry.stride, geometry.groups) if bias else None
+    return pack_slots(products, sums, len(x) * plan.locations)
+
+
+def _assemble_slots(
+    slots: Tensor, geometry: ConvGeometry, input_size: tuple[int, ...], bias: bool
+) -> Tensor:
+    plan = product_plan(geometry, tuple(input_size[1:]))
+    channels = input_size[0] // geometry.groups
+    if slots.dtype != torch.float32 or not uses_triton(slots):
+        return assemble_slots(slots, plan, channels, bias)
+    from kfc_fx.kernels.triton_assemble import assemble as triton_assemble
+
+    return triton_assemble(slots, plan, channels, bias)
+
+
+for _implementation in (patch_gram, row_gram, patch_products, assemble):
+    LIBRARY.impl(_implementation.__name__, _implementation, "CUDA")

@@ -1,0 +1,90 @@
+"""The CUDA implementations of the ops, whole: slots, assembly, and the choice of method."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kfc_fx.kernels.products import product_plan
+from kfc_fx.ops import cuda_dispatch
+from kfc_fx.ops.convolution import geometry_arguments
+from kfc_fx.plan.geometry import ConvGeometry, conv_geometry
+from tests.kernels.triton_oracle import (
+    DEVICE,
+    Convolution,
+    assert_as_accurate,
+    convolutions,
+    few_examples,
+    needs_triton,
+    poisoned_memory,
+    random_values,
+)
+
+pytest.importorskip("triton")
+pytestmark = needs_triton
+
+
+def check(x: Tensor, geometry: ConvGeometry, *, bias: bool, method: str) -> None:
+    from kfc_fx.kernels.triton_im2col_gram import im2col_gram_reference
+
+    def reference(values: Tensor) -> Tensor:
+        return im2col_gram_reference(values, geometry, bias=bias)
+
+    with poisoned_memory():
+        result = cuda_dispatch.patch_gram(x, *geometry_arguments(geometry), bias, method)
+    wide = x.double()
+    assert_as_accurate(result, reference(wide), reference(x.float()), reference(wide.abs()))
+    assert torch.equal(result, result.mT)
+
+
+@given(case=convolutions(max_stride=2), method=st.sampled_from(["auto", "structured", "im2col"]))
+@few_examples
+def test_every_method_agrees_with_float64(case: Convolution, method: str) -> None:
+    plan = product_plan(case.geometry, tuple(case.x.shape[2:]))
+    assume(len(plan.slots) * case.geometry.groups < 60)  # the interpreter is slow
+    assume(plan.locations)
+    check(case.x, case.geometry, bias=case.bias, method=method)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_assembly_puts_every_slot_in_its_place(groups: int, bias: bool) -> None:
+    from kfc_fx.kernels.triton_assemble import assemble, assemble_reference
+
+    plan = product_plan(conv_geometry((3, 2), padding=1), (5, 6))
+    slots = torch.arange(groups * plan.numbers(4, bias), dtype=torch.float32, device=DEVICE)
+    slots = slots.reshape(groups, -1)
+    with poisoned_memory():
+        omega = assemble(slots, plan, 4, bias)
+    assert torch.equal(omega, assemble_reference(slots, plan, 4, bias))
+
+
+def test_pointwise_convolutions_are_row_grams() -> None:
+    assert cuda_dispatch.is_pointwise(conv_geometry((1, 1)))
+    assert not cuda_dispatch.is_pointwise(conv_geometry((1, 1), stride=2))
+    check(random_values((3, 9, 4, 5), torch.float32, 0), conv_geometry((1, 1)), bias=True,
+          method="auto")  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_float64_takes_the_plain_way(bias: bool) -> None:
+    x = random_values((4, 3), torch.float64, 1)
+    result = cuda_dispatch.row_gram(x, bias)
+    assert result.dtype == torch.float64
+    rows = torch.cat([x, torch.ones_like(x[:, :1])], 1) if bias else x
+    torch.testing.assert_close(result, rows.mT @ rows)
+
+
+def test_the_cheaper_method_follows_the_shape() -> None:
+    from kfc_fx.kernels.triton_cost import estimate
+
+    same = conv_geometry((3, 3), padding=1)
+    assert estimate(same, (64, 64, 56, 56), "half", 232_448).best == "structured"
+    assert estimate(same, (64, 512, 28, 28), "half", 232_448).best == "structured"
+    valid = conv_geometry((5, 5))
+    assert estimate(valid, (8, 64, 8, 8), "half", 232_448).best == "im2col"
+    depthwise = conv_geometry((3, 3), padding=1, groups=64)
+    assert estimate(depthwise, (64, 64, 28, 28), "half", 232_448).best == "im2col"
