@@ -9,7 +9,7 @@ import torch
 import typer
 from rich.console import Console
 
-from kfc_fx.tools import optimizers
+from kfc_fx.tools import networks, optimizers
 from kfc_fx.tools.failures import CommandError, import_extra, one_line_failures
 from kfc_fx.tools.side_by_side import TrainSettings, train_side_by_side
 from kfc_fx.tools.training_run import RunSpec
@@ -43,7 +43,7 @@ def train(
     ] = None,
     scaling: Annotated[str, typer.Option(help="KFC's scaling: adam or inverse.")] = "adam",
     epochs: Annotated[int, typer.Option(min=1)] = 20,
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    batch_size: Annotated[int, typer.Option(min=1)] = 256,
     seed: Annotated[
         int, typer.Option(min=0, help="Of the parameters and of the data's order.")
     ] = 0,
@@ -59,12 +59,13 @@ def train(
     iterations and seconds to the same training loss, and a plot; Ctrl-C ends it early.
     """
     with one_line_failures(debug=debug):
+        model = model or networks.DEFAULT_NETWORKS.get(data)
         settings = TrainSettings(
             data=data,
             data_dir=data_dir,
             train_size=train_size,
             model=model,
-            optimizers=optimizers.specify(optimizer_names, lr or [], scaling),
+            optimizers=optimizers.specify(optimizer_names, lr or [], scaling, model),
             run=RunSpec(epochs, batch_size, seed, _usable_device(device)),
             plot=None if no_plot else _writable("--plot", plot),
             save=_writable("--save", save) if save else None,

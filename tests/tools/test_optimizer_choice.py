@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+import kfc_fx
 from kfc_fx.tools.failures import CommandError
 from kfc_fx.tools.optimizers import (
-    KFC_LEARNING_RATES,
+    DIGITS_NET_RATES,
     LEARNING_RATES,
     OptimizerSpec,
     prepare,
@@ -18,10 +19,15 @@ def test_names_keep_their_order_and_get_their_rates() -> None:
     chosen = specify("sgd, kfc,adamw", [], "inverse")
     assert chosen == (
         OptimizerSpec("sgd", LEARNING_RATES["sgd"]),
-        OptimizerSpec("kfc", KFC_LEARNING_RATES["inverse"], "inverse"),
+        OptimizerSpec("kfc", LEARNING_RATES["kfc inverse"], "inverse"),
         OptimizerSpec("adamw", LEARNING_RATES["adamw"]),
     )
     assert [spec.title for spec in chosen] == ["SGD Nesterov", "KFC (inverse)", "AdamW"]
+
+
+def test_the_demo_s_network_has_rates_of_its_own() -> None:
+    kfc, sgd = specify("kfc,sgd", ["kfc=0.5"], "adam", "digits-net")
+    assert (kfc.lr, sgd.lr) == (0.5, DIGITS_NET_RATES["sgd"])
 
 
 def test_learning_rates_are_overridden_one_by_one_or_together() -> None:
@@ -56,3 +62,13 @@ def test_peers_are_torch_s_own(name: str, kind: type) -> None:
     assert prepared.optimizer.param_groups[0]["lr"] == 0.25
     assert prepared.network is network
     assert prepared.capture_seconds == 0.0
+
+
+def test_kfc_compiles_and_captures_first() -> None:
+    network = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    prepared = prepare(OptimizerSpec("kfc", 0.25, "inverse"), network, torch.zeros(4, 2))
+    assert isinstance(prepared.optimizer, kfc_fx.KFC)
+    assert isinstance(prepared.network, kfc_fx.CompiledModel)
+    assert len(prepared.network.graphs) > 0
+    assert prepared.optimizer.param_groups[0]["lr"] == 0.25
+    assert prepared.capture_seconds > 0

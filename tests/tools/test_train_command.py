@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from kfc_fx.tools import failures
 from kfc_fx.tools.cli import app
 
-SHORT = ["--epochs", "2", "--train-size", "256"]
+SHORT = ["--epochs", "2", "--train-size", "256", "--batch-size", "64"]
 
 INTERRUPTING = """
 import signal
@@ -69,6 +69,35 @@ def test_digits_by_sgd_and_adamw(tmp_path: Path) -> None:
     # The same parameters and the same first batch, hence the same first loss.
     first_losses = {run["losses"][0] for run in saved["runs"]}
     assert len(first_losses) == 1
+
+
+@pytest.mark.parametrize("scaling", ["adam", "inverse"])
+def test_digits_by_kfc_and_sgd(tmp_path: Path, scaling: str) -> None:
+    result = kfc_fx("train", "--scaling", scaling, "--save", "run.json", "--epochs", "4")
+    assert result.exit_code == 0, result.output
+    assert f"KFC ({scaling})" in result.output
+    assert "to the loss that SGD Nesterov ends with" in " ".join(result.output.split())
+    kfc, sgd = json.loads((tmp_path / "run.json").read_text())["runs"]
+    assert kfc["losses"][0] == sgd["losses"][0]
+    assert 0 < kfc["capture_seconds"] < kfc["seconds"][0]
+    assert sgd["capture_seconds"] == 0
+    assert kfc["iterations_to_target"] < sgd["iterations_to_target"]
+    assert kfc["test_accuracy"] > 0.8
+
+
+def test_a_model_without_layers_for_kfc_fails_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "bare.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n"
+        "        self.w = nn.Parameter(torch.zeros(64, 10))\n"
+        "    def forward(self, x):\n        return torch.einsum('nchw,hwk->nk', x,"
+        " self.w.reshape(8, 8, 10))\n"
+    )
+    result = kfc_fx("train", "--model", "bare:Net", *SHORT)
+    assert result.exit_code == 2, result.output
+    assert "error: " in result.stderr
+    assert "Traceback" not in result.output
 
 
 def test_a_seed_repeats_the_run(tmp_path: Path) -> None:
