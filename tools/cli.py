@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from kfc_fx.tools.kernels_report import kernels
 from kfc_fx.tools.train import train
 
 app = typer.Typer(
@@ -18,6 +19,7 @@ app = typer.Typer(
 bench = typer.Typer(help="Measure kernels and training.", no_args_is_help=True)
 
 app.command()(train)
+app.command()(kernels)
 app.add_typer(bench, name="bench")
 
 

@@ -186,6 +186,7 @@ def test_version_and_help() -> None:
     assert kfc_fx("--version").output == f"kfc_fx {version('kfc_fx')}\n"
     assert "train" in kfc_fx("--help").output
     assert "--data-dir" in kfc_fx("train", "--help").output
+    assert kfc_fx("kernels", "--help").exit_code == 0
 
 
 def test_as_a_module() -> None:
