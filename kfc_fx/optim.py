@@ -417,7 +417,9 @@ def _all_finite(tensors: Iterable[Tensor]) -> bool:
     by_device: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
         by_device.setdefault(tensor.device, []).append(tensor)
-    norms = [torch.stack(torch._foreach_norm(group, 1)).sum() for group in by_device.values()]
+    norms = [
+        torch.stack(torch._foreach_norm(group, float("inf"))).sum() for group in by_device.values()
+    ]
     return all(bool(norm.isfinite()) for norm in norms)
 
 

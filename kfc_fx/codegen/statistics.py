@@ -38,7 +38,7 @@ def screen(statistics: Statistics, stacks: Sequence[StackSpec], rate: float) -> 
     for stack in stacks:
         row_counts, row_rates = [], []
         for block in stack.blocks:
-            live = finite.get(block.name, False)
+            live = finite.get(block.name, False) and statistics.rows[block.name] > 0
             for factor, shape in stack.factor_shapes.items():
                 value = statistics.sums[block.name][factor] if live else None
                 sums[f"{block.name}.{factor}"] = _or_zeros(value, block.groups, shape, stack)

@@ -184,6 +184,8 @@ class _FisherPass:
         self.fisher = fisher
         self.recorder = recorder
         self.prediction: Tensor | None = prediction
+        # The user may change the tapped output, its alias, in place before backward.
+        self.values = prediction.detach().clone()
         self.position = position
         self.record = record
         self.statistics_of = statistics_of
@@ -212,7 +214,7 @@ class _FisherPass:
     def _cotangent(self, prediction: Tensor, true_cotangent: Tensor | None) -> Tensor:
         likelihood = self.recorder.likelihood
         # Probabilities in half precision lose the tail that samples come from.
-        wide = prediction.detach().to(torch.promote_types(prediction.dtype, torch.float32))
+        wide = self.values.to(torch.promote_types(prediction.dtype, torch.float32))
         if self.fisher == "sampled":
             generator = self.recorder.generator(prediction.device)
             return likelihood.sampled_cotangent(wide, generator).to(prediction.dtype)
