@@ -102,7 +102,7 @@ def _inverse_graph(spec: UpdateSpec) -> UpdateGraph:
     vectors = _vectors(update, spec, arguments)
     result: dict[str, Value] = {}
     if spec.clip != "none":
-        scale = (arguments["clip"] / arguments["nu"].clamp(min=0)).sqrt().clamp(max=1)
+        scale = (arguments["clip"] / arguments["nu"].clamp(min=1e-30)).sqrt().clamp(max=1)
         arguments["clip_scale"] = update.let("clip_scale", scale)
         result |= {"nu": arguments["nu"], "clip_scale": arguments["clip_scale"]}
     steps: dict[str, Value] = {}
