@@ -7,12 +7,16 @@ patches. All of it is linear in the data, so it adds up over micro-batches and t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from kfc_fx.kernels.products import Product, ProductPlan
 
-CHUNK_ELEMENTS = 2**18
+CHUNK_ELEMENTS = 2**19
+LEAST_ROWS = 16  # the columns of transposed products are read by cache lines
 
 
 def pack_slots(products: Tensor, sums: Tensor | None, patches: int) -> Tensor:
@@ -46,7 +50,7 @@ def _box(total: Tensor, product: Product, stride: tuple[int, ...]) -> Tensor:
 
 
 def assemble_slots(slots: Tensor, plan: ProductPlan, channels: int, bias: bool) -> Tensor:
-    """``[G, numbers]`` -> ``[G, D, D]`` with ``D = c·K + bias``, symmetric to the last bit."""
+    """``[G, numbers]`` -> ``[G, D, D]`` with ``D = c·K + bias``."""
     groups, offsets = slots.shape[0], len(plan.slot_of_pair)
     split = len(plan.slots) * channels**2
     products = slots[:, :split].unflatten(1, (len(plan.slots), channels, channels))
@@ -72,22 +76,46 @@ def fill_bias(omega: Tensor, sums: Tensor, patches: Tensor | int, plan: ProductP
 
 
 def _fill_blocks(omega: Tensor, products: Tensor, plan: ProductPlan) -> None:
-    """Gather rows of c numbers in cache, then interleave them with the offsets."""
-    groups, slots, channels, _ = products.shape
+    """Gather the blocks of a few rows in cache, then interleave them with the offsets."""
+    groups, _, channels, _ = products.shape
     offsets = len(plan.slot_of_pair)
+    pick = block_sources(plan)
+    sources = torch.tensor(pick.source, device=products.device)
     blocks = omega.unflatten(2, (channels, offsets)).unflatten(1, (channels, offsets))
-    # For each c: the rows P[j][c, :] and, for the pairs with δ > δ', the columns P[j][:, c].
-    lines = torch.cat([products.permute(0, 2, 1, 3), products.permute(0, 3, 1, 2)], dim=2)
-    pick = torch.tensor(
-        [
-            plan.slot_of_pair[i][j] + (slots if i > j else 0)
-            for i in range(offsets)
-            for j in range(offsets)
-        ],
-        device=products.device,
-    )
-    step = max(1, CHUNK_ELEMENTS // max(1, groups * offsets**2 * channels))
-    for start in range(0, channels, step):
-        part = lines[:, start : start + step].index_select(2, pick)
-        part = part.unflatten(2, (offsets, offsets))  # [G, c, K, K', c']
-        blocks[:, start : start + step] = part.transpose(3, 4)
+    rows = max(LEAST_ROWS, CHUNK_ELEMENTS // max(1, groups * offsets**2 * channels))
+    for start in range(0, channels, rows):
+        both = _with_transposes(products, pick.transposed, start, min(start + rows, channels))
+        part = both.index_select(1, sources).unflatten(1, (offsets, offsets))  # [G, K, K', c, c']
+        blocks[:, start : start + rows] = part.permute(0, 3, 1, 4, 2)
+
+
+def _with_transposes(
+    products: Tensor, transposed: tuple[int, ...], start: int, stop: int
+) -> Tensor:
+    """A few rows of every product, then of the transposes below: ``[G, J', stop - start, c]``."""
+    groups, slots, channels, _ = products.shape
+    both = products.new_empty((groups, slots + len(transposed), stop - start, channels))
+    both[:, :slots] = products[:, :, start:stop]
+    for number, slot in enumerate(transposed, start=slots):
+        both[:, number] = products[:, slot, :, start:stop].mT
+    return both
+
+
+@dataclass(frozen=True)
+class BlockSources:
+    """Per block in row order, its index among the slots followed by the transposed slots."""
+
+    source: tuple[int, ...]
+    transposed: tuple[int, ...]
+
+
+@lru_cache(maxsize=512)
+def block_sources(plan: ProductPlan) -> BlockSources:
+    """Blocks below the diagonal are transposes of those above."""
+    transposes: dict[int, int] = {}
+    source = []
+    for i, row in enumerate(plan.slot_of_pair):
+        for j, slot in enumerate(row):
+            below = len(plan.slots) + transposes.setdefault(slot, len(transposes)) if i > j else 0
+            source.append(below or slot)
+    return BlockSources(tuple(source), tuple(transposes))

@@ -120,7 +120,7 @@ def _lines(geometry: ConvGeometry, plan: ProductPlan, shape: tuple[int, ...]) ->
 def _im2col(geometry: ConvGeometry, plan: ProductPlan, shape: tuple[int, ...]) -> float:
     images, groups = shape[0], geometry.groups
     side = shape[1] // groups * geometry.offsets
-    blocks = upper_blocks(side)
+    blocks = upper_blocks(side, images * plan.locations)
     (top, bottom), _ = blocks[0]
     patches = images * groups * side * plan.locations
     buffers = ceil(patches / cpu_im2col_gram.BUFFER_ELEMENTS)

@@ -13,29 +13,31 @@ from math import ceil, prod
 
 from torch import Tensor
 
-from kfc_fx.kernels.cpu_symmetric_product import add_upper_gram, mirror_upper
+from kfc_fx.kernels.cpu_symmetric_product import add_upper_gram, mirror_upper, upper_blocks
 from kfc_fx.plan.geometry import ConvGeometry
 
 BUFFER_ELEMENTS = 2**21
 LEAST_ROWS = 512  # a shorter sum would spend its time on reading and writing Ω
 
 
-def add_im2col_gram(omega: Tensor, x: Tensor, geometry: ConvGeometry) -> None:
-    """Add Ω of ``x``: ``[N, C, *spatial]`` to ``omega``: ``[G, c·K, c·K]``, symmetric already."""
+def fill_im2col_gram(omega: Tensor, x: Tensor, geometry: ConvGeometry) -> None:
+    """Ω of ``x``: ``[N, C, *spatial]`` into ``omega``: ``[G, c·K, c·K]``, uninitialised."""
     dtype = omega.dtype
     out = geometry.output_size(x.shape[2:])
     groups, channels = geometry.groups, x.shape[1] // geometry.groups
     side = channels * geometry.offsets
     if not x.numel() or not prod(out):
+        omega.zero_()
         return
     images = _images_per_buffer(len(x), groups * side, prod(out))
     shape = (groups, channels, *geometry.kernel_size, images, *out)
     padded = any(map(any, geometry.padding)) or len(x) % images
     patches = x.new_zeros(shape, dtype=dtype) if padded else x.new_empty(shape, dtype=dtype)
-    for part in x.split(images):
+    blocks = upper_blocks(side, len(x) * prod(out))
+    for chunk, part in enumerate(x.split(images)):
         fill_patches(patches, part.contiguous(), geometry)
-        add_upper_gram(omega, patches.view(groups, side, -1))
-    mirror_upper(omega)
+        add_upper_gram(omega, patches.view(groups, side, -1), blocks, fresh=chunk == 0)
+    mirror_upper(omega, blocks)
 
 
 def _images_per_buffer(images: int, side: int, locations: int) -> int:

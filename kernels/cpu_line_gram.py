@@ -2,9 +2,9 @@
 
     P[phase, phase', shift] = Σ_n Σ_q A_phase[:, q, n] A_phase'[:, q + shift, n]ᵀ
 
-``A: [G, c·K', Q0, n, T']`` holds the patches of single lines, K' the offsets and T' the locations
+``A: [G, K'·c, Q0, n·T']`` holds the patches of single lines, K' the offsets and T' the locations
 of the axes after the first. With three channels a ``c × c`` product is all overhead; this one
-has side ``c·K'``, takes any stride, and is exact at the borders of the other axes as they are
+has side ``K'·c``, takes any stride, and is exact at the borders of the other axes as they are
 im2col. It is K times less work than im2col, in memory ``K'`` maps of a few images.
 """
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kfc_fx.kernels.cpu_im2col_gram import fill_patches
-from kfc_fx.kernels.cpu_symmetric_product import add_product, symmetrise
+from kfc_fx.kernels.cpu_symmetric_product import add_product
 from kfc_fx.kernels.products import (
     AxisProduct,
     ProductPlan,
@@ -76,24 +76,29 @@ def line_products(x: Tensor, plan: ProductPlan, geometry: ConvGeometry) -> Tenso
     inner = prod(geometry.kernel_size[1:])
     work = line_schedule(plan, inner)
     side = channels * inner
-    sums = x.new_zeros((len(work.jobs), groups, side, side), dtype=dtype)
-    if x.numel() and plan.locations:
-        for buffers in _line_patches(x, geometry, dtype):
-            for total, job in zip(sums, work.jobs, strict=True):
+    shape = (len(work.jobs), groups, side, side)
+    filled = x.numel() and plan.locations
+    sums = x.new_empty(shape, dtype=dtype) if filled else x.new_zeros(shape, dtype=dtype)
+    if filled:
+        for chunk, buffers in enumerate(_line_patches(x, geometry, dtype)):
+            for total, job in zip(sums.unbind(), work.jobs, strict=True):
                 start, stop = job.start + job.shift, job.stop + job.shift
                 first = buffers[job.phase][:, :, job.start : job.stop]
                 second = buffers[job.other_phase][:, :, start:stop]
-                add_product(total, first.flatten(2), second.flatten(2))
-    whole = torch.stack([sums[list(term)].sum(0) for term in work.terms])
-    whole = whole.view(-1, groups, channels, inner, channels, inner)
-    slots = whole[list(work.interval), :, :, list(work.first), :, list(work.second)]
-    for number in plan.reaches:
-        symmetrise(slots[number])
-    return slots
+                add_product(total, first.flatten(2), second.flatten(2), fresh=chunk == 0)
+    whole = _intervals(sums, work)
+    whole = whole.view(-1, groups, inner, channels, inner, channels)
+    return whole[list(work.interval), :, list(work.first), :, list(work.second)]
+
+
+def _intervals(sums: Tensor, work: LineSchedule) -> Tensor:
+    if all(len(term) == 1 for term in work.terms):
+        return sums[[term[0] for term in work.terms]]
+    return torch.stack([sums[list(term)].sum(0) for term in work.terms])
 
 
 def _line_patches(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> Iterator[list[Tensor]]:
-    """Yield, for a few images at a time, the lines of each phase: ``[G, c·K', Q0, n·T']``."""
+    """Yield, for a few images at a time, the lines of each phase: ``[G, K'·c, Q0, n·T']``."""
     stride, groups = geometry.stride[0], geometry.groups
     rows = ceil(x.shape[2] / stride)
     across = ConvGeometry(
@@ -105,14 +110,18 @@ def _line_patches(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> Iter
     )
     out = geometry.output_size(x.shape[2:])[1:]
     images = _images_per_buffer(x, stride * rows * prod(out) * across.offsets)
-    shape = (groups, x.shape[1] // groups, *across.kernel_size, rows, images, *out)
+    shape = (groups, rows, images, *out, *across.kernel_size, x.shape[1] // groups)
     buffers = [x.new_zeros(shape, dtype=dtype) for _ in range(stride)]
+    axes = geometry.ndim
     for part in x.split(images):
         for phase, buffer in enumerate(buffers):
             lines = part[:, :, phase::stride]
-            target = buffer.narrow(2 + geometry.ndim, 0, lines.shape[2])
-            fill_patches(target.transpose(2 + geometry.ndim, 3 + geometry.ndim), lines, across)
-        yield [b.view(groups, -1, rows, images * prod(out)) for b in buffers]
+            target = buffer[:, : lines.shape[2]]
+            # [G, Q0, n, *T', *K, c] -> [G, c, *K, n, Q0, *T']
+            order = (0, 2 * axes + 2, *range(axes + 2, 2 * axes + 2), 2, 1, *range(3, axes + 2))
+            fill_patches(target.permute(order), lines, across)
+        side = across.offsets * shape[-1]
+        yield [b.view(groups, rows, images * prod(out), side).permute(0, 3, 1, 2) for b in buffers]
 
 
 def _images_per_buffer(x: Tensor, per_channel: int) -> int:

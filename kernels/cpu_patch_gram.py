@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kfc_fx.kernels.cpu_assemble import assemble_slots, fill_bias, pack_slots, reach_sums
 from kfc_fx.kernels.cpu_cost import estimate
-from kfc_fx.kernels.cpu_im2col_gram import add_im2col_gram
+from kfc_fx.kernels.cpu_im2col_gram import fill_im2col_gram
 from kfc_fx.kernels.cpu_line_gram import line_products
 from kfc_fx.kernels.cpu_structured_gram import structured_products
 from kfc_fx.kernels.products import ProductPlan, product_plan
@@ -29,8 +29,8 @@ def patch_gram(x: Tensor, geometry: ConvGeometry, *, bias: bool, method: str) ->
 def _im2col(x: Tensor, plan: ProductPlan, geometry: ConvGeometry, bias: bool) -> Tensor:
     side = x.shape[1] // geometry.groups * geometry.offsets
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    omega = x.new_zeros((geometry.groups, side + bias, side + bias), dtype=dtype)
-    add_im2col_gram(omega[:, :side, :side], x, geometry)
+    omega = x.new_empty((geometry.groups, side + bias, side + bias), dtype=dtype)
+    fill_im2col_gram(omega[:, :side, :side], x, geometry)
     if bias:
         sums = reach_sums(x, plan, geometry.stride, geometry.groups)
         fill_bias(omega, sums, len(x) * plan.locations, plan)

@@ -2,12 +2,12 @@
 
     P[kind, box] = Σ_n Σ_{q in box} X_phase[:, n, q] X_phase'[:, n, q + shift]ᵀ
 
-Each phase of the map (one, for stride 1) is laid out as ``[G, C/G, Q0, n, Q1 + R1, ...]``: the
+Each phase of the map (one, for stride 1) is laid out as ``[G, Q0, n, Q1 + R1, ..., C/G]``: the
 first axis outermost, then a few images, then the other axes, each padded with zeros by the
-reach R of the shifts. A shift of the map is then a constant offset of the flat buffer, and a
-range of the first axis is contiguous, so a product over whole lines is one matrix product over
-two views. What an interval leaves out of a line is taken off again: a product of a few gathered
-columns. No patches exist; beside the result there is one buffer of a few images.
+reach R of the shifts, and the channels innermost. A shift of the map is then a constant offset of
+the flat buffer, and a range of the first axis is contiguous, so a product over whole lines is one
+matrix product over two views. What an interval leaves out of a line is taken off again: a product
+of a few gathered columns. No patches exist; beside the result there is one buffer of a few images.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from math import ceil, prod
 import torch
 from torch import Tensor
 
-from kfc_fx.kernels.cpu_symmetric_product import add_product, symmetrise
+from kfc_fx.kernels.cpu_symmetric_product import add_product
 from kfc_fx.kernels.products import (
     AxisProduct,
     Product,
@@ -31,6 +31,7 @@ from kfc_fx.kernels.products import (
 )
 
 BUFFER_ELEMENTS = 2**20
+COMBINED_COLUMNS = 2**12
 
 Segment = tuple[int, int]
 Kind = tuple[tuple[int, int, int], ...]
@@ -129,29 +130,32 @@ def structured_products(
     spatial = tuple(x.shape[2:])
     layout = buffer_layout(plan, stride, spatial)
     work = schedule(plan, layout.quotients)
-    sums = x.new_zeros((len(work.jobs), groups, channels, channels), dtype=dtype)
+    shape = (len(work.jobs), groups, channels, channels)
+    sums = x.new_empty(shape, dtype=dtype) if x.numel() else x.new_zeros(shape, dtype=dtype)
     if x.numel():
         images = _images_per_buffer(x, layout)
         buffers = Buffers(x, layout, groups, images, dtype)
-        for part in x.split(images):
+        for chunk, part in enumerate(x.split(images)):
             buffers.fill(part)
-            for number, job in enumerate(work.jobs):
-                first, second = buffers.operands(job)
-                add_product(sums[number], first, second)
-    slots = _combine(sums, work)
-    for number in plan.reaches:
-        symmetrise(slots[number])
-    return slots
+            for total, job in zip(sums.unbind(), work.jobs, strict=True):
+                add_product(total, *buffers.operands(job), fresh=chunk == 0)
+    return _combine(sums, work)
 
 
 def _combine(sums: Tensor, work: Schedule) -> Tensor:
     if all(term == ((number, 1),) for number, term in enumerate(work.terms)):
         return sums
-    slots = sums.new_zeros((len(work.terms), *sums.shape[1:]))
-    for slot, terms in zip(slots, work.terms, strict=True):
+    signs = torch.zeros(len(work.terms), len(work.jobs), dtype=sums.dtype)
+    for slot, terms in enumerate(work.terms):
         for job, sign in terms:
-            slot.add_(sums[job], alpha=sign)
-    return slots
+            signs[slot, job] = sign
+    signs = signs.to(sums.device)
+    if len(work.terms) > len(work.jobs):
+        return torch.tensordot(signs, sums, 1)
+    # In place, a few columns at a time: fresh memory for the slots would cost more than the sums.
+    for part in sums.view(len(sums), -1).split(COMBINED_COLUMNS, dim=1):
+        part[: len(signs)] = signs @ part
+    return sums[: len(signs)]
 
 
 @dataclass(frozen=True)
@@ -205,12 +209,10 @@ class Buffers:
         self.shape = (layout.padded[0], images, *layout.padded[1:])
         channels = x.shape[1] // groups
         length = prod(self.shape) + 2 * layout.margin
-        # Channels-last images are copied whole rows at a time into channels-last buffers.
-        transposed = groups == 1 and channels > 1 and x.stride(1) == 1
-        shape = (groups, length, channels) if transposed else (groups, channels, length)
-        flat = [x.new_zeros(shape, dtype=dtype) for _ in layout.phases]
-        views = [buffer.mT if transposed else buffer for buffer in flat]
-        self.flat = dict(zip(layout.phases, views, strict=True))
+        # Channels innermost: BLAS packs the operands of a narrow product twice as fast.
+        shape = (groups, length, channels)
+        flat = [x.new_zeros(shape, dtype=dtype).mT for _ in layout.phases]
+        self.flat = dict(zip(layout.phases, flat, strict=True))
         self.columns: dict[tuple[tuple[int, ...], tuple[Segment, ...]], Tensor] = {}
 
     def fill(self, x: Tensor) -> None:
@@ -261,11 +263,11 @@ class Buffers:
             yield (low, high), (low + shift, high + shift)
 
     def _gathered(self, phase: tuple[int, ...], ranges: tuple[Segment, ...]) -> Tensor:
-        """``[G, C/G, Q0, n, *lengths]``, contiguous, and kept until the next fill."""
+        """``[G, C/G, Q0, n, *lengths]``, channels innermost, and kept until the next fill."""
         key = (phase, ranges)
         if key not in self.columns:
             view = self.images(phase)
             for axis, (low, high) in enumerate(ranges):
                 view = view.narrow(4 + axis, low, high - low)
-            self.columns[key] = view.contiguous()
+            self.columns[key] = view.movedim(1, -1).contiguous().movedim(-1, 1)
         return self.columns[key]

@@ -3,53 +3,60 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-# (least side, blocks per side): below the first, the smaller products would be slower
+# (least side, blocks per side): narrower blocks would multiply too slowly
 BLOCKS_BY_SIDE = ((4096, 8), (1024, 4), (256, 2), (0, 1))
+LEAST_LENGTH = 192  # with a shorter sum, mirroring costs more than the blocks save
 
 Range = tuple[int, int]
+Block = tuple[Range, Range]
 
 
-def add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
-    """``total[g] += first[g] second[g]ᵀ``: ``[G, a, b]`` from ``[G, a, L]`` and ``[G, b, L]``."""
+def add_product(total: Tensor, first: Tensor, second: Tensor, *, fresh: bool = False) -> None:
+    """``total[g] += first[g] second[g]ᵀ``: ``[G, a, b]`` from ``[G, a, L]`` and ``[G, b, L]``.
+
+    ``fresh`` sets ``total``, which may be uninitialised, instead of adding to it.
+    """
     groups, rows, columns = total.shape
-    if groups > 1 and rows * columns > 1:
-        total.baddbmm_(first, second.mT)
-    elif groups > 1:
-        total += (first * second).sum(2, keepdim=True)
-    elif rows * columns > 1:
-        total[0].addmm_(first[0], second[0].mT)
+    kept = 0 if fresh else 1
+    if rows * columns == 1:
+        products = _dots(first, second)
+        total[:, 0, 0] = products if fresh else products + total[:, 0, 0]
+    elif groups == 1:
+        total[0].addmm_(first[0], second[0].mT, beta=kept)
     else:
-        total += torch.dot(first[0, 0], second[0, 0])
+        total.baddbmm_(first, second.mT, beta=kept)
 
 
-def add_upper_gram(total: Tensor, factor: Tensor) -> None:
-    """Add ``A[g] A[g]ᵀ`` to the upper blocks: ``[G, D, D]`` from ``[G, D, L]``, in place."""
-    for (top, bottom), (left, right) in upper_blocks(total.shape[1]):
-        add_product(total[:, top:bottom, left:right], factor[:, top:bottom], factor[:, left:right])
+def _dots(first: Tensor, second: Tensor) -> Tensor:
+    if len(first) == 1:
+        return torch.dot(first[0, 0], second[0, 0])
+    return (first * second).sum((1, 2))
 
 
-def mirror_upper(total: Tensor) -> Tensor:
-    """Copy the upper blocks to the lower ones, in place; symmetric to the last bit."""
-    for (top, bottom), (left, right) in upper_blocks(total.shape[1]):
+def add_upper_gram(
+    total: Tensor, factor: Tensor, blocks: Sequence[Block], *, fresh: bool = False
+) -> None:
+    """Add ``A[g] A[g]ᵀ`` to some blocks: ``[G, D, D]`` from ``[G, D, L]``, in place."""
+    for (top, bottom), (left, right) in blocks:
         block = total[:, top:bottom, left:right]
-        if top == left:
-            symmetrise(block)
-        else:
-            total[:, left:right, top:bottom] = block.mT
-    return total
+        add_product(block, factor[:, top:bottom], factor[:, left:right], fresh=fresh)
 
 
-def symmetrise(block: Tensor) -> None:
-    """Average with the transpose: a product with itself may differ from it in the last bit."""
-    block.copy_((block + block.mT) / 2)
+def mirror_upper(total: Tensor, blocks: Sequence[Block]) -> None:
+    """Copy the blocks above the diagonal to those below, in place."""
+    for (top, bottom), (left, right) in blocks:
+        if top != left:
+            total[:, left:right, top:bottom] = total[:, top:bottom, left:right].mT
 
 
-def upper_blocks(side: int) -> list[tuple[Range, Range]]:
-    """Row and column range of every block on or above the diagonal of a ``[side, side]``."""
+def upper_blocks(side: int, length: int) -> list[Block]:
+    """Rows and columns of every block on or above the diagonal, for sums over ``length`` rows."""
     count = next(blocks for least, blocks in BLOCKS_BY_SIDE if side >= least)
+    count = count if length >= LEAST_LENGTH else 1
     ranges = list(itertools.pairwise(side * i // count for i in range(count + 1)))
     return list(itertools.combinations_with_replacement(ranges, 2))

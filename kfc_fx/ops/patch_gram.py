@@ -54,7 +54,6 @@ def patch_gram(
     Returns:
         ``[groups, D, D]`` with ``D = C/groups * prod(kernel_size) + bias``, in the column
         order of ``weight.reshape(C_out, -1)``; float64 for a float64 input, else float32.
-        It is symmetric to the last bit.
 
     Raises:
         ValueError: an unknown method; a geometry that does not fit ``x``.
