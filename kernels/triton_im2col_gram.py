@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 from math import prod
+from typing import Any
 
 import torch
 import triton
@@ -216,7 +217,7 @@ def im2col_gram_reference(
     padded = F.pad(x.to(torch.promote_types(x.dtype, torch.float32)), pads)
     out = geometry.output_size(x.shape[2:])
     views = [
-        padded[(..., *_reached(offset, out, geometry))]
+        padded[_reached(offset, out, geometry)]
         for offset in product(*map(range, geometry.kernel_size))
     ]
     patches = torch.stack(views, 2)  # [N, C, K, *out]
@@ -229,13 +230,18 @@ def im2col_gram_reference(
     return scale * (rows.mT @ rows)
 
 
-def _reached(offset: tuple[int, ...], out: tuple[int, ...], geometry: ConvGeometry) -> list[slice]:
-    """Per axis, the places that one kernel offset reaches."""
+def _reached(
+    offset: tuple[int, ...], out: tuple[int, ...], geometry: ConvGeometry
+) -> tuple[Any, ...]:
+    """Index of what one kernel offset reaches of ``[N, C, *spatial]``."""
     steps = zip(offset, geometry.dilation, out, geometry.stride, strict=True)
-    return [
-        slice(place * dilation, place * dilation + stride * (size - 1) + 1 if size else 0, stride)
-        for place, dilation, size, stride in steps
-    ]
+    return (
+        ...,
+        *(
+            slice(at * dilation, at * dilation + stride * (size - 1) + 1 if size else 0, stride)
+            for at, dilation, size, stride in steps
+        ),
+    )
 
 
 def offline_cases() -> Iterator[KernelCase]:
