@@ -1,6 +1,6 @@
 """Which method is fastest on CPU: counts of work, times the speed of each kind of work.
 
-The speeds are those of two AVX-512 cores; a choice depends on their ratios alone, which vary far
+The speeds are those of one AVX-512 core; a choice depends on their ratios alone, which vary far
 less between machines than the speeds. Half precision is widened while it is copied, so dtypes
 differ in nothing but float64's doubled cost, which is the same for all methods.
 """
@@ -17,14 +17,21 @@ from kfc_fx.kernels.cpu_symmetric_product import upper_blocks
 from kfc_fx.kernels.products import ProductPlan
 from kfc_fx.plan.geometry import ConvGeometry
 
-CALL = 12e3  # ns for one product, however small
-COPY = 0.45  # ns per element laid out
+CALL = 40e3  # ns for one product of views, however small
+PATCH_CALL = 20e3  # ns for one product or one offset's copy
+TRANSPOSE = 1.1  # ns per element laid out with the channels innermost
+COPY = 0.5  # ns per element of a patch
+STRIDED_COPY = 0.9  # the same where the stride is not one
 GATHER = 2.0  # ns per element of a border column
-ASSEMBLE = 1.2  # ns per element of Ω
-MIRROR = 0.7  # ns per element of Ω
+ASSEMBLE = 3.5  # ns per element of Ω, and per number of the slots
+ADVANCED_INDEX = 4.0  # ns per number of the slots taken from line products
+WRITE = 1.0  # ns per element of Ω, written by products
+MIRROR = 2.5  # ns per element below the diagonal
+COMPOSED = 0.5e6  # ns for composing slots, however few
+DOT_RATE = 2.4  # 1e9 operations per second for a batch of scalar products
 # side of a product -> 1e9 floating-point operations per second
-RATES = ((1, 25.0), (2, 3.0), (3, 5.0), (8, 25.0), (16, 60.0), (32, 100.0), (64, 120.0),
-         (128, 160.0), (256, 190.0))  # fmt: skip
+RATES = ((1, 15.0), (2, 3.0), (3, 7.0), (9, 19.0), (21, 38.0), (32, 58.0), (64, 65.0),
+         (128, 90.0), (256, 95.0))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,16 +67,21 @@ def estimate(geometry: ConvGeometry, plan: ProductPlan, shape: tuple[int, ...]) 
     """Estimates for an input of ``shape`` ``[N, C, *spatial]``."""
     side = shape[1] // geometry.groups * geometry.offsets
     slots = len(plan.slots) * shape[1] ** 2 // geometry.groups
-    assembled = ASSEMBLE * (geometry.groups * side**2 + slots)
+    assembled = COMPOSED + ASSEMBLE * (geometry.groups * side**2 + slots)
     return Cost(
         _structured(geometry, plan, shape) + assembled,
-        _lines(geometry, plan, shape) + assembled,
+        _lines(geometry, plan, shape) + assembled + ADVANCED_INDEX * slots,
         _im2col(geometry, plan, shape),
     )
 
 
+def _copy(geometry: ConvGeometry) -> float:
+    return COPY if all(step == 1 for step in geometry.stride) else STRIDED_COPY
+
+
 def _product(groups: int, side: float, length: float) -> float:
-    return 2 * groups * side**2 * length / rate(side)
+    speed = DOT_RATE if side == 1 and groups > 1 else rate(side)
+    return 2 * groups * side**2 * length / speed
 
 
 def _structured(geometry: ConvGeometry, plan: ProductPlan, shape: tuple[int, ...]) -> float:
@@ -96,8 +108,8 @@ def _structured(geometry: ConvGeometry, plan: ProductPlan, shape: tuple[int, ...
     buffers = ceil(images * buffered / cpu_structured_gram.BUFFER_ELEMENTS)
     return (
         buffers * len(work.jobs) * CALL
-        + COPY * images * buffered
-        + min(GATHER * gathered, COPY * prod(layout.padded)) * images * channels
+        + TRANSPOSE * images * buffered
+        + min(GATHER * gathered, TRANSPOSE * prod(layout.padded)) * images * channels
         + _product(groups, channels // groups, images * length)
     )
 
@@ -112,7 +124,7 @@ def _lines(geometry: ConvGeometry, plan: ProductPlan, shape: tuple[int, ...]) ->
     buffers = ceil(images * buffered / cpu_line_gram.BUFFER_ELEMENTS)
     return (
         buffers * len(work.jobs) * CALL
-        + COPY * images * buffered
+        + (_copy(geometry) if channels == groups else TRANSPOSE) * images * buffered
         + _product(groups, channels // groups * inner, images * length)
     )
 
@@ -126,8 +138,9 @@ def _im2col(geometry: ConvGeometry, plan: ProductPlan, shape: tuple[int, ...]) -
     buffers = ceil(patches / cpu_im2col_gram.BUFFER_ELEMENTS)
     product = _product(groups, bottom - top, images * plan.locations)
     return (
-        buffers * (len(blocks) + geometry.offsets) * CALL
-        + COPY * patches
+        buffers * (len(blocks) + geometry.offsets) * PATCH_CALL
+        + _copy(geometry) * patches
         + len(blocks) * product
-        + MIRROR * groups * side**2
+        + WRITE * groups * side**2
+        + MIRROR * groups * side * (side - bottom + top) / 2
     )

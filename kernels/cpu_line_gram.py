@@ -110,18 +110,29 @@ def _line_patches(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> Iter
     )
     out = geometry.output_size(x.shape[2:])[1:]
     images = _images_per_buffer(x, stride * rows * prod(out) * across.offsets)
-    shape = (groups, rows, images, *out, *across.kernel_size, x.shape[1] // groups)
-    buffers = [x.new_zeros(shape, dtype=dtype) for _ in range(stride)]
-    axes = geometry.ndim
+    side = across.offsets * x.shape[1] // groups
+    shape = (groups, side, rows, images * prod(out))
+    lines = [_line_buffer(x, shape, geometry, dtype) for _ in range(stride)]
+    split = (*across.kernel_size, x.shape[1] // groups)
     for part in x.split(images):
-        for phase, buffer in enumerate(buffers):
-            lines = part[:, :, phase::stride]
-            target = buffer[:, : lines.shape[2]]
-            # [G, Q0, n, *T', *K, c] -> [G, c, *K, n, Q0, *T']
-            order = (0, 2 * axes + 2, *range(axes + 2, 2 * axes + 2), 2, 1, *range(3, axes + 2))
-            fill_patches(target.permute(order), lines, across)
-        side = across.offsets * shape[-1]
-        yield [b.view(groups, rows, images * prod(out), side).permute(0, 3, 1, 2) for b in buffers]
+        for phase, buffer in enumerate(lines):
+            source = part[:, :, phase::stride]
+            # [G, K'·c, Q0, n·T'] -> [G, c, *K, n, Q0, *T']
+            target = buffer[:, :, : source.shape[2]].unflatten(3, (images, *out)).transpose(2, 3)
+            target = target.unflatten(1, split).movedim(len(split), 1)
+            fill_patches(target, source, across)
+        yield lines
+
+
+def _line_buffer(
+    x: Tensor, shape: tuple[int, ...], geometry: ConvGeometry, dtype: torch.dtype
+) -> Tensor:
+    """Zeros of ``shape`` ``[G, K'·c, Q0, n·T']`` in the memory order that suits the products."""
+    if x.shape[1] == geometry.groups:
+        return x.new_zeros(shape, dtype=dtype)
+    # Patches innermost: BLAS packs the operands of a narrow product twice as fast.
+    groups, side, rows, across = shape
+    return x.new_zeros((groups, rows, across, side), dtype=dtype).permute(0, 3, 1, 2)
 
 
 def _images_per_buffer(x: Tensor, per_channel: int) -> int:

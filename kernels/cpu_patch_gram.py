@@ -9,6 +9,7 @@ from kfc_fx.kernels.cpu_assemble import assemble_slots, fill_bias, pack_slots, r
 from kfc_fx.kernels.cpu_cost import estimate
 from kfc_fx.kernels.cpu_im2col_gram import fill_im2col_gram
 from kfc_fx.kernels.cpu_line_gram import line_products
+from kfc_fx.kernels.cpu_row_gram import row_gram
 from kfc_fx.kernels.cpu_structured_gram import structured_products
 from kfc_fx.kernels.products import ProductPlan, product_plan
 from kfc_fx.plan.geometry import ConvGeometry
@@ -20,10 +21,18 @@ def patch_gram(x: Tensor, geometry: ConvGeometry, *, bias: bool, method: str) ->
     plan = product_plan(geometry, tuple(x.shape[2:]))
     if method == "auto":
         method = estimate(geometry, plan, tuple(x.shape)).best
+    if method == "im2col" and _is_pointwise(geometry):
+        steps = tuple(slice(None, None, step) for step in geometry.stride)
+        return row_gram(x[(..., *steps)].movedim(1, -1), bias=bias).unsqueeze(0)
     if method == "im2col":
         return _im2col(x, plan, geometry, bias)
     slots = patch_products(x, geometry, bias=bias)
     return assemble_slots(slots, plan, x.shape[1] // geometry.groups, bias)
+
+
+def _is_pointwise(geometry: ConvGeometry) -> bool:
+    padded = any(map(any, geometry.padding))
+    return geometry.offsets == 1 and geometry.groups == 1 and not padded
 
 
 def _im2col(x: Tensor, plan: ProductPlan, geometry: ConvGeometry, bias: bool) -> Tensor:

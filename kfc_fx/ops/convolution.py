@@ -44,15 +44,15 @@ def checked_geometry(
             f"kernel_size {geometry.kernel_size} needs x of {2 + geometry.ndim} dimensions "
             f"[N, C, *spatial], got shape {tuple(x.shape)}"
         )
-    check_channels_and_dtype(x, groups)
+    if x.shape[1] % groups:
+        raise ValueError(f"groups={groups} does not divide the {x.shape[1]} channels of x")
+    check_dtype(x)
     _check_map(x.shape[2:], geometry)
     return geometry
 
 
-def check_channels_and_dtype(x: Tensor, groups: int) -> None:
-    """Raise ValueError where ``x``: ``[N, C, ...]`` cannot be split or accumulated."""
-    if x.shape[1] % groups:
-        raise ValueError(f"groups={groups} does not divide the {x.shape[1]} channels of x")
+def check_dtype(x: Tensor) -> None:
+    """Raise ValueError where statistics of ``x`` could not be accumulated."""
     if x.dtype not in DTYPES:
         raise ValueError(f"x must have one of the dtypes {DTYPES}, got {x.dtype}")
 
