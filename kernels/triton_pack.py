@@ -46,12 +46,14 @@ def pack_kernel(
     CHANNELS_LAST: tl.constexpr, ROUND_TF32: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``[blocks of positions, blocks of the batch]``; reads ``[N, P]``, writes ``[P, N]``.
+    """Grid ``[blocks of positions · blocks of the batch]``; reads ``[N, P]``, writes ``[P, N]``.
 
     Positions run over ``(c, d, h, w)``, or over ``(d, h, w, c)`` where channels are adjacent.
     """
-    place = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    image = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    padded_batch = batch_vectors * UNIT
+    batch_blocks = tl.cdiv(padded_batch, BLOCK_N)
+    place = tl.program_id(0) // batch_blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+    image = tl.program_id(0) % batch_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     pixels = padded_depth * padded_height * padded_width
     if CHANNELS_LAST:
         channel = place % channels
@@ -70,7 +72,6 @@ def pack_kernel(
     values = tl.load(pointers, mask=(image < batch)[:, None] & inside[None, :], other=0.0)
     if ROUND_TF32:
         values = round_to_tf32(values)
-    padded_batch = batch_vectors * UNIT
     target = (channel * pixels + pixel).to(tl.int64) * padded_batch
     mask = exists[:, None] & (image < padded_batch)[None, :]
     tl.store(packed + target[:, None] + image[None, :], tl.trans(values), mask=mask)
@@ -115,8 +116,8 @@ def pack(x: Tensor, geometry: ConvGeometry, *, round_tf32: bool = False) -> Pack
     vectors = -(-batch // unit)
     packed = x.new_empty((channels, *padded, vectors * unit))
     positions = channels * padded[0] * padded[1] * padded[2]
-    grid = (triton.cdiv(positions, BLOCK_POSITIONS), triton.cdiv(vectors * unit, BLOCK_BATCH))
-    pack_kernel[grid](
+    blocks = triton.cdiv(positions, BLOCK_POSITIONS) * triton.cdiv(vectors * unit, BLOCK_BATCH)
+    pack_kernel[(blocks,)](
         volume, packed, batch, channels, *sizes, *padded, *(pad[0] for pad in padding),
         *volume.stride(), vectors,
         CHANNELS_LAST=volume.stride(1) == 1 and channels > 1, ROUND_TF32=round_tf32, UNIT=unit,

@@ -4,10 +4,10 @@
     G = scale · Xᵀ X,    X: [B·R, C], or [B·R, C + 1] with a last column of ones
 
 ``X`` is read where it lies, as ``[B, R, C]`` with any strides: the rows of a linear layer's input,
-or the locations of an ``NCHW`` gradient, without a copy. Only the tiles on and below the diagonal
-are multiplied; each is stored twice. The ones are never read: their products are column sums,
-made by programs of the same launch. With few tiles the rows are cut into parts, which
-``triton_split_reduction`` adds up.
+or the locations of an ``NCHW`` gradient, without a copy; but for TF32, which must be rounded.
+Only the tiles on and below the diagonal are multiplied; each is stored twice. The ones are never
+read: their products are column sums, made by programs of the same launch. With few tiles the rows
+are cut into parts, which ``triton_split_reduction`` adds up.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from kfc_fx.kernels.triton_configs import (
     precision_mode,
     processor,
 )
+from kfc_fx.kernels.triton_pack import VECTOR_BYTES, pack
 from kfc_fx.kernels.triton_split_reduction import (
     SymmetricOutput,
     lower_tiles,
@@ -44,8 +45,10 @@ from kfc_fx.kernels.triton_symmetric import (
     lower_tile,
     multiply_add,
 )
+from kfc_fx.plan.geometry import LINEAR, conv_geometry
 
-VECTOR_BYTES = 16
+LEAST_PACKED_BATCH = 16
+ONE_AXIS = conv_geometry((1,))
 
 
 @triton.jit
@@ -129,7 +132,7 @@ def row_gram(
     side = x.shape[-1]
     if x.numel() == 0:
         return _without_products(x, bias, scale)
-    layout = row_layout(x)
+    layout = rounded_layout(x) if mode == "tf32" else row_layout(x)
     device = processor(x)
     config = config or default_symmetric(side, mode)
     config = fit_stages(config, x.element_size(), device.shared_bytes)
@@ -139,7 +142,7 @@ def row_gram(
     steps_per_part = -(-steps // parts)
     parts = -(-steps // steps_per_part)
     output = symmetric_output(x, 1, side, config.block_m, parts, bias)
-    corner = scale * layout.batches * layout.rows
+    corner = scale * prod(x.shape[:-1])
     _launch(layout, output, config, mode, (steps, steps_per_part, steps_per_batch), scale, corner)
     return reduce_splits(output, scale, corner)[0]
 
@@ -157,6 +160,22 @@ def row_layout(x: Tensor) -> RowLayout:
         merged = merged.unsqueeze(0)
     batches, rows, _ = merged.shape
     return RowLayout(merged, batches, rows, *merged.stride())
+
+
+def rounded_layout(x: Tensor) -> RowLayout:
+    """A copy of ``x``, ``[..., C]`` in float32, rounded to TF32 and with its rows adjacent.
+
+    The tensor cores truncate, which would bias every square downwards; and they want TF32
+    operands along K. One pass over ``x`` gives both. Rows of zeros may follow.
+    """
+    merged = _merge_leading(x)
+    if merged.ndim == 3 and merged.shape[0] >= LEAST_PACKED_BATCH:
+        packed = pack(merged.movedim(-1, 1), ONE_AXIS, round_tf32=True)
+    else:
+        rows = x.reshape(prod(x.shape[:-1]), x.shape[-1])
+        packed = pack(rows, LINEAR, round_tf32=True)
+    rows_in_all = packed.buffer[0].numel()
+    return RowLayout(packed.buffer, 1, rows_in_all, 0, 1, rows_in_all)
 
 
 def row_gram_reference(x: Tensor, *, bias: bool = False, scale: float = 1.0) -> Tensor:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import kfc_fx
 from kfc_fx import ops
+from kfc_fx.kernels.products import product_plan
 from kfc_fx.kernels.triton_im2col_gram import im2col_gram_reference
 from kfc_fx.kernels.triton_multi_tensor import (
     moving_average_,
@@ -48,13 +51,11 @@ class PatchShape:
     geometry: ConvGeometry
 
     @property
-    def cost(self) -> float:
-        """Multiplications of the plain way."""
-        side = self.shape[1] // self.geometry.groups * self.geometry.offsets
-        locations = 1
-        for size in self.geometry.output_size(self.shape[2:]):
-            locations *= size
-        return float(self.shape[0] * locations * self.geometry.groups * side**2)
+    def programs(self) -> int:
+        """A count of the programs that the kernels run, by which the interpreter's time goes."""
+        plan = product_plan(self.geometry, self.shape[2:])
+        channels = self.shape[1] // self.geometry.groups
+        return len(plan.slots) * self.geometry.groups * (1 + channels // 16)
 
 
 ROWS = ((4096, 512), (1000, 33), (64 * 196, 768), (17, 1), (1, 130))
@@ -68,9 +69,10 @@ PATCHES = (
     PatchShape((33, 12, 10, 10), conv_geometry((3, 3), stride=2, groups=3)),
     PatchShape((8, 32, 8, 8), conv_geometry((3, 3), padding=1, groups=32)),
     PatchShape((3, 6, 4, 5, 6), conv_geometry((2, 3, 2), padding=1)),
+    PatchShape((5, 4, 6, 7), conv_geometry((3, 3), padding=1)),
     PatchShape((7, 5, 50), conv_geometry((4,), padding="same")),
 )
-TINY_COST = 4e7
+TINY_PROGRAMS = 30
 
 
 def check_row_gram(device: torch.device, tiny: bool) -> str:
@@ -82,11 +84,9 @@ def check_row_gram(device: torch.device, tiny: bool) -> str:
         for dtype, precision in _modes(device):
             for bias in (False, True):
                 x = _values((rows, columns), dtype, device)
-                worst = max(worst, _compare(
-                    lambda x=x, bias=bias: cuda_dispatch.row_gram(x, bias),
-                    lambda v, bias=bias: row_gram_reference(v, bias=bias),
-                    x, precision,
-                ))  # fmt: skip
+                compute = partial(cuda_dispatch.row_gram, x, bias)
+                reference = partial(row_gram_reference, bias=bias)
+                worst = max(worst, _compare(compute, reference, x, precision))
     return f"largest error / torch's: {worst:.2f}"
 
 
@@ -94,21 +94,15 @@ def check_patch_gram(device: torch.device, tiny: bool) -> str:
     """Patch Gram by every method, dtype, precision and memory format."""
     worst = 0.0
     for shape in PATCHES:
-        if tiny and shape.cost > TINY_COST:
+        if tiny and shape.programs > TINY_PROGRAMS:
             continue
-        arguments = geometry_arguments(shape.geometry)
+        reference = partial(im2col_gram_reference, geometry=shape.geometry, bias=True)
         for dtype, precision in _modes(device):
             x = _values(shape.shape, dtype, device)
-            for x_laid in (x, x.movedim(1, -1).contiguous().movedim(-1, 1)):
+            for laid in (x, x.movedim(1, -1).contiguous().movedim(-1, 1))[: 1 if tiny else 2]:
                 for method in ("structured", "im2col"):
-                    worst = max(worst, _compare(
-                        lambda x=x_laid, a=arguments, m=method: cuda_dispatch.patch_gram(
-                            x, *a, True, m),
-                        lambda v, g=shape.geometry: im2col_gram_reference(v, g, bias=True),
-                        x_laid, precision,
-                    ))  # fmt: skip
-                if tiny:
-                    break
+                    compute = partial(_patch_gram, laid, shape.geometry, method)
+                    worst = max(worst, _compare(compute, reference, laid, precision))
     return f"largest error / torch's: {worst:.2f}"
 
 
@@ -134,7 +128,7 @@ def check_multi_tensor(device: torch.device, tiny: bool) -> str:
     moving_average_(old, new, 0.9)
     for result, reference in zip(old, expected, strict=True):
         torch.testing.assert_close(result.double(), reference, rtol=1e-6, atol=1e-6)
-    numbers = {"shrink": 0.01, "momentum": 0.9, "average_decay": 0.5}
+    numbers: dict[str, Any] = {"shrink": 0.01, "momentum": 0.9, "average_decay": 0.5}
     lists = [[_values((n,), torch.float32, device) for n in sizes] for _ in range(4)]
     updated = [
         update_reference(*(t.double() for t in row), scale=0.5, **numbers)
@@ -205,6 +199,10 @@ CHECKS = (
     Check("op registration", check_registration),
     Check("training as on CPU", check_training),
 )
+
+
+def _patch_gram(x: Tensor, geometry: ConvGeometry, method: str) -> Tensor:
+    return cuda_dispatch.patch_gram(x, *geometry_arguments(geometry), True, method)
 
 
 def _modes(device: torch.device) -> list[tuple[torch.dtype, str]]:

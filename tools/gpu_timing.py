@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 import torch
@@ -81,7 +82,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
     found = {}
     for dtype in (torch.bfloat16, torch.float32):
         a = torch.randn(8192, 8192, device=device, dtype=dtype)
-        time = measure(lambda a=a: a @ a, device).median
+        time = measure(partial(torch.matmul, a, a), device).median
         found[f"matmul {dtype} TFLOP/s"] = 2 * 8192**3 / time / 1e9
     source = torch.empty(1 << 28, device=device)
     target = torch.empty_like(source)
@@ -105,9 +106,7 @@ def layer_timings(
     for method in ("structured", "im2col", "auto"):
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        timing = measure(
-            lambda method=method: cuda_dispatch.patch_gram(x, *arguments, False, method), device
-        )
+        timing = measure(partial(cuda_dispatch.patch_gram, x, *arguments, False, method), device)
         row[f"{method} ms"] = timing.median
         row[f"{method} quartiles"] = (timing.low, timing.high)
         row[f"{method} peak bytes"] = torch.cuda.max_memory_allocated(device) - before
@@ -130,12 +129,12 @@ def plain_gram(x: Tensor, geometry: ConvGeometry) -> Tensor:
     return rows @ rows.mT
 
 
-def step_timings(device: torch.device) -> dict[str, float]:
+def step_timings(device: torch.device, batch: int = 256) -> dict[str, float]:
     """Milliseconds of a plain step and of a step with statistics, on a plain residual network."""
     torch.manual_seed(0)
     network = small_residual_network().to(device)
-    x = torch.randn(256, 3, 32, 32, device=device)
-    y = torch.randint(10, (256,), device=device)
+    x = torch.randn(batch, 3, 32, 32, device=device)
+    y = torch.randint(10, (batch,), device=device)
     sgd = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -149,10 +148,8 @@ def step_timings(device: torch.device) -> dict[str, float]:
         optimizer = kfc_fx.KFC(model, lr=1e-3, factor_interval=interval, inverse_interval=1_000_000)
         for _ in range(20):
             step(model, optimizer)
-        total = sum(
-            measure(lambda m=model, o=optimizer: step(m, o), device).median for _ in range(3)
-        )
-        found[f"KFC step, statistics {label}, ms"] = total / 3
+        times = [measure(partial(step, model, optimizer), device).median for _ in range(3)]
+        found[f"KFC step, statistics {label}, ms"] = sum(times) / 3
     return found
 
 

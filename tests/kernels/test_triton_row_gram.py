@@ -100,16 +100,30 @@ def test_parts_of_a_batch_add_up() -> None:
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-4)
 
 
-def test_full_precision_mode() -> None:
+@given(x=row_tensors(), bias=st.booleans())
+@few_examples
+def test_tf32_mode_rounds_its_input_once(x: Tensor, bias: bool) -> None:
+    from kfc_fx.kernels.triton_pack import round_to_tf32_reference
+    from kfc_fx.kernels.triton_row_gram import row_gram
+
     before = torch.get_float32_matmul_precision()
-    x = random_values((64, 40), torch.float32, 4)
+    torch.set_float32_matmul_precision("high")
     try:
-        for precision in ("highest", "high"):
-            torch.set_float32_matmul_precision(precision)
-            if precision == "highest" or DEVICE == "cpu":
-                check(x, bias=True)
+        result = row_gram(x.float(), bias=bias)
     finally:
         torch.set_float32_matmul_precision(before)
+    rounded = round_to_tf32_reference(x.float().contiguous())
+    torch.testing.assert_close(result, check(rounded, bias=bias), rtol=1e-5, atol=1e-4)
+
+
+def test_tf32_mode_of_a_batch_of_maps() -> None:
+    from kfc_fx.kernels.triton_row_gram import rounded_layout
+
+    x = random_values((17, 5, 3, 3), torch.float32, 5).movedim(1, -1)
+    layout = rounded_layout(x)
+    assert layout.x.shape == (5, 1, 1, 9, 20)
+    torch.testing.assert_close(layout.x[..., :17].flatten(1).sum(1), x.sum((0, 1, 2)), rtol=1e-3,
+                               atol=1e-2)  # fmt: skip
 
 
 def test_float64_is_refused() -> None:
