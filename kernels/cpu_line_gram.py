@@ -29,7 +29,7 @@ from kfc_fx.kernels.products import (
 )
 from kfc_fx.plan.geometry import ConvGeometry
 
-BUFFER_ELEMENTS = 2**20
+BUFFER_ELEMENTS = 2**21
 
 
 @dataclass(frozen=True)

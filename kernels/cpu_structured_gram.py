@@ -30,7 +30,7 @@ from kfc_fx.kernels.products import (
     segments_within,
 )
 
-BUFFER_ELEMENTS = 2**20
+BUFFER_ELEMENTS = 2**21
 COMBINED_COLUMNS = 2**12
 
 Segment = tuple[int, int]

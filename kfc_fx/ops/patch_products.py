@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kfc_fx.kernels import cpu_patch_gram
 from kfc_fx.kernels.cpu_assemble import assemble_slots
-from kfc_fx.kernels.products import product_plan
+from kfc_fx.kernels.products import ProductPlan, product_plan
 from kfc_fx.ops.convolution import (
     GEOMETRY_SCHEMA,
     Padding,
@@ -26,7 +26,7 @@ from kfc_fx.ops.convolution import (
     geometry_from_arguments,
 )
 from kfc_fx.ops.library import define, statistic_dtype
-from kfc_fx.plan.geometry import IntOrInts
+from kfc_fx.plan.geometry import ConvGeometry, IntOrInts
 
 
 def patch_products(
@@ -84,13 +84,6 @@ def assemble(
     geometry = checked_geometry(
         slots.new_empty((0, *input_size)), kernel_size, stride, padding, dilation, groups
     )
-    channels, *spatial = input_size
-    numbers = product_plan(geometry, tuple(spatial)).numbers(channels // groups, bias)
-    if slots.shape != (groups, numbers):
-        raise ValueError(
-            f"slots of a map {tuple(spatial)} of {channels} channels have shape "
-            f"{(groups, numbers)}, got {tuple(slots.shape)}"
-        )
     return torch.ops.kfc_fx.assemble.default(
         slots, list(input_size), *geometry_arguments(geometry), bias
     )
@@ -131,6 +124,20 @@ def _fake_products(
     return x.new_empty((groups, numbers), dtype=statistic_dtype(x))
 
 
+def _plan_of_slots(
+    slots: Tensor, input_size: Sequence[int], geometry: ConvGeometry, bias: bool
+) -> ProductPlan:
+    channels, *spatial = input_size
+    plan = product_plan(geometry, tuple(spatial))
+    expected = (geometry.groups, plan.numbers(channels // geometry.groups, bias))
+    if slots.shape != expected:
+        raise ValueError(
+            f"slots of a map {tuple(spatial)} of {channels} channels have shape {expected}, "
+            f"got {tuple(slots.shape)}"
+        )
+    return plan
+
+
 def _assemble_on_any_device(
     slots: Tensor,
     input_size: list[int],
@@ -145,7 +152,7 @@ def _assemble_on_any_device(
     geometry = geometry_from_arguments(
         kernel_size, stride, padding_before, padding_after, dilation, groups
     )
-    plan = product_plan(geometry, tuple(input_size[1:]))
+    plan = _plan_of_slots(slots, input_size, geometry, bias)
     return assemble_slots(slots, plan, input_size[0] // groups, bias)
 
 
@@ -163,6 +170,7 @@ def _fake_assemble(
     geometry = geometry_from_arguments(
         kernel_size, stride, padding_before, padding_after, dilation, groups
     )
+    _plan_of_slots(slots, input_size, geometry, bias)
     side = input_size[0] // groups * geometry.offsets + bias
     return slots.new_empty((groups, side, side))
 

@@ -1,0 +1,49 @@
+"""Every op is registered as the dispatcher and tracing compilers need it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+from kfc_fx.ops import assemble, patch_gram, patch_products, row_gram, separable_gram
+
+GEOMETRY = ([3, 2], [1, 2], [1, 0], [1, 1], [1, 1], 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_opcheck(dtype, bias):
+    x = torch.randn(2, 4, 5, 6).to(dtype)
+    ops = torch.ops.kfc_fx
+    for method in ("auto", "structured", "im2col"):
+        torch.library.opcheck(ops.patch_gram, (x, *GEOMETRY, bias, method))
+    torch.library.opcheck(ops.patch_products, (x, *GEOMETRY, bias))
+    slots = ops.patch_products(x, *GEOMETRY, bias)
+    torch.library.opcheck(ops.assemble, (slots, [4, 5, 6], *GEOMETRY, bias))
+    torch.library.opcheck(ops.row_gram, (x, bias))
+
+
+def all_statistics(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    arguments = {"padding": 1, "groups": 2}
+    slots = patch_products(x, (3, 3), bias=True, **arguments)
+    return (
+        patch_gram(x, (3, 3), bias=True, **arguments) * 2,
+        assemble(slots / 2, x.shape[1:], (3, 3), bias=True, **arguments),
+        *separable_gram(x, (3, 3), **arguments),
+        row_gram(x.movedim(1, -1), bias=True),
+    )
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_one_graph_for_every_batch_size(backend):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    compiled = torch.compile(all_statistics, backend=counter, fullgraph=True)
+    for images in (2, 3, 5, 8):
+        x = torch.randn(images, 4, 6, 5)
+        if images == 2:
+            torch._dynamo.mark_dynamic(x, 0)
+        for found, expected in zip(compiled(x), all_statistics(x), strict=True):
+            torch.testing.assert_close(found, expected)
+    assert counter.frame_count == 1
