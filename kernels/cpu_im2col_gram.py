@@ -48,18 +48,22 @@ def _images_per_buffer(images: int, side: int, locations: int) -> int:
 def fill_patches(patches: Tensor, x: Tensor, geometry: ConvGeometry) -> None:
     """Patches of ``x`` into ``[G, c, *kernel, n, *out]``, whose padding is zero already."""
     axes = geometry.ndim
-    source = x.unflatten(1, (geometry.groups, -1)).movedim(0, 2)  # [G, c, n, *spatial]
+    channels = x.shape[1] // geometry.groups
+    source = x.unflatten(1, (geometry.groups, channels)).movedim(0, 2)  # [G, c, n, *spatial]
     if len(x) < patches.shape[2 + axes]:
         patches.narrow(2 + axes, len(x), patches.shape[2 + axes] - len(x)).zero_()
         patches = patches.narrow(2 + axes, 0, len(x))
-    for offset in itertools.product(*map(range, geometry.kernel_size)):
+    targets = patches.flatten(2, 1 + axes).unbind(2)
+    every = (slice(None),) * 3
+    for target, offset in zip(
+        targets, itertools.product(*map(range, geometry.kernel_size)), strict=True
+    ):
         ranges = [
-            _reached(geometry, axis, position, x.shape[2 + axis], patches.shape[3 + axes + axis])
+            _reached(geometry, axis, position, x.shape[2 + axis], target.shape[3 + axis])
             for axis, position in enumerate(offset)
         ]
-        target = patches[(slice(None), slice(None), *offset)]
-        every = (slice(None),) * 3
-        target[(*every, *(to for to, _ in ranges))] = source[(*every, *(of for _, of in ranges))]
+        locations = tuple(locations for locations, _ in ranges)
+        target[every + locations] = source[every + tuple(pixels for _, pixels in ranges)]
 
 
 def _reached(

@@ -23,7 +23,9 @@ def patch_gram(x: Tensor, geometry: ConvGeometry, *, bias: bool, method: str) ->
         method = estimate(geometry, plan, tuple(x.shape)).best
     if method == "im2col" and _is_pointwise(geometry):
         steps = tuple(slice(None, None, step) for step in geometry.stride)
-        return row_gram(x[(..., *steps)].movedim(1, -1), bias=bias).unsqueeze(0)
+        return row_gram(x[(slice(None), slice(None), *steps)].movedim(1, -1), bias=bias).unsqueeze(
+            0
+        )
     if method == "im2col":
         return _im2col(x, plan, geometry, bias)
     slots = patch_products(x, geometry, bias=bias)
