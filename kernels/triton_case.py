@@ -24,7 +24,8 @@ class KernelCase:
     ``arguments`` gives each run-time argument's Triton type, or its value where a launch
     specialises on one; ``divisible`` names the arguments that are multiples of 16, which a launch
     finds out by itself and an offline compile must be told. ``stage_bytes`` is the shared memory
-    of one pipeline stage, by which ``stages`` is cut to a target's shared memory.
+    of one pipeline stage, by which ``stages`` is cut to a target's shared memory; a target with
+    less than ``least_bytes`` of it never runs the case.
     """
 
     kernel_name: str
@@ -37,6 +38,7 @@ class KernelCase:
     warps: int
     stages: int
     stage_bytes: int = 0
+    least_bytes: int = 0
     mode: str = ""
 
     @property
@@ -81,6 +83,7 @@ def gram_cases(
                     config.warps,
                     config.stages,
                     config.stage_bytes(itemsize),
+                    config.least_stages * config.stage_bytes(itemsize),
                     mode,
                 )
 

@@ -22,7 +22,8 @@ class GramConfig:
     """One tile shape of a Gram kernel.
 
     ``block_m × block_n`` is the tile of the result, ``block_k`` the number of rows that one step
-    of the K loop multiplies, ``stages`` the depth of its load pipeline.
+    of the K loop multiplies, ``stages`` the depth of its load pipeline. It is not chosen where
+    fewer than ``least_stages`` fit in shared memory.
     """
 
     block_m: int
@@ -30,6 +31,7 @@ class GramConfig:
     block_k: int
     warps: int
     stages: int
+    least_stages: int = 2
 
     @property
     def name(self) -> str:
@@ -39,6 +41,10 @@ class GramConfig:
     def stage_bytes(self, itemsize: int) -> int:
         """Shared memory of one stage: both operand tiles."""
         return (self.block_m + self.block_n) * self.block_k * itemsize
+
+    def fits(self, itemsize: int, shared_bytes: int) -> bool:
+        """Whether a device with that much shared memory is to use it."""
+        return self.least_stages * self.stage_bytes(itemsize) <= shared_bytes
 
 
 @dataclass(frozen=True)
@@ -69,10 +75,12 @@ SYMMETRIC_IEEE = (
 # Kernels by precision mode; ``"half"`` stands for bfloat16 and float16 inputs.
 SYMMETRIC = {"half": SYMMETRIC_16, "tf32": SYMMETRIC_TF32, "ieee": SYMMETRIC_IEEE}
 
-# Rectangular tiles for products of two different operands, by the same modes.
+# Rectangular tiles for products of two different operands, by the same modes. The widest is for
+# GPUs whose tensor cores read shared memory, which have room for all its stages: on others its
+# operands pass through registers, and there are none left.
 RECTANGULAR = {
-    "half": (*SYMMETRIC_16, GramConfig(128, 256, 64, 8, 4)),
-    "tf32": (*SYMMETRIC_TF32, GramConfig(128, 256, 32, 8, 4)),
+    "half": (*SYMMETRIC_16, GramConfig(128, 256, 64, 8, 4, least_stages=4)),
+    "tf32": (*SYMMETRIC_TF32, GramConfig(128, 256, 32, 8, 4, least_stages=4)),
     "ieee": SYMMETRIC_IEEE,
 }
 
@@ -132,12 +140,12 @@ def default_symmetric(side: int, mode: str) -> GramConfig:
 
 
 def default_rectangular(side: int, mode: str, shared_bytes: int) -> GramConfig:
-    """The largest tile that wastes at most a quarter of its columns and has two stages."""
+    """The largest tile that fits the device and wastes at most a quarter of its columns."""
     configs = RECTANGULAR[mode]
     itemsize = 2 if mode == "half" else 4
     for config in reversed(configs[1:]):
         padded = -(-side // config.block_n) * config.block_n
-        if padded * 4 <= side * 5 and 2 * config.stage_bytes(itemsize) <= shared_bytes:
+        if padded * 4 <= side * 5 and config.fits(itemsize, shared_bytes):
             return config
     return configs[0] if side <= configs[0].block_n else configs[1]
 

@@ -268,6 +268,14 @@ class CompiledModel(nn.Module):
         """The original's."""
         return self.original.load_state_dict(*args, **kwargs)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.original._load_from_state_dict(*args, **kwargs)
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> CompiledModel:
+        """Apply ``fn`` to the original and all its submodules."""
+        self.original.apply(fn)
+        return self
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledModel:
         self.original._apply(fn, recurse)
         return self

@@ -217,6 +217,13 @@ class KFC(torch.optim.Optimizer):
         self.compiled.recorder.take()
         self._arm()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse pickle and deepcopy, which would part the optimizer from its model."""
+        raise OptionError(
+            "KFC belongs to its compiled model and is not copied or pickled: copy the model, make "
+            "a KFC for the copy, and load this one's state_dict"
+        )
+
     # -- what users look at ----------------------------------------------------------------
 
     @property
@@ -285,6 +292,12 @@ class KFC(torch.optim.Optimizer):
                 "no parameter has a gradient: call loss.backward() before opt.step(), with a loss "
                 "computed from the output of the compiled model"
             )
+        for name, gradient in gradients.items():
+            if gradient.is_sparse:
+                raise StepError(
+                    f"the gradient of {name} is sparse, which KFC does not take: make its layer "
+                    "with sparse=False"
+                )
         return gradients
 
     def _skip_step(self) -> None:
@@ -417,10 +430,8 @@ def _all_finite(tensors: Iterable[Tensor]) -> bool:
     by_device: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
         by_device.setdefault(tensor.device, []).append(tensor)
-    norms = [
-        torch.stack(torch._foreach_norm(group, float("inf"))).sum() for group in by_device.values()
-    ]
-    return all(bool(norm.isfinite()) for norm in norms)
+    norms = [torch._foreach_norm(group, float("inf")) for group in by_device.values()]
+    return all(bool(torch.stack(group).isfinite().all()) for group in norms)
 
 
 def _copy_into(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

@@ -346,3 +346,30 @@ def test_a_model_whose_layers_are_all_frozen_is_an_error_that_says_use_torch_opt
     backward(compiled)
     with pytest.raises(kfc_fx.OptionError, match=r"nothing to precondition.*torch\.optim"):
         opt.step()
+
+
+def test_a_sparse_gradient_is_refused_by_name():
+    net = nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Linear(4, 5))
+    compiled, opt = make(net)
+    F.cross_entropy(compiled(LABELS), LABELS).backward()
+    with pytest.raises(kfc_fx.StepError, match=r"gradient of 0\.weight is sparse"):
+        opt.step()
+
+
+def test_copying_the_optimizer_says_what_to_do_instead():
+    _, opt = make(conv_network())
+    with pytest.raises(kfc_fx.OptionError, match="load this one's state_dict"):
+        copy.deepcopy(opt)
+
+
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_a_vanishing_nu_is_not_clipped(zero):
+    """A negative zero would make the clip scale NaN, and the parameters with it."""
+    compiled, opt = make(conv_network(), scaling="inverse")
+    train(compiled, opt, 1)
+    F.cross_entropy(compiled(IMAGES), LABELS).backward()
+    for p in compiled.parameters():
+        p.grad.fill_(zero)
+    opt.step()
+    assert opt.diagnostics.clip_scale == 1.0
+    assert all(p.isfinite().all() for p in compiled.parameters())

@@ -235,3 +235,9 @@ def test_empirical_targets_are_refused_where_they_cannot_be_read_off(likelihood,
     compiled, _ = make(FORMS["tensor"][0], likelihood=likelihood, fisher="empirical")
     with pytest.raises(kfc_fx.OptionError, match=message):
         compiled(X).sum().backward()
+
+
+def test_a_loss_before_the_prediction_in_a_tuple_is_not_taken_for_it():
+    compiled, opt = make(lambda z, h, loss: (loss, z))
+    compiled(X)[0].backward()
+    torch.testing.assert_close(factors_of(compiled, opt)["head"][0].shape, torch.Size([6, 6]))

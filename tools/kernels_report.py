@@ -42,7 +42,7 @@ def kernels(
     _check_targets(wanted)
     cases = _cases(kernel)
     console = Console()
-    work = [(case, name) for name in wanted for case in cases]
+    work = [(case, name) for name in wanted for case in cases if runs_on(case, name)]
     reports = list(_compile(track(work, "compiling", console=console, transient=True)))
     console.print(table(reports))
     faults = complaints(reports)
@@ -53,6 +53,13 @@ def kernels(
         json_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if faults:
         raise typer.Exit(1)
+
+
+def runs_on(case: KernelCase, target: str) -> bool:
+    """Whether a launch on ``target`` may choose the case: not where its stages do not fit."""
+    from kfc_fx.kernels.triton_offline import TARGETS
+
+    return case.least_bytes <= TARGETS[target].shared_bytes
 
 
 def table(reports: Sequence[KernelReport]) -> Table:

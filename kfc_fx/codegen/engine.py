@@ -45,8 +45,11 @@ class UpdateEngine:
         self.parameters = parameters
         self.started = saved.started and all(b.name in saved.blocks for b in self.blocks)
         self.state: dict[str, Tensor] = stacked_state(spec, saved.blocks)
-        self.generic = saved.generic
-        self.average = saved.average
+        self.generic = {
+            name: {key: self._placed(name, value, wide=True) for key, value in entry.items()}
+            for name, entry in saved.generic.items()
+        }
+        self.average = {n: self._placed(n, v, wide=False) for n, v in saved.average.items()}
         self._programs: dict[UpdateSpec, UpdateProgram] = {}
 
     @property
@@ -179,6 +182,12 @@ class UpdateEngine:
             return self.spec
         return replace(self.spec, generic=generic, partial=partial)
 
+    def _placed(self, name: str, value: Tensor, *, wide: bool) -> Tensor:
+        """A state tensor on its parameter's device, in its dtype or, ``wide``, at least float32."""
+        own = self.parameters[name]
+        dtype = torch.promote_types(own.dtype, torch.float32) if wide else own.dtype
+        return value.detach().to(own.device, dtype)
+
     def _without_gradient(self, gradients: Mapping[str, Tensor]) -> set[str]:
         """Parameters of blocks that lack a gradient: the whole block stays as it is."""
         return {
@@ -192,10 +201,9 @@ class UpdateEngine:
         """State of the generic parameters and of the average, as the lists the code takes."""
         for parameter in spec.generic:
             if parameter.name not in self.generic:
-                value = self.parameters[parameter.name]
-                dtype = torch.promote_types(value.dtype, torch.float32)
+                zeros = torch.zeros_like(self.parameters[parameter.name])
                 self.generic[parameter.name] = {
-                    name: torch.zeros_like(value, dtype=dtype) for name in GENERIC_STATE
+                    name: self._placed(parameter.name, zeros, wide=True) for name in GENERIC_STATE
                 }
         if spec.average:
             for name in spec.parameters:

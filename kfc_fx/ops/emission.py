@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 from kfc_fx.ops.patch_gram import patch_gram

@@ -9,11 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from tests.kernels.triton_oracle import INTERPRETED
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the interpreter stands for the GPU")
+
+
+def tiny_network() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3, stride=9), nn.Flatten(), nn.Linear(64, 10))
 
 
 def test_every_check_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,6 +65,7 @@ def test_benchmarks_fill_the_table(
     monkeypatch.setattr(gpu_check, "LAYERS", (layer,))
     ceilings = {f"matmul {dtype} TFLOP/s": 1.0 for dtype in (torch.bfloat16, torch.float32)}
     monkeypatch.setattr(gpu_check, "ceilings", lambda device: ceilings)
+    monkeypatch.setattr(gpu_timing, "small_residual_network", tiny_network)
     monkeypatch.setattr(
         gpu_check, "step_timings", lambda device: gpu_timing.step_timings(device, batch=2)
     )
