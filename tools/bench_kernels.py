@@ -165,6 +165,8 @@ def kernels(
         torch.set_num_threads(threads)
     settings = {"dtype": dtype, "device": device, "quick": quick, "network": network}
     results = bench_kernels(dtype=dtype, device=device, quick=quick, network=network)
+    if not results:
+        raise typer.BadParameter(f"no network of the benchmark has {network!r} in its name")
     Console(width=160).print(results_table(results, f"Patch Gram, {dtype}, {device}"))
     if json_path is not None:
         json_path.write_text(json.dumps(report(results, **settings), indent=2) + "\n")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from kfc_fx.tools.bench_kernels import app as bench
 from kfc_fx.tools.kernels_report import kernels
 from kfc_fx.tools.train import train
 
@@ -16,7 +17,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(help="Measure kernels and training.", no_args_is_help=True)
 
 app.command()(train)
 app.command()(kernels)
