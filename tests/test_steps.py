@@ -49,7 +49,7 @@ def gradients(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, tor
 
 
 class WrittenOut:
-    """What the paper and DESIGN say, one layer after the other, nothing shared."""
+    """The algorithms as published, one layer after the other, nothing shared."""
 
     def __init__(self, net: nn.Sequential, separable: bool, decay: float = 0.95) -> None:
         self.net, self.separable, self.decay = net, separable, decay
