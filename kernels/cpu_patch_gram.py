@@ -22,10 +22,7 @@ def patch_gram(x: Tensor, geometry: ConvGeometry, *, bias: bool, method: str) ->
     if method == "auto":
         method = estimate(geometry, plan, tuple(x.shape)).best
     if method == "im2col" and _is_pointwise(geometry):
-        steps = tuple(slice(None, None, step) for step in geometry.stride)
-        return row_gram(x[(slice(None), slice(None), *steps)].movedim(1, -1), bias=bias).unsqueeze(
-            0
-        )
+        return row_gram(x.movedim(1, -1), bias=bias).unsqueeze(0)
     if method == "im2col":
         return _im2col(x, plan, geometry, bias)
     slots = patch_products(x, geometry, bias=bias)
@@ -34,7 +31,8 @@ def patch_gram(x: Tensor, geometry: ConvGeometry, *, bias: bool, method: str) ->
 
 def _is_pointwise(geometry: ConvGeometry) -> bool:
     padded = any(map(any, geometry.padding))
-    return geometry.offsets == 1 and geometry.groups == 1 and not padded
+    strided = any(step != 1 for step in geometry.stride)
+    return geometry.offsets == 1 and geometry.groups == 1 and not (padded or strided)
 
 
 def _im2col(x: Tensor, plan: ProductPlan, geometry: ConvGeometry, bias: bool) -> Tensor:
