@@ -18,20 +18,21 @@ from kfc_fx.kernels.products import ProductPlan
 from kfc_fx.plan.geometry import ConvGeometry
 
 CALL = 40e3  # ns for one product of views, however small
-PATCH_CALL = 20e3  # ns for one product or one offset's copy
+PATCH_CALL = 20e3  # ns for one product or copy
 TRANSPOSE = 1.1  # ns per element laid out with the channels innermost
-COPY = 0.5  # ns per element of a patch
+COPY = 0.5  # ns per element of a patch of a line
+PATCH = 0.3  # ns per element of a patch from images laid out with the batch innermost
 STRIDED_COPY = 0.9  # the same where the stride is not one
 GATHER = 2.0  # ns per element of a border column
 ASSEMBLE = 3.5  # ns per element of Ω, and per number of the slots
 ADVANCED_INDEX = 4.0  # ns per number of the slots taken from line products
 WRITE = 1.0  # ns per element of Ω, written by products
-MIRROR = 2.5  # ns per element below the diagonal
+MIRROR = 1.8  # ns per element below the diagonal
 COMPOSED = 0.5e6  # ns for composing slots, however few
 DOT_RATE = 2.4  # 1e9 operations per second for a batch of scalar products
 # side of a product -> 1e9 floating-point operations per second
 RATES = ((1, 15.0), (2, 3.0), (3, 7.0), (9, 19.0), (21, 38.0), (32, 58.0), (64, 65.0),
-         (128, 90.0), (256, 95.0))  # fmt: skip
+         (128, 90.0), (256, 95.0), (512, 130.0))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,11 @@ def _im2col(geometry: ConvGeometry, plan: ProductPlan, shape: tuple[int, ...]) -
     patches = images * groups * side * plan.locations
     buffers = ceil(patches / cpu_im2col_gram.BUFFER_ELEMENTS)
     product = _product(groups, bottom - top, images * plan.locations)
+    unstrided = all(step == 1 for step in geometry.stride)
     return (
-        buffers * (len(blocks) + geometry.offsets) * PATCH_CALL
-        + _copy(geometry) * patches
+        buffers * (len(blocks) + 2) * PATCH_CALL
+        + (PATCH if unstrided else STRIDED_COPY) * patches
+        + (0 if cpu_im2col_gram.reads_once(geometry) else TRANSPOSE * prod(shape))
         + len(blocks) * product
         + WRITE * groups * side**2
         + MIRROR * groups * side * (side - bottom + top) / 2
