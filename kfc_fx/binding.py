@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfc_fx.codegen.engine import SavedState, UpdateEngine
 from kfc_fx.codegen.layout import stack_blocks
 from kfc_fx.codegen.options import GenericParameter, UpdateSpec
 from kfc_fx.compile import CompiledModel
@@ -20,6 +21,67 @@ ORTHOGONAL_ITERATION_FROM = 128
 """Narrower sides take ``eigh`` at every refresh, which is cheap there and exact."""
 
 Group = Mapping[str, Any]
+
+
+class Binding:
+    """The engine that fits a compiled model's plan, its parameters and the groups as they are.
+
+    Methods take the optimizer's ``param_groups``, which belong to it and may change at any time.
+    """
+
+    def __init__(self, compiled: CompiledModel, options: KFCOptions) -> None:
+        self.names = {p: name for name, p in compiled.original.named_parameters()}
+        """Parameter to name."""
+        self._compiled = compiled
+        self._options = options
+        self._engine: UpdateEngine | None = None
+        self._key: object = None
+        self._loaded = SavedState({}, {}, {})
+        self._rates: tuple[object, dict[str, Any]] = (None, {})
+
+    def by_name(self, groups: Sequence[Group]) -> dict[str, Group]:
+        """Parameter group by parameter name."""
+        return {self.names[p]: group for group in groups for p in group["params"]}
+
+    def engine(self, groups: Sequence[Group]) -> UpdateEngine:
+        """The engine for the plan, devices and groups as they are now.
+
+        Raises:
+            OptionError: the plan has no block to precondition, or a group splits a block.
+        """
+        parameters = dict(self._compiled.original.named_parameters())
+        key = (
+            self._compiled.revision,
+            tuple((p.requires_grad, p.device, p.dtype) for p in parameters.values()),
+            tuple((len(g["params"]), g["weight_decay"] > 0) for g in groups),
+        )
+        if self._engine is None or self._key != key:
+            spec = update_spec(self._compiled, self._options, parameters, self.by_name(groups))
+            if self._engine is None or self._engine.spec != spec:
+                self._engine = UpdateEngine(spec, self.saved(), parameters)
+                self._loaded = SavedState({}, {}, {})
+            self._key = key
+        return self._engine
+
+    def learning_rates(self, engine: UpdateEngine, groups: Sequence[Group]) -> dict[str, Any]:
+        """Rates as the generated code takes them, rebuilt only when one has changed."""
+        key = (id(engine), tuple(float(group["lr"]) for group in groups))
+        if self._rates[0] != key:
+            self._rates = (key, learning_rates(engine.spec, self.by_name(groups)))
+        return self._rates[1]
+
+    def saved(self) -> SavedState:
+        """State of the engine; before there is one, the state that it will start from."""
+        return self._loaded if self._engine is None else self._engine.saved()
+
+    def load(self, state: SavedState) -> None:
+        """Start the next engine from ``state``."""
+        self._engine, self._loaded = None, state
+
+    @property
+    def average(self) -> Mapping[str, Tensor]:
+        """Polyak-averaged parameters by name; empty where there are none."""
+        return (self._loaded if self._engine is None else self._engine).average
 
 
 def update_spec(

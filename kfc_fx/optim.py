@@ -10,20 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfc_fx.binding import learning_rates, update_spec
+from kfc_fx.binding import Binding
 from kfc_fx.codegen.engine import SavedState, UpdateEngine
 from kfc_fx.codegen.statistics import screen
 from kfc_fx.compile import CompiledModel
 from kfc_fx.curvature.diagnostics import Diagnostics
 from kfc_fx.curvature.factors import Factors
 from kfc_fx.curvature.fisher_vector import fisher_quadratic_form
-from kfc_fx.curvature.schedule import Schedule, powers_of_two
+from kfc_fx.curvature.schedule import EARLY_STEPS, Schedule
 from kfc_fx.errors import KfcWarning, OptionError, StatisticsError, StepError
 from kfc_fx.optim_options import KFCOptions
-
-_EARLY = {"adam": powers_of_two(20), "inverse": tuple(range(20))}
-"""Steps that have statistics and a refresh whatever the intervals say. A stale inverse
-overshoots while curvature grows; a stale basis only rotates."""
 
 DROPPED = "has a statistic that is not finite: it is dropped, the last good factor stays"
 UNDECOMPOSED = "has a factor that cannot be decomposed: the identity takes its place"
@@ -113,16 +109,11 @@ class KFC(torch.optim.Optimizer):
         )
         _check_group({"lr": lr, "weight_decay": weight_decay})
         self.compiled = compiled
-        self._names = {p: name for name, p in compiled.original.named_parameters()}
+        self._binding = Binding(compiled, self.options)
         chosen = list(compiled.original.parameters() if params is None else params)
         super().__init__(chosen, {"lr": lr, "weight_decay": weight_decay})
-        early = _EARLY[self.options.scaling]
-        self.schedule = Schedule(factor_interval, inverse_interval, early)
+        self.schedule = Schedule(factor_interval, inverse_interval, EARLY_STEPS[scaling])
         self.diagnostics = Diagnostics(damping=damping)
-        self._engine: UpdateEngine | None = None
-        self._engine_key: object = None
-        self._saved = SavedState({}, {}, {})
-        self._rates: tuple[object, dict[str, Any]] = (None, {})
         self._token = object()
         recorder = compiled.recorder
         recorder.owner, recorder.seed, recorder.fisher = self._token, seed, self.options.fisher
@@ -139,7 +130,7 @@ class KFC(torch.optim.Optimizer):
         group = self.param_groups[-1]
         _check_group(group)
         for parameter in group["params"]:
-            if parameter not in self._names:
+            if parameter not in self._binding.names:
                 raise OptionError(
                     f"a parameter of shape {tuple(parameter.shape)} is not one of the compiled "
                     "model; KFC updates the parameters of the model it was made with"
@@ -182,7 +173,7 @@ class KFC(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """Parameter groups, and under ``"kfc"`` the state by block and parameter name."""
-        saved = self._engine.saved() if self._engine is not None else self._saved
+        saved = self._binding.saved()
         return {
             **super().state_dict(),
             "kfc": {
@@ -205,13 +196,14 @@ class KFC(torch.optim.Optimizer):
             raise OptionError("this state_dict is not of a KFC optimizer: it has no entry 'kfc'")
         kfc = state_dict["kfc"]
         super().load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
-        self._saved = SavedState(
-            {name: dict(entry) for name, entry in kfc["blocks"].items()},
-            {name: dict(entry) for name, entry in kfc["generic"].items()},
-            dict(kfc["average"]),
-            kfc["started"],
+        self._binding.load(
+            SavedState(
+                {name: dict(entry) for name, entry in kfc["blocks"].items()},
+                {name: dict(entry) for name, entry in kfc["generic"].items()},
+                dict(kfc["average"]),
+                kfc["started"],
+            )
         )
-        self._engine = None
         self.diagnostics.restore(kfc["counters"])
         self.compiled.recorder.set_generator_states(kfc["generators"])
         self.compiled.recorder.take()
@@ -244,7 +236,7 @@ class KFC(torch.optim.Optimizer):
         Raises:
             StepError: averaging is off, or no step was taken.
         """
-        averages = self._engine.average if self._engine is not None else self._saved.average
+        averages = self._binding.average
         if not averages:
             raise StepError("no averaged parameters: make KFC with average=τ and take a step first")
         own = dict(self.compiled.original.named_parameters())
@@ -282,7 +274,7 @@ class KFC(torch.optim.Optimizer):
         if self.compiled.recorder.owner is not self._token:
             raise StepError("another KFC was made for this compiled model; step that one")
         gradients = {
-            self._names[p]: p.grad
+            self._binding.names[p]: p.grad
             for group in self.param_groups
             for p in group["params"]
             if p.grad is not None
@@ -317,27 +309,15 @@ class KFC(torch.optim.Optimizer):
         statistics = self.compiled.recorder.statistics
         if statistics.sums:
             screened = screen(statistics, engine.spec.stacks, 1 - self.options.ema_decay)
-            self._note("dropped_statistics", screened.dropped, DROPPED)
+            diagnostics.count("dropped_statistics", screened.dropped, DROPPED)
             engine.accumulate(screened)
             diagnostics.statistics_steps += 1
         elif self.schedule.statistics_due(step):
             self._note_missed(step)
         if not engine.started or self.schedule.refresh_due(step):
             failed = engine.refresh(self.options.damping)
-            self._note("inverse_failures", failed, UNDECOMPOSED)
+            diagnostics.count("inverse_failures", failed, UNDECOMPOSED)
             diagnostics.refreshes += 1
-
-    def _note(self, counter: str, blocks: Iterable[str], what: str) -> None:
-        """Count by block, and warn once for each."""
-        counts = getattr(self.diagnostics, counter)
-        for block in blocks:
-            counts[block] += 1
-            if counts[block] == 1:
-                warnings.warn(
-                    f"layer {block!r} {what} (opt.diagnostics.{counter} counts these)",
-                    KfcWarning,
-                    stacklevel=5,
-                )
 
     def _note_missed(self, step: int) -> None:
         text = (
@@ -354,7 +334,7 @@ class KFC(torch.optim.Optimizer):
     def _arguments(self, engine: UpdateEngine) -> dict[str, Any]:
         options = self.options
         arguments: dict[str, Any] = {
-            "lr": self._learning_rates(engine),
+            "lr": self._binding.learning_rates(engine, self.param_groups),
             "momentum": options.momentum,
             "step": self.diagnostics.steps + 1,
             "second_moment_decay": options.second_moment_decay,
@@ -362,42 +342,16 @@ class KFC(torch.optim.Optimizer):
             "clip": options.clip,
         }
         if engine.spec.weight_decay:
-            groups = self._groups()
             arguments["shrink"] = {
                 name: 1 - float(group["lr"]) * group["weight_decay"]
-                for name, group in groups.items()
+                for name, group in self._binding.by_name(self.param_groups).items()
             }
         if options.average is not None:
             arguments["average_decay"] = float(torch.tensor(-1 / options.average).double().exp())
         return arguments
 
-    def _groups(self) -> dict[str, dict[str, Any]]:
-        """Parameter group by parameter name."""
-        return {self._names[p]: group for group in self.param_groups for p in group["params"]}
-
-    def _learning_rates(self, engine: UpdateEngine) -> dict[str, Any]:
-        """Rates as the generated code takes them, rebuilt only when one has changed."""
-        key = (id(engine), tuple(float(group["lr"]) for group in self.param_groups))
-        if self._rates[0] != key:
-            self._rates = (key, learning_rates(engine.spec, self._groups()))
-        return self._rates[1]
-
     def _bound_engine(self) -> UpdateEngine:
-        """The engine for the plan, devices and groups as they are now."""
-        parameters = dict(self.compiled.original.named_parameters())
-        key = (
-            self.compiled.revision,
-            tuple((p.requires_grad, p.device, p.dtype) for p in parameters.values()),
-            tuple((len(g["params"]), g["weight_decay"] > 0) for g in self.param_groups),
-        )
-        if self._engine is None or self._engine_key != key:
-            spec = update_spec(self.compiled, self.options, parameters, self._groups())
-            if self._engine is None or self._engine.spec != spec:
-                saved = self._saved if self._engine is None else self._engine.saved()
-                self._engine = UpdateEngine(spec, saved, parameters)
-                self._saved = SavedState({}, {}, {})
-            self._engine_key = key
-        return self._engine
+        return self._binding.engine(self.param_groups)
 
     def _exact_nu(self, vectors: Mapping[str, Tensor]) -> Tensor:
         """ν = vᵀFv + γ vᵀv by Fisher-vector products on the last batch."""

@@ -56,14 +56,14 @@ def test_source_is_the_same_byte_for_byte(options):
 def test_the_printed_text_is_what_runs(options):
     """Executing the printed text anew, and interpreting the graphs, give the same step."""
     _, opt = trained(**options)
-    program = opt._engine.program
+    program = opt._bound_engine().program
     namespace: dict = {"__name__": "printed"}
     exec(compile(opt.update_source, "printed", "exec"), namespace)
     interpreted = {name: fx.Interpreter(graph).run for name, graph in program.graphs.items()}
     results = []
     for functions in (dict(program.functions), namespace, interpreted):
         model, again = trained(**options)
-        target = again._engine.program.functions
+        target = again._bound_engine().program.functions
         for name in list(target):
             target[name] = _by_name(functions[name], program.graphs[name])
         F.cross_entropy(model(X), Y).backward()
@@ -113,6 +113,6 @@ def test_layers_of_one_shape_are_computed_together():
 
 def test_tracebacks_show_the_generated_line():
     _, opt = trained()
-    function = opt._engine.program.functions["apply"]
+    function = opt._bound_engine().program.functions["apply"]
     filename = function.__code__.co_filename
     assert linecache.getline(filename, function.__code__.co_firstlineno).startswith("def apply")

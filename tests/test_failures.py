@@ -222,7 +222,7 @@ def test_a_step_that_raised_can_be_taken_again_as_if_nothing_had_been(scaling, f
     backward(compiled)
     backward(reference)
     before, saved = parameters(compiled), saved_state(opt)
-    functions = opt._engine.program.functions
+    functions = opt._bound_engine().program.functions
     own = functions[failing]
 
     def fail(*_, **__):

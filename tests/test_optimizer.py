@@ -368,7 +368,7 @@ def test_a_step_that_raises_leaves_everything_as_it_was(function):
     train(compiled, opt, 2)
     before, saved = parameters(compiled), copy.deepcopy(opt.state_dict()["kfc"])
     F.cross_entropy(compiled(X), Y).backward()
-    functions = opt._engine.program.functions
+    functions = opt._bound_engine().program.functions
     own = functions[function]
 
     def fail(*_, **__):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor
+
+from kfc_fx.errors import KfcWarning
 
 
 @dataclass
@@ -41,6 +44,18 @@ class Diagnostics:
     def clip_scale(self) -> float | None:
         """Last factor by which the step was scaled, one where it was not clipped."""
         return None if self.last_clip_scale is None else float(self.last_clip_scale)
+
+    def count(self, counter: str, blocks: Iterable[str], what: str) -> None:
+        """Count by block, and warn once for each, at the line that called ``step``."""
+        counts = getattr(self, counter)
+        for block in blocks:
+            counts[block] += 1
+            if counts[block] == 1:
+                warnings.warn(
+                    f"layer {block!r} {what} (opt.diagnostics.{counter} counts these)",
+                    KfcWarning,
+                    stacklevel=5,
+                )
 
     def counters(self) -> dict[str, object]:
         """The counters as plain data, for ``state_dict``."""

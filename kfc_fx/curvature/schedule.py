@@ -9,8 +9,7 @@ from dataclasses import dataclass
 class Schedule:
     """Intervals T_s (statistics) and T_f (refresh), with a denser start.
 
-    Curvature grows fastest in the first steps, and a stale factor overshoots then. Every step
-    below ``early`` has statistics and a refresh; after that each interval rules.
+    The steps in ``early`` have statistics and a refresh whatever the intervals say.
     """
 
     factor_interval: int
@@ -33,3 +32,8 @@ def powers_of_two(limit: int) -> tuple[int, ...]:
         steps.append(step)
         step *= 2
     return tuple(steps)
+
+
+EARLY_STEPS = {"adam": powers_of_two(20), "inverse": tuple(range(20))}
+"""By scaling. Curvature grows fastest in the first steps: a stale inverse overshoots then, a
+stale basis only rotates."""
