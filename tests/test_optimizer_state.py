@@ -1,0 +1,146 @@
+"""Saved and resumed runs, and Polyak averages."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+import kfc_fx
+from tests.networks import (
+    assert_equal,
+    conv_network,
+    make,
+    parameters,
+    train,
+)
+
+SCALINGS = ["adam", "inverse"]
+
+
+@pytest.mark.parametrize("bound_first", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"average": 5.0, "weight_decay": 0.1},
+        {"input_factor": "separable"},
+        {"scaling": "inverse"},
+        {"scaling": "inverse", "input_factor": "separable", "generic": "adamw"},
+    ],
+    ids=str,
+)
+def test_a_saved_run_resumes_bit_for_bit(options, bound_first):
+    compiled, opt = make(factor_interval=3, inverse_interval=6, **options)
+    train(compiled, opt, 22)  # in the middle of an interval, past the early steps
+    buffer = io.BytesIO()
+    torch.save({"model": compiled.state_dict(), "opt": opt.state_dict()}, buffer)
+    train(compiled, opt, 8)
+
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True)
+    resumed, again = make(factor_interval=3, inverse_interval=6, **options)
+    if bound_first:
+        train(resumed, again, 1)
+    resumed.load_state_dict(saved["model"])
+    again.load_state_dict(saved["opt"])
+    train(resumed, again, 8)
+    assert_equal(resumed.state_dict().values(), compiled.state_dict().values())
+    assert again.diagnostics.steps == 30
+    if "average" in options:
+        with opt.averaged(), again.averaged():
+            assert_equal(parameters(resumed), parameters(compiled))
+
+
+def test_a_foreign_state_dict_is_refused():
+    _, opt = make()
+    foreign = torch.optim.SGD(conv_network().parameters(), lr=0.1).state_dict()
+    with pytest.raises(kfc_fx.OptionError, match="not of a KFC optimizer"):
+        opt.load_state_dict(foreign)
+
+
+def test_averaged_parameters_are_swapped_in_and_back():
+    compiled, opt = make(average=3.0)
+    with pytest.raises(kfc_fx.StepError, match="no averaged parameters"), opt.averaged():
+        pass
+    train(compiled, opt, 3)
+    own = parameters(compiled)
+    with pytest.raises(ZeroDivisionError), opt.averaged():
+        _ = 1 / int(torch.equal(parameters(compiled)[0], own[0]))  # zero: they are others now
+    assert_equal(parameters(compiled), own)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_a_state_dict_is_a_snapshot_and_loading_one_keeps_it(scaling):
+    compiled, opt = make(scaling=scaling, average=5.0)
+    train(compiled, opt, 3)
+    saved = opt.state_dict()
+    model = copy.deepcopy(compiled.state_dict())
+    snapshot = copy.deepcopy(saved)
+    train(compiled, opt, 2)
+    torch.testing.assert_close(saved["kfc"], snapshot["kfc"], rtol=0, atol=0)
+    after = parameters(compiled)
+    for _ in range(2):  # the second time shows that the first did not write into it
+        compiled.load_state_dict(model)
+        opt.load_state_dict(saved)
+        train(compiled, opt, 2)
+        assert_equal(parameters(compiled), after)
+    torch.testing.assert_close(saved["kfc"], snapshot["kfc"], rtol=0, atol=0)
+
+
+def test_a_state_loaded_before_the_first_forward_pass_is_there():
+    compiled, opt = make(average=5.0, lr=0.02)
+    train(compiled, opt, 3)
+    saved = copy.deepcopy(opt.state_dict())
+    fresh, again = make(average=5.0, lr=0.5)
+    fresh.load_state_dict(compiled.state_dict())
+    again.load_state_dict(saved)
+    assert again.param_groups[0]["lr"] == 0.02
+    assert again.diagnostics.steps == 3
+    torch.testing.assert_close(again.state_dict()["kfc"], saved["kfc"], rtol=0, atol=0)
+    own = parameters(fresh)
+    with opt.averaged(), again.averaged():
+        assert_equal(parameters(fresh), parameters(compiled))
+    assert_equal(parameters(fresh), own)
+
+
+def test_a_state_saved_before_the_first_step_loads():
+    compiled, opt = make()
+    fresh, again = make()
+    again.load_state_dict(opt.state_dict())
+    train(compiled, opt, 2)
+    train(fresh, again, 2)
+    assert_equal(parameters(compiled), parameters(fresh))
+
+
+def test_schedulers_resume_with_the_optimizer():
+    def build():
+        compiled, opt = make()
+        return compiled, opt, lr_scheduler.StepLR(opt, 2, 0.5)
+
+    compiled, opt, scheduler = build()
+    train(compiled, opt, 3, scheduler)
+    saved = copy.deepcopy((compiled.state_dict(), opt.state_dict(), scheduler.state_dict()))
+    train(compiled, opt, 3, scheduler)
+    fresh, again, schedule = build()
+    for target, state in zip((fresh, again, schedule), saved, strict=True):
+        target.load_state_dict(state)
+    train(fresh, again, 3, schedule)
+    assert_equal(parameters(fresh), parameters(compiled))
+    assert again.param_groups[0]["lr"] == opt.param_groups[0]["lr"] == 0.01 / 8
+
+
+def test_averages_are_the_written_out_recursion():
+    compiled, opt = make(average=2.0)
+    decay = torch.tensor(-0.5).double().exp().item()
+    expected = parameters(compiled)
+    for _ in range(4):
+        train(compiled, opt, 1)
+        now = parameters(compiled)
+        expected = [decay * e + (1 - decay) * p for e, p in zip(expected, now, strict=True)]
+    with opt.averaged():
+        torch.testing.assert_close(parameters(compiled), expected)
+        assert not torch.equal(parameters(compiled)[0], now[0])
+    assert_equal(parameters(compiled), now)
