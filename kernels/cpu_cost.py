@@ -13,6 +13,7 @@ from itertools import pairwise
 from math import ceil, log2, prod
 
 from kfc_fx.kernels import cpu_im2col_gram, cpu_line_gram, cpu_structured_gram
+from kfc_fx.kernels.cpu_patches import reads_once
 from kfc_fx.kernels.cpu_symmetric_product import upper_blocks
 from kfc_fx.kernels.products import ProductPlan
 from kfc_fx.plan.geometry import ConvGeometry
@@ -20,9 +21,9 @@ from kfc_fx.plan.geometry import ConvGeometry
 CALL = 40e3  # ns for one product of views, however small
 PATCH_CALL = 20e3  # ns for one product or copy
 TRANSPOSE = 1.1  # ns per element laid out with the channels innermost
-COPY = 0.5  # ns per element of a patch of a line
-PATCH = 0.3  # ns per element of a patch from images laid out with the batch innermost
-STRIDED_COPY = 0.9  # the same where the stride is not one
+COPY = 0.5  # ns per element of the patches of lines, for depthwise layers
+PATCH = 0.3  # ns per element of whole patches, in runs over lines and images
+STRIDED_COPY = 0.9  # ns per element of either where the stride is not one
 GATHER = 2.0  # ns per element of a border column
 ASSEMBLE = 3.5  # ns per element of Ω, and per number of the slots
 ADVANCED_INDEX = 4.0  # ns per number of the slots taken from line products
@@ -76,8 +77,8 @@ def estimate(geometry: ConvGeometry, plan: ProductPlan, shape: tuple[int, ...]) 
     )
 
 
-def _copy(geometry: ConvGeometry) -> float:
-    return COPY if all(step == 1 for step in geometry.stride) else STRIDED_COPY
+def _copy(geometry: ConvGeometry, unstrided: float) -> float:
+    return unstrided if all(step == 1 for step in geometry.stride) else STRIDED_COPY
 
 
 def _product(groups: int, side: float, length: float) -> float:
@@ -125,7 +126,7 @@ def _lines(geometry: ConvGeometry, plan: ProductPlan, shape: tuple[int, ...]) ->
     buffers = ceil(images * buffered / cpu_line_gram.BUFFER_ELEMENTS)
     return (
         buffers * len(work.jobs) * CALL
-        + (_copy(geometry) if channels == groups else TRANSPOSE) * images * buffered
+        + (_copy(geometry, COPY) if channels == groups else TRANSPOSE) * images * buffered
         + _product(groups, channels // groups * inner, images * length)
     )
 
@@ -138,11 +139,10 @@ def _im2col(geometry: ConvGeometry, plan: ProductPlan, shape: tuple[int, ...]) -
     patches = images * groups * side * plan.locations
     buffers = ceil(patches / cpu_im2col_gram.BUFFER_ELEMENTS)
     product = _product(groups, bottom - top, images * plan.locations)
-    unstrided = all(step == 1 for step in geometry.stride)
     return (
         buffers * (len(blocks) + 2) * PATCH_CALL
-        + (PATCH if unstrided else STRIDED_COPY) * patches
-        + (0 if cpu_im2col_gram.reads_once(geometry) else TRANSPOSE * prod(shape))
+        + _copy(geometry, PATCH) * patches
+        + (0 if reads_once(geometry) else TRANSPOSE * prod(shape))
         + len(blocks) * product
         + WRITE * groups * side**2
         + MIRROR * groups * side * (side - bottom + top) / 2

@@ -68,7 +68,9 @@ def test_small_buffers_add_up(elements, groups, stride, kernel, monkeypatch):
 
 @pytest.mark.parametrize("stride", [(1, 1), (2, 1), (2, 3)])
 @pytest.mark.parametrize("spatial", [(7, 6), (2, 2), (1, 9)])
-def test_both_ways_to_the_slots_agree(stride, spatial):
+@pytest.mark.parametrize("images", [2, 3])
+def test_both_ways_to_the_slots_agree(stride, spatial, images, monkeypatch):
+    monkeypatch.setattr(cpu_line_gram, "_images_per_buffer", lambda *_: images)
     x = torch.randn(3, 4, *spatial, dtype=torch.float64)
     geometry = conv_geometry((3, 3), padding=1, stride=stride, groups=2)
     plan = product_plan(geometry, spatial)

@@ -146,6 +146,19 @@ def test_expanded_input():
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("kernel", "padding"), [(1, 0), (2, 0), (3, 1)])
+def test_a_view_is_read_where_it_lies(method, kernel, padding):
+    """Patches that do not overlap are taken from the input's own memory."""
+    x = torch.randn(4, 8, 9, 6, dtype=torch.float64)[1:, 2:6, 1:8].mT
+    options = {"stride": (2, 2), "padding": ((padding,) * 2,) * 2, "dilation": (1, 1)}
+    options["groups"] = 2
+    size = (kernel, kernel)
+    torch.testing.assert_close(
+        patch_gram(x, size, method=method, **options), oracle(Case(x, size, options))
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_uninitialised_memory_is_overwritten(method, monkeypatch):
     poison = lambda self, *a, **k: new_empty(self, *a, **k).fill_(float("nan"))  # noqa: E731
     new_empty = torch.Tensor.new_empty
