@@ -13,7 +13,6 @@ from itertools import pairwise
 from math import ceil, log2, prod
 
 from kfc_fx.kernels import cpu_im2col_gram, cpu_line_gram, cpu_structured_gram
-from kfc_fx.kernels.cpu_patches import reads_once
 from kfc_fx.kernels.cpu_symmetric_product import upper_blocks
 from kfc_fx.kernels.products import ProductPlan
 from kfc_fx.plan.geometry import ConvGeometry
@@ -142,7 +141,7 @@ def _im2col(geometry: ConvGeometry, plan: ProductPlan, shape: tuple[int, ...]) -
     return (
         buffers * (len(blocks) + 2) * PATCH_CALL
         + _copy(geometry, PATCH) * patches
-        + (0 if reads_once(geometry) else TRANSPOSE * prod(shape))
+        + (0 if cpu_im2col_gram.reads_once(geometry) else TRANSPOSE * prod(shape))
         + len(blocks) * product
         + WRITE * groups * side**2
         + MIRROR * groups * side * (side - bottom + top) / 2

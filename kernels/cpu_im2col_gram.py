@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from math import ceil, prod
 
+import torch
 from torch import Tensor
 
-from kfc_fx.kernels.cpu_patches import padded_images, patches_of, reads_once
 from kfc_fx.kernels.cpu_symmetric_product import add_upper_gram, mirror_upper, upper_blocks
 from kfc_fx.plan.geometry import ConvGeometry
 
@@ -35,13 +35,37 @@ def fill_im2col_gram(omega: Tensor, x: Tensor, geometry: ConvGeometry) -> None:
     for chunk, part in enumerate(x.split(images)):
         shape = (x.shape[1], *geometry.kernel_size, *out, len(part))
         patches = buffer[: prod(shape)].view(shape)
-        if not reads_once(geometry):
-            part = padded_images(part, geometry, omega.dtype, innermost="images")
-        patches.movedim(-1, 1 + geometry.ndim).copy_(patches_of(part, geometry))
+        source = part if reads_once(geometry) else _padded(part, geometry, omega.dtype)
+        patches.copy_(_patches_of(source, patches.shape, geometry))
         add_upper_gram(omega, patches.view(groups, side, -1), blocks, fresh=chunk == 0)
     mirror_upper(omega, blocks)
+
+
+def reads_once(geometry: ConvGeometry) -> bool:
+    """Whether no pixel is in two patches and none is padding: a layout would be a copy more."""
+    steps = zip(geometry.kernel_size, geometry.stride, geometry.dilation, strict=True)
+    padded = any(map(any, geometry.padding))
+    return not padded and all(k == 1 or k * d <= s for k, s, d in steps)
 
 
 def _images_per_buffer(images: int, side: int, locations: int) -> int:
     wanted = max(ceil(LEAST_ROWS / locations), BUFFER_ELEMENTS // (side * locations), 1)
     return ceil(images / ceil(images / wanted))
+
+
+def _padded(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
+    """``[n, C, *spatial]`` with its padding, in memory order ``[C, *padded, n]``."""
+    sizes = x.shape[2:]
+    padded = [size + sum(pad) for size, pad in zip(sizes, geometry.padding, strict=True)]
+    laid = x.new_zeros((x.shape[1], *padded, len(x)), dtype=dtype).movedim(-1, 0)
+    inside = [slice(p, p + size) for (p, _), size in zip(geometry.padding, sizes, strict=True)]
+    laid[(slice(None), slice(None), *inside)] = x
+    return laid
+
+
+def _patches_of(x: Tensor, shape: torch.Size, geometry: ConvGeometry) -> Tensor:
+    """View of padded images ``[n, C, *padded]`` as patches ``[C, *kernel, *out, n]``."""
+    image, channel, *pixel = x.stride()
+    kernel = [step * size for step, size in zip(geometry.dilation, pixel, strict=True)]
+    out = [step * size for step, size in zip(geometry.stride, pixel, strict=True)]
+    return x.as_strided(shape, (channel, *kernel, *out, image))

@@ -15,12 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, prod
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kfc_fx.kernels.cpu_patches import padded_images, patches_of
 from kfc_fx.kernels.cpu_symmetric_product import add_product
 from kfc_fx.kernels.products import (
     AxisProduct,
@@ -115,17 +113,13 @@ def _line_patches(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> Iter
     shape = (groups, side, rows, images * prod(out))
     lines = [_line_buffer(x, shape, geometry, dtype) for _ in range(stride)]
     split = (*across.kernel_size, x.shape[1] // groups)
-    innermost: Literal["images", "channels"] = "images" if x.shape[1] == groups else "channels"
     for part in x.split(images):
         for phase, buffer in enumerate(lines):
-            source = padded_images(part[:, :, phase::stride], across, dtype, innermost=innermost)
-            patches = patches_of(source, across).unflatten(0, (groups, -1))
+            source = part[:, :, phase::stride]
             # [G, K'·c, Q0, n·T'] -> [G, c, *K, n, Q0, *T']
             target = buffer[:, :, : source.shape[2]].unflatten(3, (images, *out)).transpose(2, 3)
             target = target.unflatten(1, split).movedim(len(split), 1)
-            filled, rest = target.split((len(part), images - len(part)), dim=1 + len(split))
-            filled.copy_(patches)
-            rest.zero_()
+            _fill_patches(target, source, across)
         yield lines
 
 
@@ -143,3 +137,40 @@ def _line_buffer(
 def _images_per_buffer(x: Tensor, per_channel: int) -> int:
     wanted = max(1, BUFFER_ELEMENTS // (x.shape[1] * per_channel))
     return ceil(len(x) / ceil(len(x) / wanted))
+
+
+def _fill_patches(patches: Tensor, x: Tensor, geometry: ConvGeometry) -> None:
+    """Patches of ``x`` into ``[G, c, *kernel, n, *out]``, whose padding is zero already.
+
+    Offset by offset, from the images where they lie: a depthwise layer has so few offsets along
+    a line that laying the images out with their padding first costs more than it saves.
+    """
+    axes = geometry.ndim
+    channels = x.shape[1] // geometry.groups
+    source = x.unflatten(1, (geometry.groups, channels)).movedim(0, 2)  # [G, c, n, *spatial]
+    if len(x) < patches.shape[2 + axes]:
+        patches.narrow(2 + axes, len(x), patches.shape[2 + axes] - len(x)).zero_()
+        patches = patches.narrow(2 + axes, 0, len(x))
+    targets = patches.flatten(2, 1 + axes).unbind(2)
+    every = (slice(None),) * 3
+    for target, offset in zip(
+        targets, itertools.product(*map(range, geometry.kernel_size)), strict=True
+    ):
+        ranges = [
+            _reached(geometry, axis, position, x.shape[2 + axis], target.shape[3 + axis])
+            for axis, position in enumerate(offset)
+        ]
+        locations = tuple(locations for locations, _ in ranges)
+        target[every + locations] = source[every + tuple(pixels for _, pixels in ranges)]
+
+
+def _reached(
+    geometry: ConvGeometry, axis: int, position: int, size: int, out: int
+) -> tuple[slice, slice]:
+    """Locations at which one kernel position is on the map, and the pixels it meets there."""
+    stride = geometry.stride[axis]
+    origin = geometry.dilation[axis] * position - geometry.padding[axis][0]
+    start = max(0, -(origin // stride))
+    stop = max(start, min(out, (size - 1 - origin) // stride + 1))
+    first = stride * start + origin
+    return slice(start, stop), slice(first, first + stride * (stop - start), stride)
