@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kfc_fx.kernels.products import Product, ProductPlan
 
-CHUNK_ELEMENTS = 2**19
+CHUNK_ELEMENTS = 2**17
 LEAST_ROWS = 16  # the columns of transposed products are read by cache lines
 
 
@@ -79,6 +79,11 @@ def _fill_blocks(omega: Tensor, products: Tensor, plan: ProductPlan) -> None:
     """Gather the blocks of a few rows in cache, then interleave them with the offsets."""
     groups, _, channels, _ = products.shape
     offsets = len(plan.slot_of_pair)
+    if channels == 1:  # nothing to interleave
+        slots = torch.tensor(plan.slot_of_pair, device=products.device).view(1, -1)
+        chosen = torch.gather(products.flatten(1), 1, slots.expand(groups, -1))
+        omega.copy_(chosen.view(groups, offsets, offsets))
+        return
     pick = block_sources(plan)
     sources = torch.tensor(pick.source, device=products.device)
     blocks = omega.unflatten(2, (channels, offsets)).unflatten(1, (channels, offsets))

@@ -10,34 +10,45 @@ is formed in upper blocks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import ceil, prod
 
 import torch
 from torch import Tensor
 
+from kfc_fx.kernels.cpu_buffers import Pass, one_pass
 from kfc_fx.kernels.cpu_symmetric_product import add_upper_gram, mirror_upper, upper_blocks
 from kfc_fx.plan.geometry import ConvGeometry
 
-BUFFER_ELEMENTS = 2**21
 LEAST_ROWS = 512  # a shorter sum would spend its time on reading and writing Ω
+
+
+def planned_pass(shape: Sequence[int], geometry: ConvGeometry) -> Pass:
+    """How much of ``shape`` ``[N, C, *spatial]`` has its patches laid out at once."""
+    locations = prod(geometry.output_size(shape[2:]))
+    patches = shape[1] // geometry.groups * geometry.offsets * locations
+    least = ceil(LEAST_ROWS / max(1, locations))
+    return one_pass(shape, geometry.groups, patches, least=least)
 
 
 def fill_im2col_gram(omega: Tensor, x: Tensor, geometry: ConvGeometry) -> None:
     """Ω of ``x``: ``[N, C, *spatial]`` into ``omega``: ``[G, c·K, c·K]``, uninitialised."""
     out = geometry.output_size(x.shape[2:])
-    groups, side = geometry.groups, omega.shape[1]
+    side = omega.shape[1]
     if not x.numel() or not prod(out):
         omega.zero_()
         return
-    images = _images_per_buffer(len(x), groups * side, prod(out))
-    buffer = x.new_empty(groups * side * prod(out) * images, dtype=omega.dtype)
+    planned = planned_pass(x.shape, geometry)
+    buffer = x.new_empty(planned.groups * planned.images * side * prod(out), dtype=omega.dtype)
     blocks = upper_blocks(side, len(x) * prod(out))
-    for chunk, part in enumerate(x.split(images)):
-        shape = (x.shape[1], *geometry.kernel_size, *out, len(part))
-        patches = buffer[: prod(shape)].view(shape)
-        source = part if reads_once(geometry) else _padded(part, geometry, omega.dtype)
-        patches.copy_(_patches_of(source, patches.shape, geometry))
-        add_upper_gram(omega, patches.view(groups, side, -1), blocks, fresh=chunk == 0)
+    channels = planned.groups * x.shape[1] // geometry.groups
+    for total, maps in zip(omega.split(planned.groups), x.split(channels, dim=1), strict=True):
+        for number, part in enumerate(maps.split(planned.images)):
+            shape = (maps.shape[1], *geometry.kernel_size, *out, len(part))
+            patches = buffer[: prod(shape)].view(shape)
+            source = part if reads_once(geometry) else _padded(part, geometry, omega.dtype)
+            patches.copy_(_patches_of(source, patches.shape, geometry))
+            add_upper_gram(total, patches.view(len(total), side, -1), blocks, fresh=number == 0)
     mirror_upper(omega, blocks)
 
 
@@ -46,11 +57,6 @@ def reads_once(geometry: ConvGeometry) -> bool:
     steps = zip(geometry.kernel_size, geometry.stride, geometry.dilation, strict=True)
     padded = any(map(any, geometry.padding))
     return not padded and all(k == 1 or k * d <= s for k, s, d in steps)
-
-
-def _images_per_buffer(images: int, side: int, locations: int) -> int:
-    wanted = max(ceil(LEAST_ROWS / locations), BUFFER_ELEMENTS // (side * locations), 1)
-    return ceil(images / ceil(images / wanted))
 
 
 def _padded(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:

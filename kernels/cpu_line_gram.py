@@ -11,7 +11,7 @@ im2col. It is K times less work than im2col, in memory ``K'`` maps of a few imag
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, prod
@@ -19,6 +19,7 @@ from math import ceil, prod
 import torch
 from torch import Tensor
 
+from kfc_fx.kernels.cpu_buffers import Pass, one_pass
 from kfc_fx.kernels.cpu_symmetric_product import add_product
 from kfc_fx.kernels.products import (
     AxisProduct,
@@ -27,8 +28,6 @@ from kfc_fx.kernels.products import (
     segments_within,
 )
 from kfc_fx.plan.geometry import ConvGeometry
-
-BUFFER_ELEMENTS = 2**21
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,20 @@ def _jobs(product: AxisProduct, products: list[AxisProduct]) -> list[AxisProduct
     return [AxisProduct(*product.kind, *segments[i]) for i in chosen]
 
 
-def line_products(x: Tensor, plan: ProductPlan, geometry: ConvGeometry) -> Tensor:
-    """The slots of ``x``: ``[N, C, *spatial]`` (at least one axis) -> ``[J, G, C/G, C/G]``."""
+def planned_pass(shape: Sequence[int], geometry: ConvGeometry) -> Pass:
+    """How much of ``shape`` ``[N, C, *spatial]`` has its lines laid out at once."""
+    stride = geometry.stride[0]
+    rows = stride * ceil(shape[2] / stride)
+    across = prod(geometry.output_size(shape[2:])[1:])
+    patches = shape[1] // geometry.groups * prod(geometry.kernel_size[1:]) * rows * across
+    return one_pass(shape, geometry.groups, patches)
+
+
+def line_products(x: Tensor, plan: ProductPlan, geometry: ConvGeometry, images: int) -> Tensor:
+    """The slots of ``x``: ``[N, C, *spatial]`` (at least one axis) -> ``[J, G, C/G, C/G]``.
+
+    ``images`` are laid out at a time.
+    """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     groups, channels = geometry.groups, x.shape[1] // geometry.groups
     inner = prod(geometry.kernel_size[1:])
@@ -79,7 +90,7 @@ def line_products(x: Tensor, plan: ProductPlan, geometry: ConvGeometry) -> Tenso
     filled = x.numel() and plan.locations
     sums = x.new_empty(shape, dtype=dtype) if filled else x.new_zeros(shape, dtype=dtype)
     if filled:
-        for chunk, buffers in enumerate(_line_patches(x, geometry, dtype)):
+        for chunk, buffers in enumerate(_line_patches(x, geometry, images, dtype)):
             for total, job in zip(sums.unbind(), work.jobs, strict=True):
                 start, stop = job.start + job.shift, job.stop + job.shift
                 first = buffers[job.phase][:, :, job.start : job.stop]
@@ -93,10 +104,13 @@ def line_products(x: Tensor, plan: ProductPlan, geometry: ConvGeometry) -> Tenso
 def _intervals(sums: Tensor, work: LineSchedule) -> Tensor:
     if all(len(term) == 1 for term in work.terms):
         return sums[[term[0] for term in work.terms]]
-    return torch.stack([sums[list(term)].sum(0) for term in work.terms])
+    chosen = [[float(job in term) for job in range(len(work.jobs))] for term in work.terms]
+    return torch.tensordot(sums.new_tensor(chosen), sums, 1)
 
 
-def _line_patches(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> Iterator[list[Tensor]]:
+def _line_patches(
+    x: Tensor, geometry: ConvGeometry, images: int, dtype: torch.dtype
+) -> Iterator[list[Tensor]]:
     """Yield, for a few images at a time, the lines of each phase: ``[G, K'·c, Q0, n·T']``."""
     stride, groups = geometry.stride[0], geometry.groups
     rows = ceil(x.shape[2] / stride)
@@ -108,7 +122,6 @@ def _line_patches(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> Iter
         groups,
     )
     out = geometry.output_size(x.shape[2:])[1:]
-    images = _images_per_buffer(x, stride * rows * prod(out) * across.offsets)
     side = across.offsets * x.shape[1] // groups
     shape = (groups, side, rows, images * prod(out))
     lines = [_line_buffer(x, shape, geometry, dtype) for _ in range(stride)]
@@ -132,11 +145,6 @@ def _line_buffer(
     # Patches innermost: BLAS packs the operands of a narrow product twice as fast.
     groups, side, rows, across = shape
     return x.new_zeros((groups, rows, across, side), dtype=dtype).permute(0, 3, 1, 2)
-
-
-def _images_per_buffer(x: Tensor, per_channel: int) -> int:
-    wanted = max(1, BUFFER_ELEMENTS // (x.shape[1] * per_channel))
-    return ceil(len(x) / ceil(len(x) / wanted))
 
 
 def _fill_patches(patches: Tensor, x: Tensor, geometry: ConvGeometry) -> None:

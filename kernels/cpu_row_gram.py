@@ -1,7 +1,8 @@
 """Gram matrix of rows in ATen: ``Xᵀ X`` in upper blocks, read where it lies.
 
 A linear layer's input is ``[..., C]`` in row order. The gradient of a convolution's output is the
-view ``[N, *out, C]`` of ``[N, C, *out]``: its rows are taken image by image, as columns.
+view ``[N, *out, C]`` of ``[N, C, *out]``: its rows are taken image by image, as columns, and
+multiplied there while they are few.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from kfc_fx.kernels.cpu_symmetric_product import add_upper_gram, mirror_upper, upper_blocks
 
 BUFFER_ELEMENTS = 2**20
+WIDEST_BATCH = 256
 NARROW = 128  # BLAS packs rows twice as fast as columns; below this side it shows
 
 
@@ -36,10 +38,24 @@ def _fill(gram: Tensor, x: Tensor, length: int) -> None:
     if not x.numel():
         gram.zero_()
         return
+    if x.dtype == gram.dtype and _multiplies_images(x):
+        images = x.flatten(1, -2).mT  # [N, C, L]
+        torch.sum(torch.bmm(images, images.mT), 0, out=gram[0])
+        return
     blocks = upper_blocks(gram.shape[1], length)
     for number, part in enumerate(_parts(x, gram.dtype)):
         add_upper_gram(gram, part, blocks, fresh=number == 0)
     mirror_upper(gram, blocks)
+
+
+def _multiplies_images(x: Tensor) -> bool:
+    """Whether a batch of products, one for each image where it lies, beats a copy of all rows.
+
+    It does while the products of all images together are no larger than the images.
+    """
+    if x.ndim < 3 or x.shape[-1] > min(WIDEST_BATCH, prod(x.shape[1:-1])):
+        return False
+    return not _has_row_order(x) and _has_row_order(x[0])
 
 
 def _parts(x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:

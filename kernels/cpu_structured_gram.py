@@ -13,7 +13,7 @@ of a few gathered columns. No patches exist; beside the result there is one buff
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, prod
@@ -21,6 +21,7 @@ from math import ceil, prod
 import torch
 from torch import Tensor
 
+from kfc_fx.kernels.cpu_buffers import Pass, one_pass
 from kfc_fx.kernels.cpu_symmetric_product import add_product
 from kfc_fx.kernels.products import (
     AxisProduct,
@@ -29,8 +30,8 @@ from kfc_fx.kernels.products import (
     elementary_segments,
     segments_within,
 )
+from kfc_fx.plan.geometry import ConvGeometry
 
-BUFFER_ELEMENTS = 2**21
 COMBINED_COLUMNS = 2**12
 
 Segment = tuple[int, int]
@@ -121,10 +122,20 @@ def _whole_lines_less_borders(
     }
 
 
+def planned_pass(shape: Sequence[int], plan: ProductPlan, geometry: ConvGeometry) -> Pass:
+    """How much of ``shape`` ``[N, C, *spatial]`` is laid out at once."""
+    layout = buffer_layout(plan, geometry.stride, tuple(shape[2:]))
+    per_group = layout.elements(shape[1] // geometry.groups)
+    return one_pass(shape, geometry.groups, per_group)
+
+
 def structured_products(
-    x: Tensor, plan: ProductPlan, stride: tuple[int, ...], groups: int
+    x: Tensor, plan: ProductPlan, stride: tuple[int, ...], groups: int, images: int
 ) -> Tensor:
-    """The slots of ``x``: ``[N, C, *spatial]`` (at least one axis) -> ``[J, G, C/G, C/G]``."""
+    """The slots of ``x``: ``[N, C, *spatial]`` (at least one axis) -> ``[J, G, C/G, C/G]``.
+
+    ``images`` are laid out at a time.
+    """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     channels = x.shape[1] // groups
     spatial = tuple(x.shape[2:])
@@ -133,7 +144,6 @@ def structured_products(
     shape = (len(work.jobs), groups, channels, channels)
     sums = x.new_empty(shape, dtype=dtype) if x.numel() else x.new_zeros(shape, dtype=dtype)
     if x.numel():
-        images = _images_per_buffer(x, layout)
         buffers = Buffers(x, layout, groups, images, dtype)
         for chunk, part in enumerate(x.split(images)):
             buffers.fill(part)
@@ -168,6 +178,10 @@ class Layout:
     padded: tuple[int, ...]
     margin: int
 
+    def elements(self, channels: int) -> int:
+        """Size of the buffer that one image of so many channels takes."""
+        return len(self.phases) * channels * prod(self.padded)
+
     def flat_shift(self, kind: Kind) -> int:
         """Offset in the flat buffer of a shift of the axes after the first."""
         total = 0
@@ -189,12 +203,6 @@ def buffer_layout(plan: ProductPlan, stride: tuple[int, ...], spatial: tuple[int
     kinds = {tuple(axis.kind for axis in slot) for slot in plan.slots}
     margin = max(abs(bare.flat_shift(kind)) for kind in kinds)
     return Layout(stride, bare.phases, quotients, padded, margin)
-
-
-def _images_per_buffer(x: Tensor, layout: Layout) -> int:
-    one = len(layout.phases) * x.shape[1] * prod(layout.padded)
-    parts = ceil(len(x) / max(1, BUFFER_ELEMENTS // max(1, one)))
-    return ceil(len(x) / parts)
 
 
 class Buffers:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 # (least side, blocks per side): narrower blocks would multiply too slowly
 BLOCKS_BY_SIDE = ((4096, 8), (1024, 4), (256, 2), (0, 1))
+NARROW = 128
+LEAST_SPLIT = 1024
+PIECES = 8
 LEAST_LENGTH = 192  # with a shorter sum, mirroring costs more than the blocks save
 
 Range = tuple[int, int]
@@ -26,10 +29,26 @@ def add_product(total: Tensor, first: Tensor, second: Tensor, *, fresh: bool = F
     if rows * columns == 1:
         products = _dots(first, second)
         total[:, 0, 0] = products if fresh else products + total[:, 0, 0]
+    elif groups == 1 and max(rows, columns) <= NARROW and first.shape[2] >= LEAST_SPLIT:
+        _add_in_pieces(total[0], first[0], second[0], kept)
     elif groups == 1:
         total[0].addmm_(first[0], second[0].mT, beta=kept)
     else:
         total.baddbmm_(first, second.mT, beta=kept)
+
+
+def _add_in_pieces(total: Tensor, first: Tensor, second: Tensor, kept: int) -> None:
+    """A narrow product with a long sum as a batch of shorter ones: one call runs at a fraction of
+    the speed, because BLAS packs long operands and divides the result among threads."""
+    length = first.shape[1] // PIECES * PIECES
+    pieces = [part[:, :length].unflatten(1, (PIECES, -1)).movedim(1, 0) for part in (first, second)]
+    products = torch.bmm(pieces[0], pieces[1].mT).sum(0)
+    if length < first.shape[1]:
+        products.addmm_(first[:, length:], second[:, length:].mT)
+    if kept:
+        total += products
+    else:
+        total.copy_(products)
 
 
 def _dots(first: Tensor, second: Tensor) -> Tensor:
