@@ -7,7 +7,6 @@ patches. All of it is linear in the data, so it adds up over micro-batches and t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -84,43 +83,32 @@ def _fill_blocks(omega: Tensor, products: Tensor, plan: ProductPlan) -> None:
         chosen = torch.gather(products.flatten(1), 1, slots.expand(groups, -1))
         omega.copy_(chosen.view(groups, offsets, offsets))
         return
-    pick = block_sources(plan)
-    sources = torch.tensor(pick.source, device=products.device)
+    sources = torch.tensor(block_sources(plan), device=products.device)
     blocks = omega.unflatten(2, (channels, offsets)).unflatten(1, (channels, offsets))
     rows = max(LEAST_ROWS, CHUNK_ELEMENTS // max(1, groups * offsets**2 * channels))
     for start in range(0, channels, rows):
-        both = _with_transposes(products, pick.transposed, start, min(start + rows, channels))
+        both = _with_transposes(products, start, min(start + rows, channels))
         part = both.index_select(1, sources).unflatten(1, (offsets, offsets))  # [G, K, K', c, c']
         blocks[:, start : start + rows] = part.permute(0, 3, 1, 4, 2)
 
 
-def _with_transposes(
-    products: Tensor, transposed: tuple[int, ...], start: int, stop: int
-) -> Tensor:
-    """A few rows of every product, then of the transposes below: ``[G, J', stop - start, c]``."""
+def _with_transposes(products: Tensor, start: int, stop: int) -> Tensor:
+    """A few rows of every product, then of its transpose: ``[G, 2·J, stop - start, c]``."""
     groups, slots, channels, _ = products.shape
-    both = products.new_empty((groups, slots + len(transposed), stop - start, channels))
+    both = products.new_empty((groups, 2 * slots, stop - start, channels))
     both[:, :slots] = products[:, :, start:stop]
-    for number, slot in enumerate(transposed, start=slots):
-        both[:, number] = products[:, slot, :, start:stop].mT
+    both[:, slots:] = products[:, :, :, start:stop].mT
     return both
 
 
-@dataclass(frozen=True)
-class BlockSources:
-    """Per block in row order, its index among the slots followed by the transposed slots."""
-
-    source: tuple[int, ...]
-    transposed: tuple[int, ...]
-
-
 @lru_cache(maxsize=512)
-def block_sources(plan: ProductPlan) -> BlockSources:
-    """Blocks below the diagonal are transposes of those above."""
-    transposes: dict[int, int] = {}
-    source = []
-    for i, row in enumerate(plan.slot_of_pair):
-        for j, slot in enumerate(row):
-            below = len(plan.slots) + transposes.setdefault(slot, len(transposes)) if i > j else 0
-            source.append(below or slot)
-    return BlockSources(tuple(source), tuple(transposes))
+def block_sources(plan: ProductPlan) -> tuple[int, ...]:
+    """Per block in row order, its index among the slots followed by their transposes.
+
+    Blocks below the diagonal are transposes of those above.
+    """
+    return tuple(
+        slot + (len(plan.slots) if i > j else 0)
+        for i, row in enumerate(plan.slot_of_pair)
+        for j, slot in enumerate(row)
+    )

@@ -47,6 +47,16 @@ class Job:
     rows: Segment
     columns: tuple[Segment, ...]
 
+    @property
+    def first(self) -> tuple[int, ...]:
+        """Phase of the first factor."""
+        return tuple(phase for phase, _, _ in self.kind)
+
+    @property
+    def second(self) -> tuple[int, ...]:
+        """Phase of the second factor."""
+        return tuple(phase for _, phase, _ in self.kind)
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -144,11 +154,11 @@ def structured_products(
     shape = (len(work.jobs), groups, channels, channels)
     sums = x.new_empty(shape, dtype=dtype) if x.numel() else x.new_zeros(shape, dtype=dtype)
     if x.numel():
-        buffers = Buffers(x, layout, groups, images, dtype)
+        buffers = Buffers(x, layout, work.jobs, groups, images, dtype)
         for chunk, part in enumerate(x.split(images)):
             buffers.fill(part)
-            for total, job in zip(sums.unbind(), work.jobs, strict=True):
-                add_product(total, *buffers.operands(job), fresh=chunk == 0)
+            for number, total in enumerate(sums.unbind()):
+                add_product(total, *buffers.operands(number), fresh=chunk == 0)
     return _combine(sums, work)
 
 
@@ -209,9 +219,16 @@ class Buffers:
     """The padded phases of a few images, and the operands of jobs as views of them."""
 
     def __init__(
-        self, x: Tensor, layout: Layout, groups: int, images: int, dtype: torch.dtype
+        self,
+        x: Tensor,
+        layout: Layout,
+        jobs: Sequence[Job],
+        groups: int,
+        images: int,
+        dtype: torch.dtype,
     ) -> None:
         self.layout = layout
+        self.jobs = jobs
         self.groups = groups
         self.row = images * prod(layout.padded[1:])
         self.shape = (layout.padded[0], images, *layout.padded[1:])
@@ -222,6 +239,7 @@ class Buffers:
         flat = [x.new_zeros(shape, dtype=dtype).mT for _ in layout.phases]
         self.flat = dict(zip(layout.phases, flat, strict=True))
         self.columns: dict[tuple[tuple[int, ...], tuple[Segment, ...]], Tensor] = {}
+        self.lines = [self._line_operands(job) for job in jobs]
 
     def fill(self, x: Tensor) -> None:
         """Lay out ``x``: ``[at most the planned images, C, *spatial]``."""
@@ -243,20 +261,27 @@ class Buffers:
         flat = self.flat[phase]
         return flat[:, :, margin : flat.shape[2] - margin].unflatten(2, self.shape)
 
-    def operands(self, job: Job) -> tuple[Tensor, Tensor]:
+    def operands(self, number: int) -> tuple[Tensor, Tensor]:
         """The two factors of a job: ``[G, C/G, L]`` each."""
-        first = tuple(phase for phase, _, _ in job.kind)
-        second = tuple(phase for _, phase, _ in job.kind)
-        rows = [row + job.kind[0][2] for row in job.rows]
-        if all(segment == LINE for segment in job.columns):
-            return self._lines(first, job.rows, 0), self._lines(
-                second, (rows[0], rows[1]), self.layout.flat_shift(job.kind)
-            )
+        lines = self.lines[number]
+        if lines is not None:
+            return lines
+        job = self.jobs[number]
+        shift = job.kind[0][2]
         here, there = zip(*self._ranges(job), strict=True)
+        first, second = self._gathered(job.first, here), self._gathered(job.second, there)
         return (
-            self._gathered(first, here)[:, :, job.rows[0] : job.rows[1]].flatten(2),
-            self._gathered(second, there)[:, :, rows[0] : rows[1]].flatten(2),
+            first[:, :, job.rows[0] : job.rows[1]].flatten(2),
+            second[:, :, job.rows[0] + shift : job.rows[1] + shift].flatten(2),
         )
+
+    def _line_operands(self, job: Job) -> tuple[Tensor, Tensor] | None:
+        """The factors of a product of whole lines: the same views for every fill."""
+        if any(segment != LINE for segment in job.columns):
+            return None
+        start, stop = (row + job.kind[0][2] for row in job.rows)
+        shift = self.layout.flat_shift(job.kind)
+        return self._lines(job.first, job.rows, 0), self._lines(job.second, (start, stop), shift)
 
     def _lines(self, phase: tuple[int, ...], rows: Segment, shift: int) -> Tensor:
         start = self.layout.margin + shift

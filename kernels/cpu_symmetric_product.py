@@ -40,15 +40,18 @@ def add_product(total: Tensor, first: Tensor, second: Tensor, *, fresh: bool = F
 def _add_in_pieces(total: Tensor, first: Tensor, second: Tensor, kept: int) -> None:
     """A narrow product with a long sum as a batch of shorter ones: one call runs at a fraction of
     the speed, because BLAS packs long operands and divides the result among threads."""
-    length = first.shape[1] // PIECES * PIECES
-    pieces = [part[:, :length].unflatten(1, (PIECES, -1)).movedim(1, 0) for part in (first, second)]
-    products = torch.bmm(pieces[0], pieces[1].mT).sum(0)
-    if length < first.shape[1]:
-        products.addmm_(first[:, length:], second[:, length:].mT)
+    length = first.shape[1] // PIECES
+    (high, long), (wide, other) = first.stride(), second.stride()
+    rows = first.as_strided((PIECES, len(first), length), (length * long, high, long))
+    columns = second.as_strided((PIECES, length, len(second)), (length * other, other, wide))
+    products = torch.bmm(rows, columns)
     if kept:
-        total += products
+        total += products.sum(0)
     else:
-        total.copy_(products)
+        torch.sum(products, 0, out=total)
+    rest = length * PIECES
+    if rest < first.shape[1]:
+        total.addmm_(first[:, rest:], second[:, rest:].mT)
 
 
 def _dots(first: Tensor, second: Tensor) -> Tensor:

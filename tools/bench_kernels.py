@@ -27,8 +27,6 @@ BASELINES = ("unfold columns", "unfold rows")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 LARGEST_PATCHES = 2**29  # elements: unfold of more than this is left out
 
-app = typer.Typer(help="Measure kernels.", no_args_is_help=True)
-
 
 @dataclass(frozen=True)
 class Measurement:
@@ -147,7 +145,6 @@ def report(results: list[ShapeResult], **settings: Any) -> dict[str, Any]:
     }
 
 
-@app.command("kernels")
 def kernels(
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -170,8 +167,3 @@ def kernels(
     Console(width=160).print(results_table(results, f"Patch Gram, {dtype}, {device}"))
     if json_path is not None:
         json_path.write_text(json.dumps(report(results, **settings), indent=2) + "\n")
-
-
-@app.callback()
-def _group() -> None:
-    """Keep ``kernels`` a command of its own when the app runs alone."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kfc_fx.tools.bench_kernels import app as bench
+from kfc_fx.tools.bench import app as bench
 from kfc_fx.tools.kernels_report import kernels
 from kfc_fx.tools.train import train
 

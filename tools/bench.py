@@ -1,0 +1,12 @@
+"""The command group ``kfc-fx bench``."""
+
+from __future__ import annotations
+
+import typer
+
+from kfc_fx.tools.bench_kernels import kernels
+from kfc_fx.tools.bench_step import step
+
+app = typer.Typer(help="Measure kernels and training steps.", no_args_is_help=True)
+app.command()(kernels)
+app.command()(step)
