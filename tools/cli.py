@@ -10,6 +10,7 @@ import typer
 from kfc_fx.tools.bench import app as bench
 from kfc_fx.tools.kernels_report import kernels
 from kfc_fx.tools.train import train
+from kfc_fx.tools.zoo import zoo
 
 app = typer.Typer(
     name="kfc-fx",
@@ -20,6 +21,7 @@ app = typer.Typer(
 
 app.command()(train)
 app.command()(kernels)
+app.command()(zoo)
 app.add_typer(bench, name="bench")
 
 
