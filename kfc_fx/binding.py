@@ -14,7 +14,7 @@ from kfc_fx.codegen.options import GenericParameter, UpdateSpec
 from kfc_fx.compile import CompiledModel
 from kfc_fx.errors import OptionError
 from kfc_fx.optim_options import KFCOptions
-from kfc_fx.plan.forms import input_factor_form
+from kfc_fx.plan.forms import factor_forms
 from kfc_fx.plan.spec import BlockSpec, CurvaturePlan
 
 ORTHOGONAL_ITERATION_FROM = 128
@@ -113,7 +113,7 @@ def update_spec(
         title=type(compiled.original).__name__,
         scaling=options.scaling,
         stacks=stack_blocks(
-            blocks, lambda block: input_factor_form(block, options.input_factor), placement
+            blocks, lambda block: factor_forms(block, options.input_factor), placement
         ),
         generic=tuple(
             GenericParameter(name, tuple(p.shape))

@@ -16,6 +16,7 @@ from kfc_fx.capture.dynamo import (
     compile_emitting,
     compile_forward,
     compile_plain,
+    constant_nodes,
     mark_batch_dynamic,
     parameter_nodes,
 )
@@ -24,7 +25,7 @@ from kfc_fx.curvature.likelihood import CotangentFunction, Likelihood, resolve_l
 from kfc_fx.curvature.recorder import StatisticsRecorder
 from kfc_fx.errors import CaptureError, CoverageError
 from kfc_fx.plan.coverage import build_plan
-from kfc_fx.plan.forms import InputFactorOption, input_factor_form, statistic_shapes
+from kfc_fx.plan.forms import InputFactorOption, factor_forms, statistic_shapes
 from kfc_fx.plan.match import match_uses
 from kfc_fx.plan.spec import CurvaturePlan, ParameterSpec
 from kfc_fx.rewrite.emission import Emitters, emission_order, emitting_stages
@@ -37,6 +38,7 @@ def compile(
     likelihood: str | Likelihood | CotangentFunction = "categorical",
     backend: str = "eager",
     strict: bool = False,
+    norm_layers: bool = True,
 ) -> CompiledModel:
     """Prepare an existing model for training by KFC.
 
@@ -47,6 +49,8 @@ def compile(
             output to the cotangents, of its shape, of one sampled target per example.
         backend: what runs the captured graphs: ``"eager"``, ``"aot_eager"`` or ``"inductor"``.
         strict: raise at capture if the weight of a conv or linear call gets no block.
+        norm_layers: give the scale and shift of norm layers a block, the exact Fisher matrix of
+            each channel's two numbers; without it they are generic.
 
     Returns:
         A module with the model's call signature, the same parameter objects and the same
@@ -61,7 +65,7 @@ def compile(
     if isinstance(model, CompiledModel):
         model = model.original
     check_backend(backend)
-    return CompiledModel(model, resolve_likelihood(likelihood), backend, strict)
+    return CompiledModel(model, resolve_likelihood(likelihood), backend, strict, norm_layers)
 
 
 _SHARED = (
@@ -82,7 +86,12 @@ class CompiledModel(nn.Module):
     """A model whose captured graphs can emit factor statistics. Made by :func:`compile`."""
 
     def __init__(
-        self, model: nn.Module, likelihood: Likelihood, backend: str, strict: bool
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        backend: str,
+        strict: bool,
+        norm_layers: bool,
     ) -> None:
         own = self.__dict__
         own["original"] = model
@@ -90,7 +99,12 @@ class CompiledModel(nn.Module):
         for name in _SHARED:
             own[name] = getattr(model, name)
         own["recorder"] = StatisticsRecorder(likelihood)
-        own["_options"] = {"likelihood": likelihood, "backend": backend, "strict": strict}
+        own["_options"] = {
+            "likelihood": likelihood,
+            "backend": backend,
+            "strict": strict,
+            "norm_layers": norm_layers,
+        }
         own["_graphs"] = []
         own["_plan"] = None
         own["_input_factor"] = "auto"
@@ -123,6 +137,7 @@ class CompiledModel(nn.Module):
         Raises:
             CaptureError: dynamo captured no graph of the model.
         """
+        mark_batch_dynamic(args, kwargs)
         with _state_preserved(self.original), torch.enable_grad():
             self._forward(*args, **kwargs)
         return self.plan
@@ -132,6 +147,7 @@ class CompiledModel(nn.Module):
 
         Buffers and random number generators are left as they were.
         """
+        mark_batch_dynamic(args, kwargs)
         with _state_preserved(self.original), torch.enable_grad():
             with self.recorder.forward_pass() as record:
                 output = self._forward(*args, **kwargs)
@@ -160,7 +176,8 @@ class CompiledModel(nn.Module):
             )
         parameters = self._parameter_specs()
         if self._plan is None or self._plan[0] != parameters:
-            plan = build_plan(parameters, [graph.uses for graph in self._graphs])
+            uses = [graph.uses for graph in self._graphs]
+            plan = build_plan(parameters, uses, norm_layers=self._options["norm_layers"])
             if self._options["strict"]:
                 _refuse_generic_layers(plan, self._graphs)
             self.__dict__["_plan"] = (parameters, plan)
@@ -170,6 +187,11 @@ class CompiledModel(nn.Module):
     def revision(self) -> int:
         """Number of graphs captured so far; the plan may change when it grows."""
         return len(self._graphs)
+
+    @property
+    def backend(self) -> str:
+        """What runs the captured graphs."""
+        return self._options["backend"]
 
     @property
     def input_factor(self) -> InputFactorOption:
@@ -188,7 +210,7 @@ class CompiledModel(nn.Module):
 
     def _emitters(self) -> Emitters:
         return {
-            block.weight: (block, input_factor_form(block, self.input_factor))
+            block.weight: (block, factor_forms(block, self.input_factor))
             for block in self.plan.blocks
         }
 
@@ -204,12 +226,13 @@ class CompiledModel(nn.Module):
         names = {id(p): name for name, p in self.original.named_parameters()}
         captured = Stage("captured", copy_graph(module))
         parameters = parameter_nodes(captured.module, example_inputs, names)
+        constants = constant_nodes(captured.module)
         canonical = run_passes(captured.module, [("canonical", canonicalise_calls)])
         graph = CapturedGraph(
             index=len(self._graphs),
             parameters=parameters,
             stages=[captured, *canonical],
-            uses=match_uses(canonical[-1].module.graph, parameters),
+            uses=match_uses(canonical[-1].module.graph, parameters, constants),
             run=compile_plain(self._options["backend"], module, example_inputs),
         )
         self._graphs.append(graph)
@@ -314,7 +337,9 @@ def _rebuild(model: nn.Module, options: dict[str, Any]) -> CompiledModel:
 
 def _refuse_generic_layers(plan: CurvaturePlan, graphs: Sequence[CapturedGraph]) -> None:
     """Raise for a conv or linear weight that is generic; the message names the use."""
-    weights = {site.weight for graph in graphs for site in graph.uses.sites}
+    uses = [graph.uses for graph in graphs]
+    weights = {s.weight for use in uses for s in use.sites if s.kind not in ("scale_shift",)}
+    weights |= {u.parameter for use in uses for u in use.unmatched if u.reason}
     refused = [g for g in plan.generic if g.name in weights]
     if refused:
         reasons = "; ".join(f"{g.name}: {g.reason}" for g in refused)

@@ -40,6 +40,10 @@ class KFC(torch.optim.Optimizer):
         weight_decay: decoupled, ``θ ← (1 − lr·weight_decay) θ``.
         ema_decay: decay of the factors' moving average.
         factor_interval: T_s, steps between statistics.
+        factor_samples: examples of each batch that statistics are estimated from, the first
+            ones; all by default. The factor products cost that share, the Fisher pass all the
+            same. A layer whose input does not lead with the examples takes the same share of
+            what it leads with.
         inverse_interval: T_f, steps between refreshes of the inverses or bases.
         clip: C, the bound on ν = vᵀFv + λ vᵀv of a step ("inverse"); None for no bound.
         clip_by: ``"factors"`` computes ν from the Kronecker factors, which costs nothing;
@@ -58,7 +62,8 @@ class KFC(torch.optim.Optimizer):
         seed: of the sampled targets; by default torch's initial seed.
 
     Raises:
-        OptionError: an option is unknown or out of range, or a parameter is not the model's.
+        OptionError: an option is unknown or out of range, or does not fit the backend, or a
+            parameter is not the model's.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class KFC(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         ema_decay: float = 0.95,
         factor_interval: int = 5,
+        factor_samples: int | None = None,
         inverse_interval: int = 10,
         clip: float | None = 1e-2,
         clip_by: str = "factors",
@@ -96,6 +102,7 @@ class KFC(torch.optim.Optimizer):
             damping=damping,
             ema_decay=ema_decay,
             factor_interval=factor_interval,
+            factor_samples=factor_samples,
             inverse_interval=inverse_interval,
             clip=clip,
             clip_by=clip_by,  # type: ignore[arg-type]
@@ -108,6 +115,11 @@ class KFC(torch.optim.Optimizer):
             generic=generic or ("adamw" if scaling == "adam" else "sgd"),  # type: ignore[arg-type]
         )
         _check_group({"lr": lr, "weight_decay": weight_decay})
+        if factor_samples is not None and compiled.backend != "eager":
+            raise OptionError(
+                f"factor_samples needs backend='eager', got {compiled.backend!r}: a compiled "
+                "backward pass has the part of the batch that it takes fixed in its code"
+            )
         self.compiled = compiled
         self._binding = Binding(compiled, self.options)
         chosen = list(compiled.original.parameters() if params is None else params)
@@ -117,6 +129,7 @@ class KFC(torch.optim.Optimizer):
         self._token = object()
         recorder = compiled.recorder
         recorder.owner, recorder.seed, recorder.fisher = self._token, seed, self.options.fisher
+        recorder.samples = factor_samples
         recorder.take()
         recorder.keep_inputs = self.options.clipping == "exact"
         compiled.input_factor = self.options.input_factor

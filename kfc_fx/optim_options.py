@@ -20,6 +20,7 @@ class KFCOptions:
     damping: float
     ema_decay: float
     factor_interval: int
+    factor_samples: int | None
     inverse_interval: int
     clip: float | None
     clip_by: Clip
@@ -56,6 +57,12 @@ class KFCOptions:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise OptionError(f"{name} must be positive or None, got {value!r}")
+        samples = self.factor_samples
+        if samples is not None and not (isinstance(samples, int) and samples >= 1):
+            raise OptionError(
+                f"factor_samples must be a whole number of examples, at least 1, or None; "
+                f"got {samples!r}"
+            )
         if not self.eps > 0:
             raise OptionError(f"eps must be positive, got {self.eps!r}")
 

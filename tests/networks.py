@@ -56,10 +56,10 @@ def token_network(dropout: float = 0.5) -> TokenNet:
 
 
 def make(
-    net: nn.Module | None = None, **options: object
+    net: nn.Module | None = None, *, norm_layers: bool = True, **options: object
 ) -> tuple[kfc_fx.CompiledModel, kfc_fx.KFC]:
     """A compiled network and a KFC with a fixed seed for it."""
-    compiled = kfc_fx.compile(conv_network() if net is None else net)
+    compiled = kfc_fx.compile(conv_network() if net is None else net, norm_layers=norm_layers)
     return compiled, kfc_fx.KFC(compiled, **{"lr": 0.01, "seed": 3, **options})
 
 

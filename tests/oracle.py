@@ -14,6 +14,11 @@ def layer_patches(layer: nn.Module, x: Tensor) -> Tensor:
     """Patches of one example, ``[groups, T, D]``, by indexing one location at a time."""
     if isinstance(layer, nn.Linear):
         rows = x.reshape(1, -1, x.shape[-1])
+    elif isinstance(layer, nn.Embedding):
+        onehot = F.one_hot(x.reshape(-1), layer.num_embeddings).to(layer.weight.dtype)
+        return onehot[None] if layer.padding_idx is None else _without(onehot, layer.padding_idx)
+    elif layer.transposed:
+        return x.reshape(layer.groups, x.shape[0] // layer.groups, -1).transpose(1, 2)
     else:
         rows = _conv_patches(layer, x)
     if layer.bias is not None and layer.bias.requires_grad:
@@ -44,6 +49,28 @@ def _conv_patches(layer: nn.Module, x: Tensor) -> Tensor:
     return torch.stack(rows, 1)
 
 
+def _without(onehot: Tensor, token: int) -> Tensor:
+    return onehot.index_fill(1, torch.tensor([token]), 0)[None]
+
+
+def _transposed_patches(layer: nn.Module, x: Tensor, g: Tensor) -> Tensor:
+    """Patches of one output gradient at the input's locations, ``[groups, T, C_out/g * |Δ|]``."""
+    rows = []
+    for location in itertools.product(*map(range, x.shape[1:])):
+        entries = []
+        for offset in itertools.product(*map(range, layer.kernel_size)):
+            position = [
+                s * t + d * k - p
+                for s, t, d, k, p in zip(
+                    layer.stride, location, layer.dilation, offset, layer.padding, strict=True
+                )
+            ]
+            inside = all(0 <= q < size for q, size in zip(position, g.shape[1:], strict=True))
+            entries.append(g[(slice(None), *position)] if inside else g.new_zeros(g.shape[0]))
+        rows.append(torch.stack(entries, 1).reshape(layer.groups, -1))
+    return torch.stack(rows, 1)
+
+
 def _pads(layer: nn.Module) -> list[tuple[int, int]]:
     if layer.padding == "same":
         totals = [d * (k - 1) for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
@@ -53,10 +80,12 @@ def _pads(layer: nn.Module) -> list[tuple[int, int]]:
     return [(p, p) for p in layer.padding]
 
 
-def output_rows(layer: nn.Module, g: Tensor) -> Tensor:
+def output_rows(layer: nn.Module, x: Tensor, g: Tensor) -> Tensor:
     """Output gradients of one example, ``[groups, T, R]``."""
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, nn.Linear | nn.Embedding):
         return g.reshape(1, -1, g.shape[-1])
+    if layer.transposed:
+        return _transposed_patches(layer, x, g)
     return g.reshape(layer.groups, g.shape[0] // layer.groups, -1).transpose(1, 2)
 
 
@@ -87,7 +116,7 @@ def exact_factors(
         grads = torch.autograd.grad(output, [out for _, out in calls], cotangent(output, n))
         for (inputs, _), grad in zip(calls, grads, strict=True):
             patches = layer_patches(layer, inputs[0].detach())
-            g = output_rows(layer, grad[0])
+            g = output_rows(layer, inputs[0].detach(), grad[0])
             omega = omega + patches.mT @ patches
             gamma = gamma + g.mT @ g
             rows += g.shape[1]

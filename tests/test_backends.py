@@ -48,7 +48,7 @@ def eager() -> dict[str, object]:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_gradients_statistics_and_steps_equal_those_of_eager(backend, eager):
     found = run(backend)
-    assert set(eager["factors"]) == {"conv", "grouped", "tokens", "head"}
+    assert set(eager["factors"]) == {"conv", "norm", "grouped", "tokens", "head"}
     assert eager["sums"][2] == {}
     for what, expected in eager.items():
         torch.testing.assert_close(found[what], expected, msg=lambda m, w=what: f"{w}: {m}")

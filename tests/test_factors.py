@@ -64,6 +64,58 @@ def test_grouped_conv_has_a_leading_group_dimension():
     assert factors["3"].omega.dim() == 2
 
 
+@pytest.mark.parametrize("input_factor", ["dense", "separable"])
+def test_factor_samples_take_the_first_examples(input_factor):
+    torch.manual_seed(0)
+    net = conv_net({"kernel_size": 3, "padding": 1})
+    x, y = torch.randn(6, 2, 7, 6).double(), torch.randint(5, (6,))
+
+    def factors(samples, inputs, targets):
+        compiled = kfc_fx.compile(net)
+        options = {"fisher": "empirical", "input_factor": input_factor, "factor_samples": samples}
+        opt = kfc_fx.KFC(compiled, lr=0.0, **options)
+        F.cross_entropy(compiled(inputs), targets).backward()
+        opt.step()
+        return opt.factors
+
+    part, alone = factors(2, x, y), factors(None, x[:2], y[:2])
+    everything, too_many = factors(None, x, y), factors(100, x, y)
+    for name in part:
+        for factor in part[name].__dataclass_fields__:
+            own, first = getattr(part[name], factor), getattr(alone[name], factor)
+            if own is None:
+                continue
+            torch.testing.assert_close(own, first)
+            torch.testing.assert_close(
+                getattr(too_many[name], factor), getattr(everything[name], factor)
+            )
+            if factor != "locations":
+                assert not torch.allclose(own, getattr(everything[name], factor))
+
+
+def test_factor_samples_of_a_flattened_batch_take_the_same_share():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(4, 3), nn.Flatten(0, 1), nn.Tanh(), nn.Linear(3, 5), nn.Unflatten(0, (6, 2))
+    ).double()
+    x, y = torch.randn(6, 2, 4).double(), torch.randint(5, (6, 2))
+
+    def factors(samples, inputs, targets):
+        compiled = kfc_fx.compile(net, likelihood=kfc_fx.Categorical(dim=-1))
+        opt = kfc_fx.KFC(compiled, lr=0.0, fisher="empirical", factor_samples=samples)
+        F.cross_entropy(compiled(inputs).movedim(-1, 1), targets, reduction="sum").backward()
+        opt.step()
+        return opt.factors
+
+    part = factors(3, x, y)
+    rows = x[:3].flatten(0, 1)
+    ones = torch.cat([rows, torch.ones(len(rows), 1).double()], 1)
+    torch.testing.assert_close(part["0"].omega, ones.T @ ones / 3)
+    hidden = net[0](rows).tanh().detach()
+    ones = torch.cat([hidden, torch.ones(len(rows), 1).double()], 1)
+    torch.testing.assert_close(part["3"].omega, ones.T @ ones / 3)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tokens", [(), (4,), (2, 3)])
 def test_linear_factors_are_per_example_sums(bias, tokens):

@@ -54,8 +54,9 @@ def test_an_optimizer_made_after_the_forward_pass_says_so():
 
 def test_a_model_whose_layers_are_all_frozen_is_an_error_that_says_use_torch_optim():
     net = conv_network()
-    for index in (0, 3, 6):
+    for index in (0, 1, 3, 6):
         net[index].requires_grad_(False)
+    net.append(nn.PReLU())
     compiled, opt = make(net)
     backward(compiled)
     with pytest.raises(kfc_fx.OptionError, match=r"nothing to precondition.*torch\.optim"):
@@ -100,7 +101,7 @@ def test_statistics_missed_later_are_counted_and_warned_of():
 
 
 def test_a_model_with_nothing_to_precondition_is_an_error():
-    compiled = kfc_fx.compile(nn.Sequential(nn.Flatten(), nn.LayerNorm(72)))
+    compiled = kfc_fx.compile(nn.Sequential(nn.Flatten(), nn.PReLU(72)))
     opt = kfc_fx.KFC(compiled, lr=0.1)
     compiled(IMAGES).sum().backward()
     with pytest.raises(kfc_fx.OptionError, match="nothing to precondition"):
@@ -127,6 +128,8 @@ def test_the_last_optimizer_made_owns_the_model():
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\)"),
         ({"ema_decay": -0.1}, "ema_decay must be in"),
         ({"factor_interval": 0}, "factor_interval must be a whole number"),
+        ({"factor_samples": 0}, "factor_samples must be a whole number"),
+        ({"factor_samples": 0.5}, "factor_samples must be a whole number"),
         ({"inverse_interval": 2.5}, "inverse_interval must be a whole number"),
         ({"damping": -1.0}, "damping must be positive"),
         ({"clip": 0.0}, "clip must be positive or None"),

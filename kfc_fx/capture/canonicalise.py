@@ -1,8 +1,9 @@
-"""Give each conv and linear call one spelling, so that the matcher has one set of patterns."""
+"""Give each call of a layer one spelling, so that the matcher has one set of patterns."""
 
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable
 
 import torch
@@ -12,19 +13,46 @@ from torch.nn import functional as F
 
 def _linear(input, weight, bias=None): ...  # type: ignore[no-untyped-def]
 def _conv(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1): ...  # type: ignore[no-untyped-def]
+def _conv_transpose(  # type: ignore[no-untyped-def]
+    input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
+): ...
+def _addmm(input, mat1, mat2, *, beta=1, alpha=1): ...  # type: ignore[no-untyped-def]
+def _product(input, other): ...  # type: ignore[no-untyped-def]
 
 
 SIGNATURES: dict[Callable[..., object], inspect.Signature] = {
     F.linear: inspect.signature(_linear),
-    torch.conv1d: inspect.signature(_conv),
-    torch.conv2d: inspect.signature(_conv),
-    torch.conv3d: inspect.signature(_conv),
+    **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), inspect.signature(_conv)),
+    **dict.fromkeys(
+        (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+        inspect.signature(_conv_transpose),
+    ),
+    torch.addmm: inspect.signature(_addmm),
+    torch.matmul: inspect.signature(_product),
+    F.embedding: inspect.signature(F.embedding),
+    F.batch_norm: inspect.signature(F.batch_norm),
+    F.layer_norm: inspect.signature(F.layer_norm),
+    F.group_norm: inspect.signature(F.group_norm),
+    F.rms_norm: inspect.signature(F.rms_norm),
 }
 """Builtins carry no signature of their own; these are the documented ones."""
 
+FUNCTIONS: dict[object, Callable[..., object]] = {
+    operator.matmul: torch.matmul,
+    torch.mm: torch.matmul,
+    torch.rms_norm: F.rms_norm,
+}
+METHODS = {
+    "addmm": torch.addmm,
+    "matmul": torch.matmul,
+    "mm": torch.matmul,
+    "__matmul__": torch.matmul,
+}
+
 
 def canonicalise_calls(module: fx.GraphModule) -> bool:
-    """Make every argument of conv and linear calls positional, defaults written out.
+    """Make the arguments of the calls in ``SIGNATURES`` positional, defaults written out, and
+    spell operators and methods as the functions that they are.
 
     Changes the graph in place, keeps its numerics bit for bit, and is idempotent.
 
@@ -33,12 +61,23 @@ def canonicalise_calls(module: fx.GraphModule) -> bool:
     """
     changed = False
     for node in module.graph.nodes:
-        signature = SIGNATURES.get(node.target) if node.op == "call_function" else None
+        target = _function(node)
+        signature = SIGNATURES.get(target) if target else None
         if signature is None:
             continue
         bound = signature.bind(*node.args, **node.kwargs)
         bound.apply_defaults()
-        if bound.args != node.args or node.kwargs:
-            node.args, node.kwargs = bound.args, {}
+        spelling = (target, bound.args, bound.kwargs)
+        if (node.target, node.args, node.kwargs) != spelling:
+            node.op = "call_function"
+            node.target, node.args, node.kwargs = spelling
             changed = True
     return changed
+
+
+def _function(node: fx.Node) -> Callable[..., object] | None:
+    if node.op == "call_method":
+        return METHODS.get(str(node.target))
+    if node.op == "call_function":
+        return FUNCTIONS.get(node.target, node.target)  # type: ignore[arg-type, return-value]
+    return None

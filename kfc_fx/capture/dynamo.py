@@ -81,6 +81,18 @@ def mark_batch_dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             torch._dynamo.maybe_mark_dynamic(leaf, 0)
 
 
+def constant_nodes(module: fx.GraphModule) -> set[str]:
+    """Placeholders that hold an attribute of the model, such as a buffer, and not an input."""
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    sources = {n.name: n.meta["grapharg"].source for n in placeholders if "grapharg" in n.meta}
+    return {name for name, source in sources.items() if _spelled(source).startswith("L['model']")}
+
+
+def _spelled(source: Any) -> str:
+    """A property since torch 2.12, a method before."""
+    return source.name() if callable(source.name) else source.name
+
+
 def parameter_nodes(
     module: fx.GraphModule, example_inputs: Sequence[Any], names: dict[int, str]
 ) -> dict[str, str]:

@@ -7,7 +7,7 @@ import torch
 from kfc_fx.codegen.accumulate import describe
 from kfc_fx.codegen.generic import generic_steps
 from kfc_fx.codegen.layout import StackSpec
-from kfc_fx.codegen.matrices import gather, rotate_input, scatter, transposed
+from kfc_fx.codegen.matrices import gather, rotate, rotate_input, scatter
 from kfc_fx.codegen.options import UpdateSpec
 from kfc_fx.codegen.update_graph import UpdateGraph, Value
 
@@ -58,11 +58,11 @@ def _adam_stack(
     g = update.let(f"g_{key}", gather(update, stack, arguments["gradients"]), shape)
     bases = {
         factor: update.let(f"q_{factor}_{key}", state[f"q_{factor}_{key}"], size)
-        for factor, size in stack.factor_shapes.items()
+        for factor, size in stack.basis_shapes.items()
     }
-    q_gamma = bases["gamma"]
-    rotated = rotate_input(update, stack, bases, transposed(q_gamma) @ g)
-    rotated = update.let(f"rotated_{key}", rotated, shape)
+    rotated = g
+    if bases:
+        rotated = update.let(f"rotated_{key}", rotate(update, stack, bases, g), shape)
     v = update.call(torch.lerp, state[f"v_{key}"], rotated.square(), 1 - decay)
     v = update.let(f"v_{key}", _masked(update, spec, arguments, key, v, state[f"v_{key}"]), shape)
     result[f"v_{key}"] = v
@@ -76,7 +76,7 @@ def _adam_stack(
         ahead = update.let(f"ahead_{key}", ahead, shape)
     scale = update.let(f"scale_{key}", (v / (1 - decay**step)).sqrt() + arguments["eps"], shape)
     scaled = update.let(f"scaled_{key}", ahead / scale, shape)
-    turned = rotate_input(update, stack, bases, q_gamma @ scaled, back=True)
+    turned = rotate(update, stack, bases, scaled, back=True)
     moved = turned * -arguments["lr"][key]
     return update.let(f"step_{key}", _masked_step(spec, arguments, key, moved), shape)
 
@@ -140,8 +140,11 @@ def _direction(
     """(gradient, v = −lr Γ⁻¹ ∇ Ω⁻¹) of a stack."""
     key, shape, state = stack.key, stack.matrix_shape, arguments["state"]
     g = update.let(f"g_{key}", gather(update, stack, arguments["gradients"]), shape)
-    left = state[f"gamma_inverse_{key}"] @ g
-    if stack.form == "dense":
+    inverse = state[f"gamma_inverse_{key}"]
+    left = inverse * g if stack.forms.output == "diagonal" else inverse @ g
+    if stack.forms.input == "diagonal":
+        natural = left * state[f"omega_inverse_{key}"]
+    elif stack.forms.input == "dense":
         natural = left @ state[f"omega_inverse_{key}"]
     else:
         bases = {name: state[f"q_{name}_{key}"] for name in ("channel", "offset")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kfc_fx.plan.forms import InputFactor
+from kfc_fx.plan.forms import FactorForms, statistic_shapes
 from kfc_fx.plan.spec import BlockSpec
 
 
@@ -15,11 +15,12 @@ class StackSpec:
 
     A grouped convolution takes one entry per group. ``key`` names the stack in the state and
     in the generated source: ``64x577`` has 64 rows and 577 columns; ``512x512x9`` has 512 rows,
-    512 channels and 9 offsets of a separable input factor (``b``: and a bias column).
+    512 channels and 9 offsets of a separable input factor (``b``: and a bias column); ``64x9000d``
+    has a diagonal input factor, ``9000dx64`` a diagonal output factor.
     """
 
     key: str
-    form: InputFactor
+    forms: FactorForms
     blocks: tuple[BlockSpec, ...]
     device: str
     dtype: str
@@ -53,15 +54,15 @@ class StackSpec:
     @property
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and stacked shape of each factor that is kept as an EMA."""
-        depth, b = self.depth, self.first
-        if self.form == "dense":
-            shapes = {"omega": (depth, b.columns, b.columns)}
-        else:
-            shapes = {
-                "channel": (depth, b.channels, b.channels),
-                "offset": (depth, b.offsets, b.offsets),
-            }
-        return {**shapes, "gamma": (depth, b.rows, b.rows)}
+        shapes = statistic_shapes(self.first, self.forms)
+        return {name: (self.depth, *shape[1:]) for name, shape in shapes.items()}
+
+    @property
+    def basis_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The factors that have an eigenbasis: all but diagonal ones, whose basis is I."""
+        diagonal = {"omega"} if self.forms.input == "diagonal" else set()
+        diagonal |= {"gamma"} if self.forms.output == "diagonal" else set()
+        return {name: s for name, s in self.factor_shapes.items() if name not in diagonal}
 
     @property
     def matrix_shape(self) -> tuple[int, int, int]:
@@ -71,7 +72,7 @@ class StackSpec:
 
 def stack_blocks(
     blocks: Sequence[BlockSpec],
-    form_of: Callable[[BlockSpec], InputFactor],
+    forms_of: Callable[[BlockSpec], FactorForms],
     placement_of: Callable[[BlockSpec], tuple[str, str, bool]],
 ) -> tuple[StackSpec, ...]:
     """Group blocks by shape, form, device and dtype, in the order of their first member.
@@ -81,24 +82,25 @@ def stack_blocks(
     """
     members: dict[tuple[object, ...], list[BlockSpec]] = {}
     for block in blocks:
-        form = form_of(block)
+        forms = forms_of(block)
         shape = (block.rows, block.channels, block.offsets, block.bias is not None)
-        if form == "dense":
+        if forms.input != "separable":
             shape = (block.rows, block.columns, 0, False)
-        members.setdefault((form, shape, block.bias is None, *placement_of(block)), []).append(
+        members.setdefault((forms, shape, block.bias is None, *placement_of(block)), []).append(
             block
         )
     stacks: list[StackSpec] = []
-    for (form, _, _, *placement), group in members.items():  # type: ignore[assignment]
-        key = _unused_key(_shape_key(group[0], form), stacks)  # type: ignore[arg-type]
-        stacks.append(StackSpec(key, form, tuple(group), *placement))  # type: ignore[arg-type]
+    for (forms, _, _, *placement), group in members.items():  # type: ignore[assignment]
+        key = _unused_key(_shape_key(group[0], forms), stacks)  # type: ignore[arg-type]
+        stacks.append(StackSpec(key, forms, tuple(group), *placement))  # type: ignore[arg-type]
     return tuple(stacks)
 
 
-def _shape_key(block: BlockSpec, form: InputFactor) -> str:
-    if form == "dense":
-        return f"{block.rows}x{block.columns}"
-    return f"{block.rows}x{block.channels}x{block.offsets}{'b' if block.bias else ''}"
+def _shape_key(block: BlockSpec, forms: FactorForms) -> str:
+    rows = f"{block.rows}{'d' if forms.output == 'diagonal' else ''}"
+    if forms.input == "separable":
+        return f"{rows}x{block.channels}x{block.offsets}{'b' if block.bias else ''}"
+    return f"{rows}x{block.columns}{'d' if forms.input == 'diagonal' else ''}"
 
 
 def _unused_key(key: str, stacks: Sequence[StackSpec]) -> str:

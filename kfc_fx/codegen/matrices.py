@@ -1,8 +1,8 @@
 """Between parameters and stacked matrices ``[W b]``: gathering gradients, scattering steps.
 
-A dense block's columns are ``weight.reshape(C_out, -1)``, channel-major. A separable block's
-are offset-major, so that the rotation by the channel basis is one large product. The bias
-column is the last one in both.
+A block's columns are ``weight.reshape(C_out, -1)``, channel-major; those of a separable factor
+offset-major, so that the rotation by the channel basis is one large product. A weight that has
+its inputs first is transposed. The bias column is the last one in all.
 """
 
 from __future__ import annotations
@@ -38,12 +38,32 @@ def scatter(update: UpdateGraph, stack: StackSpec, matrix: Value) -> dict[str, V
             entry = update.let(f"step_{identifier(block.name)}", matrix[start:stop])
         width = block.channels * block.offsets
         weight = entry[:, :, :width] if stack.bias else entry
-        if stack.form == "separable":
+        if stack.forms.input == "separable":
             weight = _attribute(weight.unflatten(2, (block.offsets, block.channels)), "mT")
-        views[block.weight] = weight.view(block.weight_shape)
+        if block.inputs_first:
+            weight = _attribute(weight, "mT")
+        views[block.weight] = weight.reshape(block.weight_shape)
         if block.bias is not None:
-            views[block.bias] = entry[:, :, width].flatten()
+            views[block.bias] = entry[:, :, width].reshape(block.bias_shape)
     return views
+
+
+def rotate(
+    update: UpdateGraph,
+    stack: StackSpec,
+    bases: Mapping[str, Value],
+    matrix: Value,
+    *,
+    back: bool = False,
+) -> Value:
+    """``Q_Γᵀ M Q_Ω``, or ``Q_Γ M Q_Ωᵀ`` with ``back``; a diagonal factor turns nothing.
+
+    Args:
+        bases: by factor, of those in ``stack.basis_shapes``.
+    """
+    if "gamma" in bases:
+        matrix = (bases["gamma"] if back else transposed(bases["gamma"])) @ matrix
+    return rotate_input(update, stack, bases, matrix, back=back)
 
 
 def rotate_input(
@@ -60,7 +80,9 @@ def rotate_input(
         bases: ``omega``, or ``channel`` and ``offset`` whose product Q_Δ ⊗ Q_C is applied to all
             columns but the bias.
     """
-    if stack.form == "dense":
+    if stack.forms.input == "diagonal":
+        return matrix
+    if stack.forms.input == "dense":
         return matrix @ (_attribute(bases["omega"], "mT") if back else bases["omega"])
     block = stack.first
     matrix = update.let(f"left_{stack.key}", matrix, stack.matrix_shape)
@@ -89,7 +111,10 @@ def transposed(matrix: Value) -> Value:
 
 def _weight_matrix(stack: StackSpec, block: BlockSpec, tensors: Value) -> Value:
     weight = tensors[block.weight]
-    if stack.form == "dense":
+    if block.inputs_first:
+        shape = (block.groups, block.channels, block.rows)
+        return _attribute(weight.reshape(shape), "mT")
+    if stack.forms.input != "separable":
         return weight.reshape(block.groups, block.rows, block.channels * block.offsets)
     split = weight.reshape(block.groups, block.rows, block.channels, block.offsets)
     return _attribute(split, "mT").flatten(2)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from kfc_fx.codegen.accumulate import describe
 from kfc_fx.codegen.layout import StackSpec
-from kfc_fx.codegen.matrices import rotate_input, transposed
+from kfc_fx.codegen.matrices import rotate, transposed
 from kfc_fx.codegen.options import UpdateSpec
 from kfc_fx.codegen.update_graph import UpdateGraph, Value
 from kfc_fx.curvature.eigenbasis import eigenbasis, orthogonal_iteration
@@ -32,11 +34,11 @@ def refresh_graphs(spec: UpdateSpec) -> list[UpdateGraph]:
 
 def bases_of(stack: StackSpec) -> dict[str, str]:
     """Factor name to the state name of its basis."""
-    return {factor: f"q_{factor}_{stack.key}" for factor in stack.factor_shapes}
+    return {factor: f"q_{factor}_{stack.key}" for factor in stack.basis_shapes}
 
 
 def _sides(stack: StackSpec) -> dict[str, int]:
-    return {factor: shape[-1] for factor, shape in stack.factor_shapes.items()}
+    return {factor: shape[-1] for factor, shape in stack.basis_shapes.items()}
 
 
 def _basis_graph(spec: UpdateSpec, name: str) -> UpdateGraph:
@@ -55,6 +57,9 @@ def _basis_graph(spec: UpdateSpec, name: str) -> UpdateGraph:
             found, lost = update.let_tuple((basis, f"failed_{factor}_{stack.key}"), call)
             result[basis] = found
             failed.setdefault(stack.key, []).append(lost)
+        if not stack.basis_shapes:  # both factors are diagonal: nothing can fail
+            none = update.call(torch.zeros_like, state[f"mass_{stack.key}"][:, 0, 0])
+            failed[stack.key] = [none != 0]
         if name == "refresh":
             _turn_moments(update, spec, stack, state, result)
     return update.finish((result, failed))
@@ -76,16 +81,16 @@ def _turn_moments(
     """
     key = stack.key
     turns, squares = {}, {}
-    for factor, shape in stack.factor_shapes.items():
+    if not stack.basis_shapes:
+        return
+    for factor, shape in stack.basis_shapes.items():
         basis = f"q_{factor}_{key}"
         turn = update.let(f"turn_{factor}_{key}", transposed(state[basis]) @ result[basis], shape)
         turns[factor] = turn
         squares[factor] = update.let(f"turn2_{factor}_{key}", turn.square(), shape)
     if spec.momentum:
-        m = transposed(turns["gamma"]) @ state[f"m_{key}"]
-        result[f"m_{key}"] = rotate_input(update, stack, turns, m)
-    v = transposed(squares["gamma"]) @ state[f"v_{key}"]
-    result[f"v_{key}"] = rotate_input(update, stack, squares, v)
+        result[f"m_{key}"] = rotate(update, stack, turns, state[f"m_{key}"])
+    result[f"v_{key}"] = rotate(update, stack, squares, state[f"v_{key}"])
 
 
 def _inverse_graph(spec: UpdateSpec) -> UpdateGraph:
@@ -98,7 +103,7 @@ def _inverse_graph(spec: UpdateSpec) -> UpdateGraph:
         key = stack.key
         mass = update.let(f"mass_{key}", state[f"mass_{key}"].clamp(min=1e-12), (stack.depth, 1, 1))
         factors = [state[f"{factor}_{key}"] / mass for factor in stack.factor_shapes]
-        if stack.form == "dense":
+        if stack.forms.input != "separable":
             names = [f"omega_inverse_{key}", f"gamma_inverse_{key}"]
             call = update.call(damped_inverses, *factors, damping)
         else:

@@ -29,17 +29,18 @@ def state_entries(spec: UpdateSpec, stack: StackSpec) -> dict[str, StateEntry]:
     factors = stack.factor_shapes
     entries = {name: StateEntry(shape, "zeros") for name, shape in factors.items()}
     entries["mass"] = StateEntry((depth, 1, 1), "zeros")
-    if stack.form == "separable" and stack.bias:
+    if stack.forms.input == "separable" and stack.bias:
         entries["locations"] = StateEntry((depth, 1, 1), "zeros")
     if spec.scaling == "adam":
-        entries |= {f"q_{name}": StateEntry(shape, "identity") for name, shape in factors.items()}
+        bases = stack.basis_shapes
+        entries |= {f"q_{name}": StateEntry(shape, "identity") for name, shape in bases.items()}
         entries["v"] = StateEntry(stack.matrix_shape, "zeros")
         if spec.momentum:
             entries["m"] = StateEntry(stack.matrix_shape, "zeros")
         return entries
-    entries["gamma_inverse"] = StateEntry(factors["gamma"], "identity")
-    if stack.form == "dense":
-        entries["omega_inverse"] = StateEntry(factors["omega"], "identity")
+    entries["gamma_inverse"] = _inverse_entry(stack, "gamma")
+    if stack.forms.input != "separable":
+        entries["omega_inverse"] = _inverse_entry(stack, "omega")
     else:
         entries["q_channel"] = StateEntry(factors["channel"], "identity")
         entries["q_offset"] = StateEntry(factors["offset"], "identity")
@@ -47,6 +48,11 @@ def state_entries(spec: UpdateSpec, stack: StackSpec) -> dict[str, StateEntry]:
     if spec.momentum:
         entries["p"] = StateEntry(stack.matrix_shape, "zeros")
     return entries
+
+
+def _inverse_entry(stack: StackSpec, factor: str) -> StateEntry:
+    initial = "identity" if factor in stack.basis_shapes else "ones"
+    return StateEntry(stack.factor_shapes[factor], initial)
 
 
 def stacked_state(spec: UpdateSpec, saved: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -55,13 +55,15 @@ def _finite_blocks(statistics: Statistics) -> dict[str, bool]:
     names = list(statistics.sums)
     if not names:
         return {}
-    # The sum of a Gram matrix's diagonal is finite exactly where every entry can be.
-    traces = [
-        sum(value.diagonal(dim1=-2, dim2=-1).sum() for value in sums.values())
-        for sums in statistics.sums.values()
-    ]
+    traces = [sum(_trace(value) for value in sums.values()) for sums in statistics.sums.values()]
     flags = torch.stack([trace.to(traces[0].device) for trace in traces]).isfinite().tolist()  # type: ignore[union-attr]
     return dict(zip(names, flags, strict=True))
+
+
+def _trace(factor: Tensor) -> Tensor:
+    """Finite exactly where every entry of a Gram matrix can be; of a diagonal factor, its sum."""
+    square = factor.shape[-1] == factor.shape[-2]
+    return factor.diagonal(dim1=-2, dim2=-1).sum() if square else factor.sum()
 
 
 def _or_zeros(

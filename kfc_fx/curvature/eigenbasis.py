@@ -25,12 +25,29 @@ def eigendecomposition(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Where it failed, eigenvalues are one and eigenvectors the identity.
     """
+    if factor.shape[1] == 2:
+        return _of_two_by_two(factor)
     no_failure = torch.zeros(factor.shape[0], dtype=torch.bool, device=factor.device)
     try:
         values, basis = torch.linalg.eigh(factor)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return _one_by_one(factor)
     return values, basis, no_failure
+
+
+def _of_two_by_two(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In closed form: LAPACK would take the matrices one by one, and norm layers have one for
+    every channel."""
+    a, b, c = factor[:, 0, 0], factor[:, 0, 1], factor[:, 1, 1]
+    failed = ~(a + b + c).isfinite()
+    angle = torch.atan2(2 * b, a - c) / 2
+    cos, sin = angle.cos(), angle.sin()
+    radius = torch.hypot((a - c) / 2, b)
+    values = torch.stack([(a + c) / 2 - radius, (a + c) / 2 + radius], 1)
+    basis = torch.stack([torch.stack([-sin, cos], 1), torch.stack([cos, sin], 1)], 2)
+    values = torch.where(failed[:, None], torch.ones_like(values), values)
+    identity = torch.eye(2, dtype=factor.dtype, device=factor.device)
+    return values, torch.where(failed[:, None, None], identity, basis), failed
 
 
 def orthogonal_iteration(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:

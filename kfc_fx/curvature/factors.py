@@ -12,9 +12,9 @@ from torch import Tensor
 class Factors:
     """Bias-corrected EMA of a block's factors.
 
-    Either ``dense``, ``[groups, D, D]``, or ``channel`` ``[groups, C, C]`` and ``offset``
-    ``[groups, K, K]`` with, for layers with bias, ``locations`` (|T|); and ``output``
-    ``[groups, R, R]``.
+    Either ``dense``, ``[groups, D, D]`` (``[groups, 1, D]`` of a diagonal factor), or ``channel``
+    ``[groups, C, C]`` and ``offset`` ``[groups, K, K]`` with, for layers with bias, ``locations``
+    (|T|); and ``output`` ``[groups, R, R]`` (``[groups, R, 1]``).
     """
 
     output: Tensor
@@ -28,13 +28,19 @@ class Factors:
         """Input factor Ω ``[D, D]``, or ``[groups, D, D]`` of a grouped convolution.
 
         In the column order of ``weight.reshape(C_out, -1)``, then the bias. A separable factor
-        is written out, ``Ω_C ⊗ Ω_Δ / tr Ω`` with the bias column apart.
+        is written out, ``Ω_C ⊗ Ω_Δ / tr Ω`` with the bias column apart; of a diagonal factor it
+        is the diagonal, ``[D]``.
         """
+        if self.dense is not None and self.dense.shape[1] != self.dense.shape[2]:
+            return _squeezed(self.dense[:, 0])
         return _squeezed(self.dense if self.dense is not None else self._written_out())
 
     @property
     def gamma(self) -> Tensor:
-        """Output factor Γ ``[R, R]``, or ``[groups, R, R]`` of a grouped convolution."""
+        """Output factor Γ ``[R, R]``, or ``[groups, R, R]`` of a grouped convolution; of a
+        diagonal factor its diagonal, ``[R]``."""
+        if self.output.shape[1] != self.output.shape[2]:
+            return _squeezed(self.output[:, :, 0])
         return _squeezed(self.output)
 
     def _written_out(self) -> Tensor:

@@ -16,8 +16,14 @@ RETRIES = 3
 
 
 def mean_eigenvalue(factor: Tensor) -> Tensor:
-    """``tr F / dim F`` of ``[L, D, D]``, as ``[L, 1, 1]``."""
-    return factor.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    """``tr F / dim F`` of ``[L, D, D]`` or a diagonal ``[L, 1, D]`` or ``[L, D, 1]``, as
+    ``[L, 1, 1]``."""
+    entries = factor.flatten(1) if _is_diagonal(factor) else factor.diagonal(dim1=1, dim2=2)
+    return entries.mean(1)[:, None, None]
+
+
+def _is_diagonal(factor: Tensor) -> bool:
+    return factor.shape[1] != factor.shape[2]
 
 
 def damping_ratio(omega_mean: Tensor, gamma_mean: Tensor) -> Tensor:
@@ -30,7 +36,8 @@ def damped_inverses(omega: Tensor, gamma: Tensor, damping: float) -> tuple[Tenso
     """Inverses of both factors of each block under factored Tikhonov damping.
 
     Args:
-        omega: ``[L, D, D]``; gamma: ``[L, R, R]``; damping: γ.
+        omega: ``[L, D, D]`` or a diagonal ``[L, 1, D]``; gamma: ``[L, R, R]`` or ``[L, R, 1]``;
+        damping: γ.
 
     Returns:
         ``(Ω + π√γ I)⁻¹``, ``(Γ + (√γ/π) I)⁻¹`` and ``failed`` ``[L]``: blocks that are not
@@ -75,6 +82,9 @@ def separable_damped_inverses(
 
 def _inverse(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """``(F + damping I)⁻¹`` by Cholesky, and where that failed; failures are retried."""
+    if _is_diagonal(factor):
+        reciprocal = 1 / (factor + damping)
+        return reciprocal, ~reciprocal.isfinite().flatten(1).all(1)
     identity = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device)
     lower, info = torch.linalg.cholesky_ex(factor + damping * identity)
     inverse = torch.cholesky_inverse(lower)
@@ -102,5 +112,7 @@ def _retried_inverse(factor: Tensor, damping: Tensor) -> Tensor | None:
 
 
 def _identity_where(failed: Tensor, inverse: Tensor) -> Tensor:
+    if _is_diagonal(inverse):
+        return torch.where(failed[:, None, None], torch.ones_like(inverse), inverse)
     identity = torch.eye(inverse.shape[1], dtype=inverse.dtype, device=inverse.device)
     return torch.where(failed[:, None, None], identity, inverse)

@@ -15,7 +15,7 @@ from kfc_fx.curvature.likelihood import Likelihood
 from kfc_fx.curvature.outputs import find_prediction, float_tensors, replace_tensors
 from kfc_fx.errors import CaptureError, OutputError
 from kfc_fx.ops.emission import fisher_pass, gate
-from kfc_fx.plan.forms import InputFactor, statistic_shapes
+from kfc_fx.plan.forms import FactorForms, statistic_shapes
 from kfc_fx.plan.spec import BlockSpec
 
 Fisher = Literal["sampled", "empirical"]
@@ -57,6 +57,8 @@ class StatisticsRecorder:
         self.seed: int | None = None
         self.owner: object = None
         """Token of the optimizer that the statistics are for: the last one made."""
+        self.samples: int | None = None
+        """Examples of a forward pass that statistics are estimated from; None for all."""
         self.keep_inputs = False
         self.last_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.statistics = Statistics()
@@ -79,13 +81,13 @@ class StatisticsRecorder:
             self._record = outer
 
     def probes_for(
-        self, block: BlockSpec, form: InputFactor, weight: Tensor, *, gated: bool
+        self, block: BlockSpec, forms: FactorForms, weight: Tensor, *, gated: bool
     ) -> tuple[Tensor, ...]:
         """Probes of a block for the running forward pass, on the weight's device."""
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         leaves = []
         cached = self._probes.setdefault(block.name, {})
-        for statistic, shape in statistic_shapes(block, form).items():
+        for statistic, shape in statistic_shapes(block, forms).items():
             leaf = cached.get(statistic)
             if leaf is None or (leaf.shape, leaf.device, leaf.dtype) != (
                 shape,
@@ -197,7 +199,9 @@ class _FisherPass:
         cotangent = self._cotangent(prediction, cotangents[self.position])
         names = [(b, s) for b in self.record.probes for s in self.statistics_of[b]]
         probes = [probe for leaves in self.record.probes.values() for probe in leaves]
-        with fisher_pass():
+        examples = self.recorder.likelihood.examples(prediction)
+        wanted = self.recorder.samples
+        with fisher_pass(1.0 if wanted is None else min(1.0, wanted / max(1, examples))):
             values = torch.autograd.grad(
                 prediction, probes, cotangent, retain_graph=True, allow_unused=True
             )
@@ -208,7 +212,7 @@ class _FisherPass:
             self.recorder.add(block, statistic, value)
             if statistic == "gamma":
                 statistics.rows[block] += self.record.rows[block]
-        statistics.examples += self.recorder.likelihood.examples(prediction)
+        statistics.examples += examples
 
     @torch.no_grad()
     def _cotangent(self, prediction: Tensor, true_cotangent: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
 """Emission: a statistic is the gradient of a probe.
 
-A site's output goes through :func:`emit_factors`, the identity in the forward pass. In the
+A site's output goes through an emission, the identity in the forward pass. In the
 backward pass of the Fisher pass it returns the factor statistics as the gradients of *probes*:
 zero-stride leaf tensors of the statistics' shapes, which hold no memory. Gradient accumulation
 then sums the statistics of several uses and several micro-batches, and tracing compilers see
@@ -17,31 +17,64 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
-from kfc_fx.ops.patch_gram import patch_gram
-from kfc_fx.ops.row_gram import row_gram
-from kfc_fx.ops.separable_gram import separable_gram
+from kfc_fx.ops.emission_rules import (
+    ConvRule,
+    ConvTransposeRule,
+    EmbeddingRule,
+    EmissionRule,
+    LinearRule,
+)
+from kfc_fx.ops.scale_shift_rule import Norm, ScaleShiftRule
+from kfc_fx.plan.geometry import ConvGeometry
 
 Pads = Sequence[tuple[int, int]]
 
-_fisher_passes = 0
+_fisher_passes: list[float] = []
+"""The Fisher passes that run, each by the share of its examples that statistics are taken of."""
 
 
 @contextmanager
-def fisher_pass() -> Iterator[None]:
+def fisher_pass(share: float = 1.0) -> Iterator[None]:
     """While it lasts, backward passes through emissions compute statistics.
 
-    A counter of the process, not of the thread: autograd runs CUDA nodes on threads of its own.
-    Outside, emissions pass the cotangent on and return nothing for the probes.
+    Of the process, not of the thread: autograd runs CUDA nodes on threads of its own. Outside,
+    emissions pass the cotangent on and return nothing for the probes.
+
+    Args:
+        share: of every leading dimension, in (0, 1]; statistics are estimated from that part.
     """
-    global _fisher_passes
-    _fisher_passes += 1
+    _fisher_passes.append(share)
     try:
         # The graph is retained for the loss's own backward pass; AOTAutograd reads the setting
         # when it compiles and again when it runs.
         with torch._functorch.config.patch(donated_buffer=False):
             yield
     finally:
-        _fisher_passes -= 1
+        _fisher_passes.remove(share)
+
+
+def emit_linear_factors(
+    y: Tensor,
+    x: Tensor,
+    omega_probe: Tensor,
+    gamma_probe: Tensor,
+    *,
+    bias: bool,
+    diagonal_input: bool = False,
+    diagonal_output: bool = False,
+) -> Tensor:
+    """Identity on ``y`` that emits the Ω of ``x`` and the Γ of the cotangent of ``y``.
+
+    Args:
+        y: ``[..., C_out]``, output of a linear layer.
+        x: ``[..., C_in]``, its input.
+        omega_probe: ``[1, D, D]``, ``D = C_in + bias``; its gradient is ``Σ_n Σ_t a aᵀ``. Of a
+            diagonal factor, ``[1, 1, D]``.
+        gamma_probe: ``[1, C_out, C_out]``; its gradient is ``Σ_n Σ_t g gᵀ``. Of a diagonal
+            factor, ``[1, C_out, 1]``.
+    """
+    rule = LinearRule(bias, diagonal_input, diagonal_output)
+    return _emit(y, rule, (omega_probe, gamma_probe), x)
 
 
 def emit_factors(
@@ -57,18 +90,16 @@ def emit_factors(
     groups: int,
     bias: bool,
 ) -> Tensor:
-    """Identity on ``y`` that emits the dense Ω of ``x`` and the Γ of the cotangent of ``y``.
+    """Identity on ``y`` that emits the dense Ω of a convolution's input and its Γ.
 
     Args:
-        y: output of the layer, ``[N, C_out, *out]``, or ``[..., C_out]`` for a linear layer
-            (``kernel_size`` empty).
-        x: its input, ``[N, C_in, *in]`` or ``[..., C_in]``.
-        omega_probe: ``[groups, D, D]``, ``D = C_in/groups * |Δ| + bias``; its gradient is
-            ``Σ_n Σ_t a aᵀ``.
-        gamma_probe: ``[groups, C_out/groups, C_out/groups]``; its gradient is ``Σ_n Σ_t g gᵀ``.
+        y: ``[N, C_out, *out]``, output of the convolution.
+        x: ``[N, C_in, *in]``, its input.
+        omega_probe: ``[groups, D, D]``, ``D = C_in/groups * |Δ| + bias``.
+        gamma_probe: ``[groups, C_out/groups, C_out/groups]``.
     """
-    geometry = (kernel_size, stride, padding, dilation, groups)
-    return _Emission.apply(y, x, gamma_probe, omega_probe, None, geometry, bias)
+    geometry = _geometry(kernel_size, stride, padding, dilation, groups)
+    return _emit(y, ConvRule(geometry, bias), (omega_probe, gamma_probe), x)
 
 
 def emit_separable_factors(
@@ -90,24 +121,102 @@ def emit_separable_factors(
         channel_probe: ``[groups, C_in/groups, C_in/groups]``, the trace over offsets.
         offset_probe: ``[groups, |Δ|, |Δ|]``, the trace over channels.
     """
-    geometry = (kernel_size, stride, padding, dilation, groups)
-    return _Emission.apply(y, x, gamma_probe, channel_probe, offset_probe, geometry, False)
+    rule = ConvRule(_geometry(kernel_size, stride, padding, dilation, groups), False, True)
+    return _emit(y, rule, (channel_probe, offset_probe, gamma_probe), x)
+
+
+def emit_transposed_factors(
+    y: Tensor,
+    x: Tensor,
+    omega_probe: Tensor,
+    gamma_probe: Tensor,
+    *,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Pads,
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Identity on ``y`` that emits the factors of a transposed convolution.
+
+    Args:
+        y: ``[N, C_out, *out]``, output of the transposed convolution.
+        x: ``[N, C_in, *in]``, its input.
+        omega_probe: ``[groups, C_in/groups, C_in/groups]``.
+        gamma_probe: ``[groups, R, R]``, ``R = C_out/groups * |Δ|``: patches of the cotangent.
+    """
+    rule = ConvTransposeRule(_geometry(kernel_size, stride, padding, dilation, groups))
+    return _emit(y, rule, (omega_probe, gamma_probe), x)
+
+
+def emit_embedding_factors(
+    y: Tensor,
+    indices: Tensor,
+    omega_probe: Tensor,
+    gamma_probe: Tensor,
+    *,
+    padding_idx: int | None,
+) -> Tensor:
+    """Identity on ``y`` that emits the factors of an embedding.
+
+    Args:
+        y: ``[..., E]``, rows of the table.
+        indices: ``[...]``, their numbers.
+        omega_probe: ``[1, 1, V]``; its gradient counts every token.
+        gamma_probe: ``[1, E, E]``.
+    """
+    rule = EmbeddingRule(omega_probe.shape[-1], padding_idx)
+    return _emit(y, rule, (omega_probe, gamma_probe), indices)
+
+
+def emit_scale_shift_factors(
+    y: Tensor,
+    x: Tensor,
+    omega_probe: Tensor,
+    gamma_probe: Tensor,
+    *running: Tensor,
+    norm: Norm,
+    shape: Sequence[int],
+    bias: bool,
+    groups: int = 1,
+    eps: float | None = None,
+) -> Tensor:
+    """Identity on ``y`` that emits the factor of a norm layer's scale and shift.
+
+    Args:
+        y: the layer's output, examples first.
+        x: its input.
+        omega_probe: ``[C, 2, 2]``, or ``[C, 1, 1]`` without bias; C the elements of ``shape``.
+        gamma_probe: ``[C, 1, 1]``; its gradient counts rows.
+        running: mean and variance that a batch norm in evaluation mode reads.
+        norm, shape, groups, eps: which norm, and its arguments.
+    """
+    rule = ScaleShiftRule(norm, tuple(shape), bias, groups, eps)
+    return _emit(y, rule, (omega_probe, gamma_probe), x, *running)
+
+
+EMISSIONS = (
+    emit_linear_factors,
+    emit_factors,
+    emit_separable_factors,
+    emit_transposed_factors,
+    emit_embedding_factors,
+    emit_scale_shift_factors,
+)
+"""Every emission, as it stands in a graph."""
+
+
+def _emit(y: Tensor, rule: EmissionRule, probes: tuple[Tensor, ...], *inputs: Tensor) -> Tensor:
+    return _Emission.apply(y, rule, len(probes), *probes, *inputs)
 
 
 class _Emission(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        y: Tensor,
-        x: Tensor,
-        gamma_probe: Tensor,
-        omega_probe: Tensor,
-        offset_probe: Tensor | None,
-        geometry: tuple[Any, ...],
-        bias: bool,
+        ctx: Any, y: Tensor, rule: EmissionRule, probes: int, *tensors: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.geometry, ctx.bias, ctx.separable = geometry, bias, offset_probe is not None
+        ctx.save_for_backward(*tensors[probes:])
+        ctx.rule, ctx.probes, ctx.others = rule, probes, len(tensors) - probes
         # An alias, not a view: no copy, and an in-place op may follow. `mark_dirty` would do
         # the same but for an output that is itself a view, as F.linear's on a 3-d input is.
         return y.detach()
@@ -115,37 +224,36 @@ class _Emission(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if not (_fisher_passes or torch.compiler.is_compiling()):
-            return cotangent, None, None, None, None, None, None
-        (x,) = ctx.saved_tensors
-        omega, offset = _input_factor(x, ctx.geometry, ctx.bias, ctx.separable)
-        gamma = _output_factor(cotangent, len(ctx.geometry[0]), ctx.geometry[4])
-        return cotangent, None, gamma, omega, offset, None, None
+            return cotangent, None, None, *(None,) * (ctx.probes + ctx.others)
+        x, *others = ctx.saved_tensors
+        x, g, scale = _part(x, cotangent, ctx.rule.spatial)
+        statistics = ctx.rule.statistics(x, g, *others)
+        if scale != 1:
+            for statistic in statistics:
+                statistic.mul_(scale)
+        return cotangent, None, None, *statistics, *(None,) * ctx.others
 
 
-def _input_factor(
-    x: Tensor, geometry: tuple[Any, ...], bias: bool, separable: bool
-) -> tuple[Tensor, Tensor | None]:
-    kernel_size, stride, padding, dilation, groups = geometry
-    if not kernel_size:
-        return row_gram(x, bias=bias).unsqueeze(0), None
-    if x.dim() == len(kernel_size) + 1:
-        x = x.unsqueeze(0)
-    if separable:
-        return separable_gram(
-            x, kernel_size, stride=stride, padding=padding, dilation=dilation, groups=groups
-        )
-    omega = patch_gram(
-        x, kernel_size, stride=stride, padding=padding, dilation=dilation, groups=groups, bias=bias
-    )
-    return omega, None
+def _part(x: Tensor, g: Tensor, spatial: int) -> tuple[Tensor, Tensor, float]:
+    """The part of a batch that statistics are taken of, and by how much the batch is larger."""
+    if spatial and x.dim() == spatial + 1:
+        return x.unsqueeze(0), g.unsqueeze(0), 1.0
+    share = _fisher_passes[-1] if _fisher_passes else 1.0
+    if share == 1 or g.dim() < 2 or not len(x):
+        return x, g, 1.0
+    count = max(1, round(share * len(x)))
+    return x[:count], g[:count], len(x) / count
 
 
-def _output_factor(cotangent: Tensor, spatial: int, groups: int) -> Tensor:
-    if not spatial:
-        return row_gram(cotangent).unsqueeze(0)
-    if cotangent.dim() == spatial + 1:
-        cotangent = cotangent.unsqueeze(0)
-    return patch_gram(cotangent, (1,) * spatial, groups=groups)
+def _geometry(
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Pads,
+    dilation: Sequence[int],
+    groups: int,
+) -> ConvGeometry:
+    pads = tuple((before, after) for before, after in padding)
+    return ConvGeometry(tuple(kernel_size), tuple(stride), pads, tuple(dilation), groups)
 
 
 class _FisherGate(torch.autograd.Function):
@@ -166,5 +274,5 @@ def gate(probe: Tensor) -> Tensor:
     return _FisherGate.apply(probe)
 
 
-torch.compiler.allow_in_graph(emit_factors)
-torch.compiler.allow_in_graph(emit_separable_factors)
+for _emission in EMISSIONS:
+    torch.compiler.allow_in_graph(_emission)

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from kfc_fx.errors import CoverageError
+from kfc_fx.plan.forms import too_wide
 from kfc_fx.plan.spec import (
     BlockSpec,
     CurvaturePlan,
@@ -16,20 +17,19 @@ from kfc_fx.plan.spec import (
     UnmatchedUse,
 )
 
-FACTOR_LIMIT = 8192
-"""Widest factor side that is inverted; a layer beyond it is generic. A dense factor of this
-side takes 256 MiB in float32, its eigendecomposition minutes."""
-
 Sites = Mapping[str, Sequence[SiteSpec]]
 Unmatched = Mapping[str, Sequence[UnmatchedUse]]
 
 
-def build_plan(parameters: Sequence[ParameterSpec], graphs: Sequence[GraphUses]) -> CurvaturePlan:
+def build_plan(
+    parameters: Sequence[ParameterSpec], graphs: Sequence[GraphUses], *, norm_layers: bool = True
+) -> CurvaturePlan:
     """Decide for every parameter: block, generic or frozen; prove the result complete.
 
     Args:
         parameters: all parameters of the model, each once.
         graphs: the uses found in each captured graph.
+        norm_layers: whether the scale and shift of a norm layer gets a block.
     """
     sites, unmatched = _by_parameter(graphs)
     specs = {spec.name: spec for spec in parameters}
@@ -38,11 +38,13 @@ def build_plan(parameters: Sequence[ParameterSpec], graphs: Sequence[GraphUses])
     for spec in parameters:
         if not spec.trainable or spec.name not in sites:
             continue
-        reason = _refusal(spec, sites[spec.name], unmatched)
+        reason = _refusal(spec, sites[spec.name], unmatched, norm_layers)
         if reason is None:
             uses = max(sum(s.weight == spec.name for s in graph.sites) for graph in graphs)
-            blocks.append(_block(spec, sites, unmatched, specs, uses))
-        else:
+            block = _block(spec, sites, unmatched, specs, uses)
+            reason = too_wide(block)
+            blocks += [block] if reason is None else []
+        if reason is not None:
             reasons[spec.name] = reason
     held = {name for block in blocks for name in block.parameters}
     generic = tuple(
@@ -102,18 +104,24 @@ def _by_parameter(
     return dict(sites), dict(unmatched)
 
 
-def _refusal(spec: ParameterSpec, sites: Sequence[SiteSpec], unmatched: Unmatched) -> str | None:
+def _refusal(
+    spec: ParameterSpec, sites: Sequence[SiteSpec], unmatched: Unmatched, norm_layers: bool
+) -> str | None:
     """Why a weight that has sites is generic all the same; None where it gets a block."""
+    if sites[0].kind == "scale_shift" and not norm_layers:
+        return "scale of a norm layer, and norm_layers=False"
     if spec.name in unmatched:
         return f"also used by {unmatched[spec.name][0]}"
+    kinds = {site.kind: site for site in sites}
+    if len(kinds) > 1:
+        uses = " and ".join(f"{kind} at {site.location}" for kind, site in kinds.items())
+        return f"tied between calls of different kinds: {uses}"
+    if len({site.inputs_first for site in sites}) > 1:
+        return "used by several calls, by some as its transpose"
     if len({site.bias for site in sites}) > 1:
         return "used by several calls with different biases"
     if len({(site.geometry.kernel_size, site.geometry.groups) for site in sites}) > 1:
         return "used by several calls with different groups"
-    groups = sites[0].geometry.groups
-    widest = max(spec.shape[0] // groups, _patch_size(spec) + 1)
-    if widest > FACTOR_LIMIT:
-        return f"factor of side {widest} exceeds the limit of {FACTOR_LIMIT}"
     return None
 
 
@@ -140,6 +148,7 @@ def _block(
         weight_shape=spec.shape,
         geometry=own[0].geometry,
         uses=uses,
+        inputs_first=own[0].inputs_first,
     )
 
 
@@ -148,13 +157,6 @@ def block_name(weight: str) -> str:
     if weight == "weight":
         return ""
     return weight.removesuffix(".weight")
-
-
-def _patch_size(spec: ParameterSpec) -> int:
-    size = 1
-    for extent in spec.shape[1:]:
-        size *= extent
-    return size
 
 
 def _generic_reason(spec: ParameterSpec, sites: Sites, unmatched: Unmatched) -> str:

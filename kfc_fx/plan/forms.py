@@ -1,18 +1,32 @@
-"""Form of a block's input factor: dense Ω, or separable into offsets and channels."""
+"""Forms of a block's factors: dense, separable into offsets and channels, or diagonal."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from kfc_fx.errors import OptionError
 from kfc_fx.plan.spec import BlockSpec
 
-InputFactor = Literal["dense", "separable"]
+InputFactor = Literal["dense", "separable", "diagonal"]
+OutputFactor = Literal["dense", "diagonal"]
 InputFactorOption = Literal["auto", "dense", "separable"]
 
 DENSE_LIMIT = 1024
 """With "auto", a convolution whose dense Ω is wider than this takes a separable factor: the
 eigendecomposition of a wider side costs more than the steps between two refreshes."""
+
+FACTOR_LIMIT = 8192
+"""Widest side of a dense factor. One of this side takes 256 MiB in float32, its decomposition
+minutes; beyond it a factor is diagonal."""
+
+
+@dataclass(frozen=True)
+class FactorForms:
+    """The forms of the two factors of a block."""
+
+    input: InputFactor = "dense"
+    output: OutputFactor = "dense"
 
 
 def check_input_factor(option: str) -> None:
@@ -22,22 +36,50 @@ def check_input_factor(option: str) -> None:
         raise OptionError(f"input_factor must be one of {known}; got {option!r}")
 
 
-def input_factor_form(block: BlockSpec, option: InputFactorOption = "auto") -> InputFactor:
-    """The form that ``block`` takes. A block with one kernel offset is always dense."""
-    if block.offsets == 1 or option == "dense":
-        return "dense"
+def factor_forms(block: BlockSpec, option: InputFactorOption = "auto") -> FactorForms:
+    """The forms that ``block`` takes."""
+    wide = block.kind == "linear" and block.rows > FACTOR_LIMIT
+    wide |= block.kind == "scale_shift"  # Γ is one number, which needs no basis
+    return FactorForms(_input_form(block, option), "diagonal" if wide else "dense")
+
+
+def too_wide(block: BlockSpec) -> str | None:
+    """Why a block has no factors: a side beyond the limit for which there is no diagonal form."""
+    sides = {"Ω": block.channels, "Γ": block.rows}
+    if block.kind == "linear":
+        return None
+    if block.kind == "embedding":
+        del sides["Ω"]
+    for factor, side in sides.items():
+        if side > FACTOR_LIMIT:
+            return f"{factor} has side {side}, which exceeds the limit of {FACTOR_LIMIT}"
+    return None
+
+
+def _input_form(block: BlockSpec, option: InputFactorOption) -> InputFactor:
+    if block.kind == "embedding":
+        return "diagonal"
+    if block.offsets == 1:
+        return "diagonal" if block.columns > FACTOR_LIMIT else "dense"
+    if option == "dense":
+        return "dense" if block.columns <= FACTOR_LIMIT else "separable"
     if option == "separable" or block.columns > DENSE_LIMIT:
         return "separable"
     return "dense"
 
 
-def statistic_shapes(block: BlockSpec, form: InputFactor) -> dict[str, tuple[int, int, int]]:
-    """Shape of each statistic that a site of the block emits, in the order of its probes."""
-    gamma = (block.groups, block.rows, block.rows)
-    if form == "dense":
-        return {"omega": (block.groups, block.columns, block.columns), "gamma": gamma}
-    return {
-        "channel": (block.groups, block.channels, block.channels),
-        "offset": (block.groups, block.offsets, block.offsets),
-        "gamma": gamma,
-    }
+def statistic_shapes(block: BlockSpec, forms: FactorForms) -> dict[str, tuple[int, int, int]]:
+    """Shape of each statistic that a site of the block emits, in the order of its probes.
+
+    A diagonal factor is a row of Ω, ``[groups, 1, columns]``, or a column of Γ.
+    """
+    groups, rows, columns = block.groups, block.rows, block.columns
+    gamma = (groups, rows, 1 if forms.output == "diagonal" else rows)
+    if forms.input == "separable":
+        return {
+            "channel": (groups, block.channels, block.channels),
+            "offset": (groups, block.offsets, block.offsets),
+            "gamma": gamma,
+        }
+    omega = (groups, 1 if forms.input == "diagonal" else columns, columns)
+    return {"omega": omega, "gamma": gamma}

@@ -2,82 +2,106 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from kfc_fx.plan.geometry import LINEAR, ConvGeometry, conv_geometry
-from kfc_fx.plan.spec import BlockKind, GraphUses, SiteSpec, UnmatchedUse
+from kfc_fx.plan.layer_calls import LayerCall, dimensions, layer_call, transposed_matrix
+from kfc_fx.plan.spec import GraphUses, SiteSpec, UnmatchedUse
 
-CONVOLUTIONS: dict[object, BlockKind] = {
-    torch.conv1d: "conv1d",
-    torch.conv2d: "conv2d",
-    torch.conv3d: "conv3d",
-}
-LINEAR_TARGET = torch.nn.functional.linear
+NO_EXAMPLES = "its input does not depend on the examples"
 
 
-def match_uses(graph: fx.Graph, parameters: Mapping[str, str]) -> GraphUses:
+def match_uses(
+    graph: fx.Graph, parameters: Mapping[str, str], constants: Collection[str] = ()
+) -> GraphUses:
     """Account for every use of every parameter in a canonical graph.
 
     Args:
-        graph: a graph after ``canonicalise_calls``: conv and linear calls are positional.
+        graph: a graph after ``canonicalise_calls``: calls of layers are positional.
         parameters: node name to parameter name, for nodes that hold a parameter.
+        constants: names of other nodes that hold no data of the examples, such as buffers.
 
     Returns:
         The sites (weight and bias are parameters of the model themselves, not functions of
         them) and every use of a parameter that is no site.
     """
-    sites, unmatched = [], []
-    for node in graph.nodes:
-        site = _match_site(node, parameters)
-        if site is not None:
-            sites.append(site)
-        in_site = {} if site is None else {1: site.weight, 2: site.bias}
+    data = _nodes_with_examples(graph, {*parameters, *constants})
+    applied = {node: _applied_layer(node, parameters) for node in graph.nodes}
+    calls = {node: call if call and call.x in data else None for node, call in applied.items()}
+    sites = [_site(node, call, parameters) for node, call in calls.items() if call]
+    unmatched = []
+    for node, call in calls.items():
+        matched = call.positions if call else frozenset()
+        if _is_read_by_sites_only(node, calls):
+            matched = frozenset((0,))
+        reason = NO_EXAMPLES if applied[node] and not call else ""
         unmatched += [
-            UnmatchedUse(name, node.name, _target_name(node), source_location(node))
+            UnmatchedUse(name, node.name, _target_name(node), source_location(node), reason)
             for position, name in _parameter_arguments(node, parameters)
-            if in_site.get(position) != name  # type: ignore[arg-type]
+            if position not in matched
         ]
     return GraphUses(tuple(sites), tuple(unmatched))
 
 
-def _match_site(node: fx.Node, parameters: Mapping[str, str]) -> SiteSpec | None:
-    kind = "linear" if node.target is LINEAR_TARGET else CONVOLUTIONS.get(node.target)
-    if node.op != "call_function" or kind is None:
+def _nodes_with_examples(graph: fx.Graph, without: Collection[str]) -> set[fx.Node]:
+    """Nodes whose values depend on the model's inputs, and not on their sizes alone.
+
+    The statistics of a layer are sums over examples. One that is applied to parameters or
+    constants, such as an embedding of positions, receives the sum of all examples' gradients.
+    """
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            live = node.name not in without
+        else:
+            live = any(used in found for used in node.all_input_nodes)
+        if live and _carries_data(node):
+            found.add(node)
+    return found
+
+
+def _carries_data(node: fx.Node) -> bool:
+    """Whether a node can hold data: not if its example is known to be a size."""
+    example = node.meta.get("example_value")
+    return not isinstance(example, int | float | torch.SymInt | torch.SymFloat | torch.Size)
+
+
+def _is_read_by_sites_only(node: fx.Node, calls: Mapping[fx.Node, LayerCall | None]) -> bool:
+    """Whether a node is the transpose of a weight, and nothing but layer calls reads it."""
+    if transposed_matrix(node) is None:
+        return False
+    return all((call := calls[user]) and call.weight_operand is node for user in node.users)
+
+
+def _applied_layer(node: fx.Node, parameters: Mapping[str, str]) -> LayerCall | None:
+    """The layer that a node applies, if its weight is a parameter."""
+    call = layer_call(node)
+    if call is None or not isinstance(call.x, fx.Node) or call.x.name in parameters:
         return None
-    x, weight, bias = node.args[:3]
-    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
+    weight = call.weight
+    if weight is None or weight.name not in parameters:
         return None
-    if weight.name not in parameters or weight.meta["example_value"].dim() < 2:
-        return None
-    geometry = LINEAR if kind == "linear" else _geometry(node, weight)
-    if geometry is None:
-        return None
+    return call if dimensions(weight) >= (1 if call.kind == "scale_shift" else 2) else None
+
+
+def _site(node: fx.Node, call: LayerCall, parameters: Mapping[str, str]) -> SiteSpec:
+    assert isinstance(call.x, fx.Node)
+    assert call.weight is not None
     return SiteSpec(
         node=node.name,
-        input_node=x.name,
-        weight=parameters[weight.name],
-        bias=parameters.get(bias.name) if isinstance(bias, fx.Node) else None,
-        kind=kind,
-        geometry=geometry,
+        input_node=call.x.name,
+        weight=parameters[call.weight.name],
+        bias=parameters.get(call.bias.name) if isinstance(call.bias, fx.Node) else None,
+        kind=call.kind,
+        geometry=call.geometry,
+        inputs_first=call.reads_inputs_first,
         location=source_location(node),
+        padding_idx=call.padding_idx,
+        norm=call.norm,
     )
-
-
-def _geometry(node: fx.Node, weight: fx.Node) -> ConvGeometry | None:
-    kernel = tuple(weight.meta["example_value"].shape[2:])
-    stride, padding, dilation, groups = node.args[3:7]
-    numbers = [stride, padding, dilation, groups]
-    if any(isinstance(n, fx.Node) for value in numbers for n in _leaves(value)):
-        return None  # a stride or padding that is computed in the graph
-    return conv_geometry(kernel, stride=stride, padding=padding, dilation=dilation, groups=groups)  # type: ignore[arg-type]
-
-
-def _leaves(value: object) -> list[object]:
-    return list(value) if isinstance(value, tuple | list) else [value]
 
 
 def _parameter_arguments(

@@ -9,7 +9,17 @@ from typing import Literal
 from kfc_fx.errors import KfcError
 from kfc_fx.plan.geometry import ConvGeometry
 
-BlockKind = Literal["linear", "conv1d", "conv2d", "conv3d"]
+BlockKind = Literal[
+    "linear",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "embedding",
+    "scale_shift",
+]
 
 
 @dataclass(frozen=True)
@@ -22,6 +32,20 @@ class ParameterSpec:
 
 
 @dataclass(frozen=True)
+class NormSpec:
+    """Which norm precedes a scale and shift: "batch", "layer", "group", "rms" or "none".
+
+    ``running`` names the nodes of the running mean and variance that a batch norm in evaluation
+    mode reads.
+    """
+
+    norm: str
+    groups: int = 1
+    eps: float | None = None
+    running: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class SiteSpec:
     """A node of a captured graph where one use of a block's layer happens."""
 
@@ -31,8 +55,18 @@ class SiteSpec:
     bias: str | None
     kind: BlockKind
     geometry: ConvGeometry
+    inputs_first: bool
     location: str
     """Source line or module path of the use, for messages."""
+    padding_idx: int | None = None
+    """Of an embedding: the token whose row stays as it is."""
+    norm: NormSpec | None = None
+    """Of a scale and shift: the norm that it belongs to."""
+
+    @property
+    def transposed_conv(self) -> bool:
+        """Whether the site is a transposed convolution, whose locations are its input's."""
+        return self.kind.startswith("conv_transpose")
 
 
 @dataclass(frozen=True)
@@ -43,10 +77,13 @@ class UnmatchedUse:
     node: str
     target: str
     location: str
+    reason: str = ""
+    """Why a layer that is applied here is no site."""
 
     def __str__(self) -> str:
         where = f" at {self.location}" if self.location else ""
-        return f"node {self.node} ({self.target}){where}"
+        why = f": {self.reason}" if self.reason else ""
+        return f"node {self.node} ({self.target}){where}{why}"
 
 
 @dataclass(frozen=True)
@@ -73,26 +110,43 @@ class BlockSpec:
     weight_shape: tuple[int, ...]
     geometry: ConvGeometry
     uses: int
+    inputs_first: bool = False
+    """Whether the weight is ``[C_in, C_out/groups, *kernel]``: of ``x @ W``, of a transposed
+    convolution, of an embedding."""
 
     @property
     def groups(self) -> int:
-        """Blocks of this layer: one per group."""
-        return self.geometry.groups
+        """Blocks of this layer: one per group; of a scale and shift, one per channel."""
+        return prod(self.weight_shape) if self.kind == "scale_shift" else self.geometry.groups
 
     @property
     def rows(self) -> int:
-        """Side of Γ: output channels of one group."""
+        """Side of Γ: output channels of one group; of a transposed convolution, times offsets."""
+        if self.kind == "scale_shift":
+            return 1
+        if self.inputs_first:
+            return prod(self.weight_shape[1:])
         return self.weight_shape[0] // self.groups
 
     @property
     def channels(self) -> int:
         """Input channels of one group."""
-        return self.weight_shape[1]
+        if self.kind == "scale_shift":
+            return 1
+        return self.weight_shape[0] // self.groups if self.inputs_first else self.weight_shape[1]
 
     @property
     def offsets(self) -> int:
-        """Kernel offsets |Δ|."""
-        return prod(self.weight_shape[2:])
+        """Kernel offsets |Δ| on the input side."""
+        single = self.inputs_first or self.kind == "scale_shift"
+        return 1 if single else prod(self.weight_shape[2:])
+
+    @property
+    def bias_shape(self) -> tuple[int, ...]:
+        """Shape of the bias, whether it is in the block or not."""
+        if self.kind == "scale_shift":
+            return self.weight_shape
+        return (self.groups * self.rows,)
 
     @property
     def columns(self) -> int:

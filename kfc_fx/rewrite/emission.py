@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
+from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from kfc_fx.capture.graph import Stage
-from kfc_fx.ops.emission import emit_factors, emit_separable_factors
-from kfc_fx.plan.forms import InputFactor, statistic_shapes
+from kfc_fx.ops.emission import (
+    EMISSIONS,
+    emit_embedding_factors,
+    emit_factors,
+    emit_linear_factors,
+    emit_scale_shift_factors,
+    emit_separable_factors,
+    emit_transposed_factors,
+)
+from kfc_fx.plan.forms import FactorForms, statistic_shapes
 from kfc_fx.plan.spec import BlockSpec, SiteSpec
 from kfc_fx.rewrite.pipeline import run_passes
 
-Emitters = Mapping[str, tuple[BlockSpec, InputFactor]]
-"""Weight name to the block that emits and the form of its input factor."""
+Emitters = Mapping[str, tuple[BlockSpec, FactorForms]]
+"""Weight name to the block that emits and the forms of its factors."""
 
 
 def emission_order(sites: Sequence[SiteSpec], emitters: Emitters) -> list[str]:
@@ -49,8 +59,8 @@ def insert_probes(module: fx.GraphModule, *, sites: Sequence[SiteSpec], emitters
     last = _last_placeholder(graph)
     changed = False
     for weight in emission_order(sites, emitters):
-        block, form = emitters[weight]
-        for statistic, shape in statistic_shapes(block, form).items():
+        for statistic, shape in statistic_shapes(*emitters[weight]).items():
+            block = emitters[weight][0]
             if (block.name, statistic) in present:
                 continue
             with graph.inserting_after(last) if last else graph.inserting_before():
@@ -69,11 +79,11 @@ def insert_emissions(
     changed = False
     for site in sites:
         node = nodes[site.node]
-        if any(user.target in (emit_factors, emit_separable_factors) for user in node.users):
+        if any(user.target in EMISSIONS for user in node.users):
             continue
-        block, form = emitters[site.weight]
+        block, forms = emitters[site.weight]
         with module.graph.inserting_after(node):
-            emitted = _emission_node(module.graph, node, nodes, site, block, form)
+            emitted = _emission_node(module.graph, node, nodes, site, block, forms)
         emitted.meta = {**node.meta, "kfc_block": block.name}
         node.replace_all_uses_with(emitted, delete_user_cb=lambda user, e=emitted: user is not e)  # type: ignore[misc]
         changed = True
@@ -90,15 +100,22 @@ def return_row_counts(
         return False
     counts = []
     for site in sites:
-        channels = emitters[site.weight][0].weight_shape[0]
+        counted, channels = _rows_of(site, emitters[site.weight][0], nodes)
         # Right behind the site: a later use of its output would keep it in memory.
         with module.graph.inserting_after(nodes[site.node]):
-            numel = module.graph.call_method("numel", (nodes[site.node],))
+            numel = module.graph.call_method("numel", (counted,))
         with module.graph.inserting_after(numel):
             counts.append(module.graph.call_function(operator.floordiv, (numel, channels)))
     output.args = ((output.args[0], tuple(counts)),)
     output.meta["kfc_row_counts"] = len(counts)
     return True
+
+
+def _rows_of(site: SiteSpec, block: BlockSpec, nodes: Mapping[str, fx.Node]) -> tuple[fx.Node, int]:
+    """The tensor whose locations are the block's, and its channels: numel over it is N·|T|."""
+    if site.transposed_conv:
+        return nodes[site.input_node], block.channels * block.groups
+    return nodes[site.node], block.rows * block.groups
 
 
 def _probe_nodes(graph: fx.Graph) -> dict[tuple[str, str], fx.Node]:
@@ -125,20 +142,34 @@ def _emission_node(
     nodes: Mapping[str, fx.Node],
     site: SiteSpec,
     block: BlockSpec,
-    form: InputFactor,
+    forms: FactorForms,
 ) -> fx.Node:
-    geometry = site.geometry
-    options = {
-        "kernel_size": geometry.kernel_size,
-        "stride": geometry.stride,
-        "padding": geometry.padding,
-        "dilation": geometry.dilation,
-        "groups": geometry.groups,
-    }
+    function, options = _emission(site, block, forms)
     present = _probe_nodes(graph)
-    probes = [present[block.name, statistic] for statistic in statistic_shapes(block, form)]
-    arguments = (node, nodes[site.input_node], *probes)
-    if form == "separable":
-        return graph.call_function(emit_separable_factors, arguments, options)  # type: ignore[arg-type]
-    options["bias"] = block.bias is not None
-    return graph.call_function(emit_factors, arguments, options)  # type: ignore[arg-type]
+    probes = [present[block.name, statistic] for statistic in statistic_shapes(block, forms)]
+    others = [nodes[name] for name in site.norm.running] if site.norm else []
+    arguments = (node, nodes[site.input_node], *probes, *others)
+    return graph.call_function(function, arguments, options)
+
+
+def _emission(
+    site: SiteSpec, block: BlockSpec, forms: FactorForms
+) -> tuple[Callable[..., Tensor], dict[str, Any]]:
+    """The emission of a site, and its options."""
+    if site.kind == "embedding":
+        return emit_embedding_factors, {"padding_idx": site.padding_idx}
+    if site.norm is not None:
+        norm = {"norm": site.norm.norm, "groups": site.norm.groups, "eps": site.norm.eps}
+        shape = {"shape": block.weight_shape, "bias": block.bias is not None}
+        return emit_scale_shift_factors, {**norm, **shape}
+    if site.kind == "linear":
+        options = {"bias": block.bias is not None}
+        options |= {"diagonal_input": True} if forms.input == "diagonal" else {}
+        options |= {"diagonal_output": True} if forms.output == "diagonal" else {}
+        return emit_linear_factors, options
+    geometry = {field.name: getattr(site.geometry, field.name) for field in fields(site.geometry)}
+    if site.transposed_conv:
+        return emit_transposed_factors, geometry
+    if forms.input == "separable":
+        return emit_separable_factors, geometry
+    return emit_factors, {**geometry, "bias": block.bias is not None}

@@ -1,0 +1,162 @@
+"""What each kind of layer emits: its factor statistics from its input and output cotangent.
+
+A rule is pure data; ``statistics`` returns one tensor per probe, unnormalised sums over examples
+and locations, in the order of ``plan.forms.statistic_shapes``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kfc_fx.ops.library import statistic_dtype
+from kfc_fx.ops.patch_gram import patch_gram
+from kfc_fx.ops.row_gram import row_gram
+from kfc_fx.ops.separable_gram import separable_gram
+from kfc_fx.plan.geometry import ConvGeometry
+
+
+class EmissionRule(Protocol):
+    """The statistics of one kind of layer."""
+
+    @property
+    def spatial(self) -> int:
+        """Number of spatial dimensions; an input of one dimension more has no batch."""
+
+    def statistics(self, x: Tensor, g: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        """From the layer's input, the cotangent of its output, and other tensors it read."""
+
+
+@dataclass(frozen=True)
+class LinearRule:
+    """Rows of ``[..., C_in]`` and ``[..., C_out]``; a diagonal factor keeps squares alone."""
+
+    bias: bool
+    diagonal_input: bool = False
+    diagonal_output: bool = False
+    spatial: int = 0
+
+    def statistics(self, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        """See :class:`EmissionRule`."""
+        if self.diagonal_input:
+            omega = _row_squares(x, bias=self.bias)[None, None]
+        else:
+            omega = row_gram(x, bias=self.bias)[None]
+        gamma = _row_squares(g)[None, :, None] if self.diagonal_output else row_gram(g)[None]
+        return omega, gamma
+
+
+@dataclass(frozen=True)
+class ConvRule:
+    """A convolution of ``[N, C, *spatial]``, its Ω dense or in its two partial traces."""
+
+    geometry: ConvGeometry
+    bias: bool
+    separable: bool = False
+
+    @property
+    def spatial(self) -> int:
+        """See :class:`EmissionRule`."""
+        return self.geometry.ndim
+
+    def statistics(self, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        """See :class:`EmissionRule`."""
+        gamma = _pixel_gram(g, self.geometry)
+        if self.separable:
+            return *_separable(x, self.geometry), gamma
+        return _patch_gram(x, self.geometry, self.bias), gamma
+
+
+@dataclass(frozen=True)
+class ConvTransposeRule:
+    """A transposed convolution: the roles swap, patches are those of the output's cotangent.
+
+    ``y[s·t + d·δ − p] += W[:, :, δ]ᵀ x[t]``, so the gradient of W sums ``x[t]`` times the patch
+    of g at t, as the convolution with the same geometry cuts it.
+    """
+
+    geometry: ConvGeometry
+
+    @property
+    def spatial(self) -> int:
+        """See :class:`EmissionRule`."""
+        return self.geometry.ndim
+
+    def statistics(self, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        """See :class:`EmissionRule`."""
+        omega = _pixel_gram(x, self.geometry)
+        return omega, _patch_gram(*_covered(g, x.shape[2:], self.geometry), bias=False)
+
+
+@dataclass(frozen=True)
+class EmbeddingRule:
+    """Rows of a table: the input factor of one-hot rows is diagonal, the tokens' frequencies."""
+
+    tokens: int
+    padding_idx: int | None = None
+    spatial: int = 0
+
+    def statistics(self, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        """``x`` holds indices; those of ``padding_idx`` count as empty rows."""
+        indices = x.flatten().long()
+        counts = g.new_zeros(self.tokens, dtype=statistic_dtype(g))
+        ones = torch.ones_like(indices, dtype=counts.dtype)
+        if self.padding_idx is not None:
+            ones = (indices != self.padding_idx % self.tokens).to(counts.dtype)
+        return counts.scatter_add(0, indices, ones)[None, None], row_gram(g)[None]
+
+
+def _row_squares(x: Tensor, *, bias: bool = False) -> Tensor:
+    """The diagonal of the row Gram: ``[..., C]`` -> ``[C + bias]``."""
+    rows = x.reshape(-1, x.shape[-1])
+    squares = torch.linalg.vector_norm(rows, dim=0, dtype=statistic_dtype(x)).square()
+    return torch.cat([squares, squares.new_full((1,), len(rows))]) if bias else squares
+
+
+def _pixel_gram(x: Tensor, geometry: ConvGeometry) -> Tensor:
+    return patch_gram(x, (1,) * geometry.ndim, groups=geometry.groups)
+
+
+def _patch_gram(x: Tensor, geometry: ConvGeometry, bias: bool) -> Tensor:
+    return patch_gram(
+        x,
+        geometry.kernel_size,
+        stride=geometry.stride,
+        padding=geometry.padding,
+        dilation=geometry.dilation,
+        groups=geometry.groups,
+        bias=bias,
+    )
+
+
+def _separable(x: Tensor, geometry: ConvGeometry) -> tuple[Tensor, Tensor]:
+    return separable_gram(
+        x,
+        geometry.kernel_size,
+        stride=geometry.stride,
+        padding=geometry.padding,
+        dilation=geometry.dilation,
+        groups=geometry.groups,
+    )
+
+
+def _covered(
+    g: Tensor, locations: torch.Size, geometry: ConvGeometry
+) -> tuple[Tensor, ConvGeometry]:
+    """The part of ``g`` that patches at ``locations`` cover, and the padding that gives just
+    those: ``output_padding`` appends pixels, which no patch or only a further one reaches."""
+    padding = []
+    for axis, count in enumerate(locations):
+        before = geometry.padding[axis][0]
+        reach = geometry.dilation[axis] * (geometry.kernel_size[axis] - 1)
+        needed = max(0, geometry.stride[axis] * (count - 1) + reach + 1 - before)
+        size = g.shape[2 + axis]
+        g = g.narrow(2 + axis, 0, min(size, needed))
+        padding.append((before, max(0, needed - size)))
+    swapped = ConvGeometry(
+        geometry.kernel_size, geometry.stride, tuple(padding), geometry.dilation, geometry.groups
+    )
+    return g, swapped
