@@ -285,6 +285,17 @@ def test_every_stage_can_be_seen_as_code():
         graph.stage("nonsense")
 
 
+def test_tracing_shares_its_graph_with_training():
+    compiled, opt = make(token_network(), factor_interval=1)
+    images = IMAGES.clone()  # fresh: dynamo guards whether an input's batch was marked dynamic
+    compiled.trace(images)
+    for size in (6, 4):
+        backward(compiled, images[:size], LABELS[:size])
+        opt.step()
+        opt.zero_grad()
+    assert len(compiled.graphs) == 1
+
+
 def test_batch_sizes_share_one_graph():
     compiled, opt = make(token_network(), factor_interval=2)
     for size in (6, 4, 12, 3, 5, 7):
