@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from kfc_fx.capture.canonicalise import canonicalise_calls
+from kfc_fx.capture.canonicalise import canonicalise
 from kfc_fx.capture.dynamo import (
     check_backend,
     compile_emitting,
@@ -227,7 +227,7 @@ class CompiledModel(nn.Module):
         captured = Stage("captured", copy_graph(module))
         parameters = parameter_nodes(captured.module, example_inputs, names)
         constants = constant_nodes(captured.module)
-        canonical = run_passes(captured.module, [("canonical", canonicalise_calls)])
+        canonical = run_passes(captured.module, [("canonical", canonicalise)])
         graph = CapturedGraph(
             index=len(self._graphs),
             parameters=parameters,
@@ -254,8 +254,10 @@ class CompiledModel(nn.Module):
             parameter = self.original.get_parameter(weight)
             probes += self.recorder.probes_for(*emitters[weight], parameter, gated=gated)
         outputs, rows = self._emitting(graph)(*inputs, *probes)
-        blocks = [emitters[s.weight][0].name for s in graph.uses.sites if s.weight in emitters]
-        self.recorder.note_rows(blocks, rows)
+        sites = [site for site in graph.uses.sites if site.weight in emitters]
+        blocks = [emitters[site.weight][0] for site in sites]
+        spans = [block.span(site) for block, site in zip(blocks, sites, strict=True)]
+        self.recorder.note_rows(blocks, spans, rows)
         return outputs
 
     def _emitting(self, graph: CapturedGraph) -> Callable[..., Any]:

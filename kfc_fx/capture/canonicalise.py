@@ -5,10 +5,13 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
 from torch.nn import functional as F
+
+from kfc_fx.capture.attention import expand_attention
 
 
 def _linear(input, weight, bias=None): ...  # type: ignore[no-untyped-def]
@@ -37,7 +40,8 @@ SIGNATURES: dict[Callable[..., object], inspect.Signature] = {
 }
 """Builtins carry no signature of their own; these are the documented ones."""
 
-FUNCTIONS: dict[object, Callable[..., object]] = {
+FUNCTIONS: dict[object, Callable[..., Any]] = {
+    torch.ops.aten.linear.default: F.linear,
     operator.matmul: torch.matmul,
     torch.mm: torch.matmul,
     torch.rms_norm: F.rms_norm,
@@ -48,6 +52,12 @@ METHODS = {
     "mm": torch.matmul,
     "__matmul__": torch.matmul,
 }
+
+
+def canonicalise(module: fx.GraphModule) -> bool:
+    """Open packed attention, then :func:`canonicalise_calls`. Idempotent."""
+    expanded = expand_attention(module)
+    return canonicalise_calls(module) or expanded
 
 
 def canonicalise_calls(module: fx.GraphModule) -> bool:
@@ -75,9 +85,7 @@ def canonicalise_calls(module: fx.GraphModule) -> bool:
     return changed
 
 
-def _function(node: fx.Node) -> Callable[..., object] | None:
+def _function(node: fx.Node) -> Any:
     if node.op == "call_method":
         return METHODS.get(str(node.target))
-    if node.op == "call_function":
-        return FUNCTIONS.get(node.target, node.target)  # type: ignore[arg-type, return-value]
-    return None
+    return FUNCTIONS.get(node.target, node.target) if node.op == "call_function" else None

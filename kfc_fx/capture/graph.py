@@ -17,6 +17,10 @@ class Stage:
 
     name: str
     module: fx.GraphModule
+    seconds: float = 0.0
+    """How long the pass took."""
+    skipped: bool = False
+    """Whether the pass was left out, so that the graph is as the stage before has it."""
 
     @property
     def code(self) -> str:

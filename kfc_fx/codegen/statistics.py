@@ -38,12 +38,13 @@ def screen(statistics: Statistics, stacks: Sequence[StackSpec], rate: float) -> 
     for stack in stacks:
         row_counts, row_rates = [], []
         for block in stack.blocks:
-            live = finite.get(block.name, False) and statistics.rows[block.name] > 0
+            counts = statistics.rows.get(block.name, [0] * block.groups)
+            live = finite.get(block.name, False) and any(counts)
             for factor, shape in stack.factor_shapes.items():
                 value = statistics.sums[block.name][factor] if live else None
                 sums[f"{block.name}.{factor}"] = _or_zeros(value, block.groups, shape, stack)
-            row_counts += [float(statistics.rows[block.name] if live else 1)] * block.groups
-            row_rates += [rate if live else 0.0] * block.groups
+            row_counts += [float(max(count, 1)) for count in counts]
+            row_rates += [rate if live and count else 0.0 for count in counts]
         rows[stack.key] = _column(row_counts, stack)
         rates[stack.key] = _column(row_rates, stack)
     dropped = [name for name, fine in finite.items() if not fine]

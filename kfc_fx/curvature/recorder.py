@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,12 +24,12 @@ Fisher = Literal["sampled", "empirical"]
 class Statistics:
     """Sums over all micro-batches since the last step, unnormalised.
 
-    ``sums[block][statistic]`` is ``Σ_n Σ_t`` of outer products; ``rows[block]`` counts N·|T|
-    and ``examples`` N, by which the update divides.
+    ``sums[block][statistic]`` is ``Σ_n Σ_t`` of outer products; ``rows[block]`` counts N·|T| of
+    each group and ``examples`` N, by which the update divides.
     """
 
     sums: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    rows: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    rows: dict[str, list[int]] = field(default_factory=dict)
     examples: int = 0
 
 
@@ -38,7 +37,7 @@ class Statistics:
 class ForwardRecord:
     """One armed forward pass: the blocks that ran in it and their output rows."""
 
-    rows: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    rows: dict[str, list[int]] = field(default_factory=dict)
     probes: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     graphs: int = 0
 
@@ -101,11 +100,19 @@ class StatisticsRecorder:
         self._record.probes[block.name] = tuple(leaves)
         return tuple(gate(leaf) for leaf in leaves) if gated else tuple(leaves)
 
-    def note_rows(self, blocks: Sequence[str], rows: Sequence[int]) -> None:
-        """Add the row counts that a graph of the running forward pass returned."""
+    def note_rows(
+        self,
+        blocks: Sequence[BlockSpec],
+        spans: Sequence[tuple[int, int]],
+        rows: Sequence[int],
+    ) -> None:
+        """Add the row counts that a graph of the running forward pass returned: for each of its
+        sites the block, the groups ``[start, stop)`` of it, and N·|T|."""
         assert self._record is not None
-        for block, count in zip(blocks, rows, strict=True):
-            self._record.rows[block] += count
+        for block, (start, stop), count in zip(blocks, spans, rows, strict=True):
+            counts = self._record.rows.setdefault(block.name, [0] * block.groups)
+            for group in range(start, stop):
+                counts[group] += count
 
     def collect(
         self, output: Any, record: ForwardRecord, statistics_of: Mapping[str, Sequence[str]]
@@ -211,7 +218,9 @@ class _FisherPass:
                 continue  # the block ran, but the prediction does not depend on it
             self.recorder.add(block, statistic, value)
             if statistic == "gamma":
-                statistics.rows[block] += self.record.rows[block]
+                counts = self.record.rows[block]
+                before = statistics.rows.get(block, [0] * len(counts))
+                statistics.rows[block] = [sum(pair) for pair in zip(before, counts, strict=True)]
         statistics.examples += examples
 
     @torch.no_grad()

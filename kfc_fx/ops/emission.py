@@ -62,6 +62,7 @@ def emit_linear_factors(
     bias: bool,
     diagonal_input: bool = False,
     diagonal_output: bool = False,
+    projections: tuple[int, int, int] = (0, 1, 1),
 ) -> Tensor:
     """Identity on ``y`` that emits the Ω of ``x`` and the Γ of the cotangent of ``y``.
 
@@ -72,8 +73,10 @@ def emit_linear_factors(
             diagonal factor, ``[1, 1, D]``.
         gamma_probe: ``[1, C_out, C_out]``; its gradient is ``Σ_n Σ_t g gᵀ``. Of a diagonal
             factor, ``[1, C_out, 1]``.
+        projections: ``(start, stop, P)`` where the weight holds P projections, of which ``y`` is
+            some; the probes are then ``[P, ...]``.
     """
-    rule = LinearRule(bias, diagonal_input, diagonal_output)
+    rule = LinearRule(bias, diagonal_input, diagonal_output, *projections)
     return _emit(y, rule, (omega_probe, gamma_probe), x)
 
 
@@ -229,8 +232,7 @@ class _Emission(torch.autograd.Function):
         x, g, scale = _part(x, cotangent, ctx.rule.spatial)
         statistics = ctx.rule.statistics(x, g, *others)
         if scale != 1:
-            for statistic in statistics:
-                statistic.mul_(scale)
+            statistics = tuple(statistic * scale for statistic in statistics)
         return cotangent, None, None, *statistics, *(None,) * ctx.others
 
 

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kfc_fx.ops.library import statistic_dtype
 from kfc_fx.ops.patch_gram import patch_gram
@@ -32,11 +33,17 @@ class EmissionRule(Protocol):
 
 @dataclass(frozen=True)
 class LinearRule:
-    """Rows of ``[..., C_in]`` and ``[..., C_out]``; a diagonal factor keeps squares alone."""
+    """Rows of ``[..., C_in]`` and ``[..., C_out]``; a diagonal factor keeps squares alone.
+
+    ``C_out`` may be the projections ``[start, stop)`` of those that a weight holds; they share Ω.
+    """
 
     bias: bool
     diagonal_input: bool = False
     diagonal_output: bool = False
+    start: int = 0
+    stop: int = 1
+    projections: int = 1
     spatial: int = 0
 
     def statistics(self, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
@@ -45,8 +52,16 @@ class LinearRule:
             omega = _row_squares(x, bias=self.bias)[None, None]
         else:
             omega = row_gram(x, bias=self.bias)[None]
-        gamma = _row_squares(g)[None, :, None] if self.diagonal_output else row_gram(g)[None]
-        return omega, gamma
+        parts = g.tensor_split(self.stop - self.start, dim=-1)
+        if self.diagonal_output:
+            gamma = torch.stack([_row_squares(part)[:, None] for part in parts])
+        else:
+            gamma = torch.stack([row_gram(part) for part in parts])
+        if self.projections == 1:
+            return omega, gamma
+        absent = (0, 0, 0, 0, self.start, self.projections - self.stop)
+        shared = omega.expand(len(parts), -1, -1)
+        return F.pad(shared, absent), F.pad(gamma, absent)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from math import gcd
 
 from kfc_fx.errors import CoverageError
 from kfc_fx.plan.forms import too_wide
@@ -16,6 +17,9 @@ from kfc_fx.plan.spec import (
     SiteSpec,
     UnmatchedUse,
 )
+
+MOST_PROJECTIONS = 16
+"""More parts than this of one weight are no projections, but an accident of how it is cut."""
 
 Sites = Mapping[str, Sequence[SiteSpec]]
 Unmatched = Mapping[str, Sequence[UnmatchedUse]]
@@ -120,6 +124,8 @@ def _refusal(
         return "used by several calls, by some as its transpose"
     if len({site.bias for site in sites}) > 1:
         return "used by several calls with different biases"
+    if any(site.rows for site in sites) and _projections(spec, sites) > MOST_PROJECTIONS:
+        return f"its rows are used in more than {MOST_PROJECTIONS} parts"
     if len({(site.geometry.kernel_size, site.geometry.groups) for site in sites}) > 1:
         return "used by several calls with different groups"
     return None
@@ -149,7 +155,15 @@ def _block(
         geometry=own[0].geometry,
         uses=uses,
         inputs_first=own[0].inputs_first,
+        projections=_projections(spec, own),
     )
+
+
+def _projections(spec: ParameterSpec, sites: Sequence[SiteSpec]) -> int:
+    """Into how many projections of equal size the calls divide the rows of a weight."""
+    ends = [end for site in sites for end in site.rows or ()]
+    packed = [spec.shape[0] // site.packed for site in sites]
+    return spec.shape[0] // gcd(spec.shape[0], *ends, *packed)
 
 
 def block_name(weight: str) -> str:

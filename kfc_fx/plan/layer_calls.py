@@ -1,4 +1,4 @@
-"""Which calls apply a layer: from a canonical node to its operands and how it reads its weight."""
+"""Which calls apply a layer: from a canonical node to its operands and how it reads them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from kfc_fx.plan.geometry import LINEAR, ConvGeometry, conv_geometry
 from kfc_fx.plan.spec import BlockKind, NormSpec
+from kfc_fx.plan.weight_views import dimensions, shape_of, weight_view
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class LayerCall:
 
     kind: BlockKind
     x: object
-    weight_operand: object
+    weight: object
     bias: object = None
     positions: frozenset[int] = frozenset((1, 2))
     """Which arguments of the call weight and bias are."""
@@ -28,18 +29,8 @@ class LayerCall:
     inputs_first: bool = False
     padding_idx: int | None = None
     norm: NormSpec | None = None
-
-    @property
-    def weight(self) -> fx.Node | None:
-        """The weight itself where the operand is its transpose."""
-        operand = transposed_matrix(self.weight_operand) or self.weight_operand
-        return operand if isinstance(operand, fx.Node) else None
-
-    @property
-    def reads_inputs_first(self) -> bool:
-        """Whether the weight itself is ``[C_in, C_out]``."""
-        flipped = transposed_matrix(self.weight_operand) is not None
-        return self.inputs_first != flipped
+    packed: int = 1
+    """How many projections of one input the rows of the whole weight hold."""
 
 
 CONVOLUTIONS: dict[object, BlockKind] = {
@@ -58,37 +49,12 @@ def layer_call(node: fx.Node) -> LayerCall | None:
     return matcher(node) if matcher else None
 
 
-def transposed_matrix(node: object) -> fx.Node | None:
-    """What ``node`` is the transpose of, if it is that of a matrix."""
-    if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
-        return None
-    operand, *rest = node.args or (None,)
-    if dimensions(operand) != 2 or not isinstance(operand, fx.Node):
-        return None
-    if node.target in ("t", torch.t, torch.ops.aten.numpy_T, torch.ops.aten.mT):
-        return operand
-    if node.target in ("transpose", torch.transpose, "swapaxes", torch.swapaxes):
-        axes = [axis % 2 for axis in rest if isinstance(axis, int)]
-        return operand if sorted(axes) == [0, 1] else None
-    if node.target is getattr and rest and rest[0] in ("T", "mT"):
-        return operand
-    return None
-
-
-def shape_of(value: object) -> tuple[int, ...] | None:
-    """Shape of the tensor that a node holds, from its example."""
-    example = value.meta.get("example_value") if isinstance(value, fx.Node) else None
-    return tuple(example.shape) if isinstance(example, torch.Tensor) else None
-
-
-def dimensions(value: object) -> int:
-    """Number of dimensions of the tensor that a node holds; 0 for anything else."""
-    return len(shape_of(value) or ())
-
-
 def _linear(node: fx.Node) -> LayerCall:
     x, weight, bias = node.args
-    return LayerCall("linear", x, weight, bias)
+    view = weight_view(weight)
+    name, packed = node.meta.get("kfc_packed", (None, 1))
+    packed = packed if view and view.base.name == name else 1
+    return LayerCall("linear", x, weight, bias, packed=packed)
 
 
 def _convolution(node: fx.Node) -> LayerCall | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from kfc_fx.plan.layer_calls import LayerCall, dimensions, layer_call, transposed_matrix
+from kfc_fx.plan.layer_calls import LayerCall, layer_call
 from kfc_fx.plan.spec import GraphUses, SiteSpec, UnmatchedUse
+from kfc_fx.plan.weight_views import dimensions, is_view, weight_view
 
 NO_EXAMPLES = "its input does not depend on the examples"
 
@@ -70,10 +72,14 @@ def _carries_data(node: fx.Node) -> bool:
 
 
 def _is_read_by_sites_only(node: fx.Node, calls: Mapping[fx.Node, LayerCall | None]) -> bool:
-    """Whether a node is the transpose of a weight, and nothing but layer calls reads it."""
-    if transposed_matrix(node) is None:
+    """Whether a node is a view of a weight or bias, and nothing but layer calls reads it."""
+    if not is_view(node):
         return False
-    return all((call := calls[user]) and call.weight_operand is node for user in node.users)
+    return all(
+        _is_read_by_sites_only(user, calls)
+        or ((call := calls[user]) is not None and node in (call.weight, call.bias))
+        for user in node.users
+    )
 
 
 def _applied_layer(node: fx.Node, parameters: Mapping[str, str]) -> LayerCall | None:
@@ -81,26 +87,36 @@ def _applied_layer(node: fx.Node, parameters: Mapping[str, str]) -> LayerCall | 
     call = layer_call(node)
     if call is None or not isinstance(call.x, fx.Node) or call.x.name in parameters:
         return None
-    weight = call.weight
-    if weight is None or weight.name not in parameters:
+    weight, bias = weight_view(call.weight), weight_view(call.bias)
+    if weight is None or weight.base.name not in parameters:
         return None
-    return call if dimensions(weight) >= (1 if call.kind == "scale_shift" else 2) else None
+    if dimensions(weight.base) < (1 if call.kind == "scale_shift" else 2):
+        return None
+    if weight.rows and (call.kind != "linear" or call.inputs_first != weight.transposed):
+        return None
+    if bias is None or bias.base.name not in parameters or bias.rows == weight.rows:
+        return call
+    # A bias that is cut in another way than the weight is a parameter of its own.
+    return replace(call, bias=None, positions=frozenset((1,)))
 
 
 def _site(node: fx.Node, call: LayerCall, parameters: Mapping[str, str]) -> SiteSpec:
     assert isinstance(call.x, fx.Node)
-    assert call.weight is not None
+    weight, bias = weight_view(call.weight), weight_view(call.bias)
+    assert weight is not None
     return SiteSpec(
         node=node.name,
         input_node=call.x.name,
-        weight=parameters[call.weight.name],
-        bias=parameters.get(call.bias.name) if isinstance(call.bias, fx.Node) else None,
+        weight=parameters[weight.base.name],
+        bias=parameters.get(bias.base.name) if bias else None,
         kind=call.kind,
         geometry=call.geometry,
-        inputs_first=call.reads_inputs_first,
+        inputs_first=call.inputs_first != weight.transposed,
         location=source_location(node),
         padding_idx=call.padding_idx,
         norm=call.norm,
+        rows=weight.rows,
+        packed=call.packed,
     )
 
 

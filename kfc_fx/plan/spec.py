@@ -62,6 +62,10 @@ class SiteSpec:
     """Of an embedding: the token whose row stays as it is."""
     norm: NormSpec | None = None
     """Of a scale and shift: the norm that it belongs to."""
+    rows: tuple[int, int] | None = None
+    """Which rows of the weight the call reads; None for all."""
+    packed: int = 1
+    """How many projections the rows of the whole weight are known to hold."""
 
     @property
     def transposed_conv(self) -> bool:
@@ -113,11 +117,16 @@ class BlockSpec:
     inputs_first: bool = False
     """Whether the weight is ``[C_in, C_out/groups, *kernel]``: of ``x @ W``, of a transposed
     convolution, of an embedding."""
+    projections: int = 1
+    """Of a linear layer whose rows are several projections, such as query, key and value: how
+    many. Each is a block of its own."""
 
     @property
     def groups(self) -> int:
-        """Blocks of this layer: one per group; of a scale and shift, one per channel."""
-        return prod(self.weight_shape) if self.kind == "scale_shift" else self.geometry.groups
+        """Blocks of this layer: one per group, per projection, per channel of a norm."""
+        if self.kind == "scale_shift":
+            return prod(self.weight_shape)
+        return self.geometry.groups * self.projections
 
     @property
     def rows(self) -> int:
@@ -152,6 +161,12 @@ class BlockSpec:
     def columns(self) -> int:
         """Side of the dense Ω: channels times offsets, plus one with a bias."""
         return self.channels * self.offsets + (self.bias is not None)
+
+    def span(self, site: SiteSpec) -> tuple[int, int]:
+        """The groups ``[start, stop)`` that one of the block's sites computes."""
+        if site.rows is None:
+            return (0, self.groups)
+        return (site.rows[0] // self.rows, site.rows[1] // self.rows)
 
     @property
     def parameters(self) -> tuple[str, ...]:

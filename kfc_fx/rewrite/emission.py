@@ -115,7 +115,8 @@ def _rows_of(site: SiteSpec, block: BlockSpec, nodes: Mapping[str, fx.Node]) -> 
     """The tensor whose locations are the block's, and its channels: numel over it is N·|T|."""
     if site.transposed_conv:
         return nodes[site.input_node], block.channels * block.groups
-    return nodes[site.node], block.rows * block.groups
+    start, stop = block.span(site)
+    return nodes[site.node], block.rows * (stop - start)
 
 
 def _probe_nodes(graph: fx.Graph) -> dict[tuple[str, str], fx.Node]:
@@ -163,7 +164,9 @@ def _emission(
         shape = {"shape": block.weight_shape, "bias": block.bias is not None}
         return emit_scale_shift_factors, {**norm, **shape}
     if site.kind == "linear":
-        options = {"bias": block.bias is not None}
+        options: dict[str, Any] = {"bias": block.bias is not None}
+        if block.projections > 1:
+            options["projections"] = (*block.span(site), block.projections)
         options |= {"diagonal_input": True} if forms.input == "diagonal" else {}
         options |= {"diagonal_output": True} if forms.output == "diagonal" else {}
         return emit_linear_factors, options

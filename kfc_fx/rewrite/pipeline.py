@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from torch import fx
 
@@ -13,6 +16,19 @@ GraphPass = Callable[[fx.GraphModule], bool]
 """Changes a graph module in place and says whether it did."""
 
 
+_left_out: ContextVar[frozenset[str]] = ContextVar("passes left out", default=frozenset())
+
+
+@contextmanager
+def without_passes(names: Iterable[str]) -> Iterator[None]:
+    """While it lasts, the named passes are skipped, to find the one that breaks a graph."""
+    token = _left_out.set(frozenset(names))
+    try:
+        yield
+    finally:
+        _left_out.reset(token)
+
+
 def run_passes(module: fx.GraphModule, passes: Sequence[tuple[str, GraphPass]]) -> list[Stage]:
     """Apply passes one after the other to copies of ``module``.
 
@@ -20,7 +36,8 @@ def run_passes(module: fx.GraphModule, passes: Sequence[tuple[str, GraphPass]]) 
         passes: (stage name, pass) pairs.
 
     Returns:
-        One stage per pass; the input module is left as it was.
+        One stage per pass; the input module is left as it was. A pass that
+        :func:`without_passes` names leaves the graph unchanged.
 
     Raises:
         KfcError: a pass raised or left an invalid graph; the message names it and those
@@ -29,17 +46,24 @@ def run_passes(module: fx.GraphModule, passes: Sequence[tuple[str, GraphPass]]) 
     stages: list[Stage] = []
     for name, graph_pass in passes:
         module = copy_graph(module)
-        try:
-            if graph_pass(module):
-                module.graph.lint()
-                module.recompile()
-        except KfcError:
-            raise
-        except Exception as error:
-            before = ", ".join(stage.name for stage in stages) or "none"
-            raise KfcError(
-                f"pass {name!r} failed: {error} (passes that ran before it: {before}). "
-                f"The graph it was given:\n{module.graph}"
-            ) from error
-        stages.append(Stage(name, module))
+        before = [stage.name for stage in stages]
+        skipped = name in _left_out.get()
+        started = time.perf_counter()
+        if not skipped:
+            _run(name, graph_pass, module, before)
+        stages.append(Stage(name, module, time.perf_counter() - started, skipped))
     return stages
+
+
+def _run(name: str, graph_pass: GraphPass, module: fx.GraphModule, before: Sequence[str]) -> None:
+    try:
+        if graph_pass(module):
+            module.graph.lint()
+            module.recompile()
+    except KfcError:
+        raise
+    except Exception as error:
+        raise KfcError(
+            f"pass {name!r} failed: {error} (passes that ran before it: "
+            f"{', '.join(before) or 'none'}). The graph it was given:\n{module.graph}"
+        ) from error
