@@ -1,8 +1,15 @@
 """Errors of kfc_fx. Each message says what was found, where, and what to do."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class KfcError(RuntimeError):
     """Base of every error that kfc_fx raises on purpose."""
+
+
+class TargetError(KfcError):
+    """What is to be inspected cannot be found, built, loaded or called."""
 
 
 class OptionError(KfcError, ValueError):
@@ -31,3 +38,10 @@ class StepError(KfcError):
 
 class KfcWarning(UserWarning):
     """Something was dropped or replaced; training goes on, and a counter counts it."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``" (did you mean 'x'?)"`` for the member of ``known`` nearest to ``name``, or ``""``."""
+    by_lower_case = {candidate.lower(): candidate for candidate in known}
+    nearest = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=0.5)
+    return f" (did you mean {by_lower_case[nearest[0]]!r}?)" if nearest else ""

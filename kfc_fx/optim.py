@@ -238,9 +238,14 @@ class KFC(torch.optim.Optimizer):
         return {block.name: engine.factors(block.name) for block in engine.blocks}
 
     @property
+    def engine(self) -> UpdateEngine:
+        """What runs the generated update: its spec, its state and its programs."""
+        return self._bound_engine()
+
+    @property
     def update_source(self) -> str:
         """Source of the generated update."""
-        return self._bound_engine().program.source
+        return self.engine.program.source
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

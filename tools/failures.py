@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,9 +11,18 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from kfc_fx.errors import KfcError
+from kfc_fx.errors import KfcError, did_you_mean
 
 USAGE_EXIT_CODE = 2
+
+__all__ = [
+    "USAGE_EXIT_CODE",
+    "CommandError",
+    "did_you_mean",
+    "import_extra",
+    "one_line_failures",
+    "unknown_name",
+]
 
 
 class CommandError(Exception):
@@ -45,13 +53,6 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> CommandError:
     return CommandError(
         f"unknown {kind} {name!r}{did_you_mean(name, names)}; there are: {', '.join(names)}"
     )
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``" (did you mean 'x'?)"`` for the member of ``known`` nearest to ``name``, or ``""``."""
-    by_lower_case = {candidate.lower(): candidate for candidate in known}
-    nearest = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=0.5)
-    return f" (did you mean {by_lower_case[nearest[0]]!r}?)" if nearest else ""
 
 
 def import_extra(module: str, purpose: str) -> ModuleType:
