@@ -1,0 +1,62 @@
+// Which line of generated source belongs to which node or block.
+
+// Line of every node of a stage's code, and node of every line.
+function stageLinks(stage) {
+  stage.links ??= readStageLinks(stage);
+  return stage.links;
+}
+
+function readStageLinks(stage) {
+  const names = new Set(stage.nodes.map((node) => node.name));
+  const lineOf = new Map();
+  const nameAt = new Map();
+  const mentions = new Map();
+  stage.code.split("\n").forEach((line, index) => {
+    const assigned = /^\s*([A-Za-z_]\w*)\s*(?::[^=]+)?=(?!=)/.exec(line)?.[1];
+    const name = /^\s*return\b/.test(line) ? "output" : assigned;
+    if (names.has(name) && !lineOf.has(name)) {
+      lineOf.set(name, index);
+      nameAt.set(index, name);
+    }
+    if (/^\s*def\b/.test(line)) return;
+    for (const [word] of line.matchAll(/[A-Za-z_]\w*/g)) if (!mentions.has(word)) mentions.set(word, index);
+  });
+  // A placeholder that no line assigns is shown where it is first used.
+  for (const name of names) if (!lineOf.has(name) && mentions.has(name)) lineOf.set(name, mentions.get(name));
+  return { lineOf, nameAt };
+}
+
+// Lines of a part of the update: those that name a block, and the section of its stack.
+function updateLinks(part, code) {
+  model.updateLinks ??= new Map();
+  if (!model.updateLinks.has(part)) model.updateLinks.set(part, readUpdateLinks(code));
+  return model.updateLinks.get(part);
+}
+
+function readUpdateLinks(code) {
+  const stacks = new Map();
+  for (const block of model.blocks) stacks.set(block.stack, [...(stacks.get(block.stack) ?? []), block.name]);
+  const blocksAt = [];
+  const named = new Map();
+  const sections = new Map();
+  let section = [];
+  code.split("\n").forEach((line, index) => {
+    if (line.trim() === "") section = [];
+    const tag = /^\s*#\s*(\S+): /.exec(line)?.[1];
+    if (stacks.has(tag)) section = stacks.get(tag);
+    const found = blocksNamedIn(line);
+    found.forEach((name) => named.set(name, [...(named.get(name) ?? []), index]));
+    section.forEach((name) => sections.set(name, [...(sections.get(name) ?? []), index]));
+    blocksAt.push(found.length ? found : section);
+  });
+  return { blocksAt, named, sections };
+}
+
+// A comment lists blocks after its last colon; code names them in strings, as "block.factor".
+function blocksNamedIn(line) {
+  const comment = /^\s*#.*: (.*)$/.exec(line);
+  const known = (name) => model.blockByName.has(name);
+  if (comment) return comment[1].split(/,\s*/).filter(known);
+  const found = [...line.matchAll(/"([^"]+)"/g)].flatMap(([, text]) => [text, text.replace(/\.\w+$/, "")]);
+  return [...new Set(found.filter(known))];
+}
