@@ -27,6 +27,7 @@ from kfc_fx.errors import CaptureError, CoverageError
 from kfc_fx.plan.coverage import build_plan
 from kfc_fx.plan.forms import InputFactorOption, factor_forms, statistic_shapes
 from kfc_fx.plan.match import match_uses
+from kfc_fx.plan.sharing import SharingOption, check_sharing
 from kfc_fx.plan.spec import CurvaturePlan, ParameterSpec
 from kfc_fx.rewrite.emission import Emitters, emission_order, emitting_stages
 from kfc_fx.rewrite.pipeline import run_passes
@@ -39,6 +40,7 @@ def compile(
     backend: str = "eager",
     strict: bool = False,
     norm_layers: bool = True,
+    weight_sharing: SharingOption = "expand",
 ) -> CompiledModel:
     """Prepare an existing model for training by KFC.
 
@@ -51,13 +53,16 @@ def compile(
         strict: raise at capture if the weight of a conv or linear call gets no block.
         norm_layers: give the scale and shift of norm layers a block, the exact Fisher matrix of
             each channel's two numbers; without it they are generic.
+        weight_sharing: how linear layers treat locations (tokens, pixels) that share their
+            weight: ``"expand"`` sums over them as a convolution does, ``"reduce"`` averages the
+            inputs and sums the gradients first; or a mapping from globs on block names.
 
     Returns:
         A module with the model's call signature, the same parameter objects and the same
         ``state_dict`` keys. The model is captured at the first call with gradients enabled.
 
     Raises:
-        OptionError: an unknown likelihood or backend.
+        OptionError: an unknown likelihood, backend or weight_sharing.
         TypeError: ``model`` is no ``nn.Module``.
     """
     if not isinstance(model, nn.Module):
@@ -65,7 +70,11 @@ def compile(
     if isinstance(model, CompiledModel):
         model = model.original
     check_backend(backend)
-    return CompiledModel(model, resolve_likelihood(likelihood), backend, strict, norm_layers)
+    check_sharing(weight_sharing)
+    if not isinstance(weight_sharing, str):
+        weight_sharing = dict(weight_sharing)
+    resolved = resolve_likelihood(likelihood)
+    return CompiledModel(model, resolved, backend, strict, norm_layers, weight_sharing)
 
 
 _SHARED = (
@@ -92,6 +101,7 @@ class CompiledModel(nn.Module):
         backend: str,
         strict: bool,
         norm_layers: bool,
+        weight_sharing: SharingOption,
     ) -> None:
         own = self.__dict__
         own["original"] = model
@@ -104,6 +114,7 @@ class CompiledModel(nn.Module):
             "backend": backend,
             "strict": strict,
             "norm_layers": norm_layers,
+            "weight_sharing": weight_sharing,
         }
         own["_graphs"] = []
         own["_plan"] = None
@@ -177,7 +188,8 @@ class CompiledModel(nn.Module):
         parameters = self._parameter_specs()
         if self._plan is None or self._plan[0] != parameters:
             uses = [graph.uses for graph in self._graphs]
-            plan = build_plan(parameters, uses, norm_layers=self._options["norm_layers"])
+            choices = {name: self._options[name] for name in ("norm_layers", "weight_sharing")}
+            plan = build_plan(parameters, uses, **choices)
             if self._options["strict"]:
                 _refuse_generic_layers(plan, self._graphs)
             self.__dict__["_plan"] = (parameters, plan)

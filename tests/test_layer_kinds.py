@@ -254,3 +254,45 @@ def test_padding_modes(mode, stride):
     )
     torch.testing.assert_close(factors["0"].omega, omega[0])
     torch.testing.assert_close(factors["0"].gamma, gamma[0])
+
+
+def tokens_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3), nn.Flatten(), nn.Linear(6, 5)
+    ).double()
+
+
+def test_reduce_averages_inputs_and_sums_gradients():
+    net = tokens_net()
+    x, y = torch.randn(6, 2, 4).double(), torch.randint(5, (6,))
+    compiled = kfc_fx.compile(net, weight_sharing={"0": "reduce", "[4]": "reduce"})
+    opt = kfc_fx.KFC(compiled, lr=0.0, fisher="empirical")
+    F.cross_entropy(compiled(x), y).backward()
+    opt.step()
+    assert [compiled.plan.block(n).sharing for n in "024"] == ["reduce", "expand", "reduce"]
+    assert "Γ 3², reduce" in str(compiled.plan)
+
+    hidden = net[0](x)
+    output = net[1:](hidden)
+    onehot = F.one_hot(y, 5).double()
+    (g,) = torch.autograd.grad(output, hidden, output.detach().softmax(-1) - onehot)
+    a = torch.cat([x.mean(1), torch.ones(6, 1).double()], 1)
+    torch.testing.assert_close(opt.factors["0"].omega, a.T @ a / 6)
+    torch.testing.assert_close(opt.factors["0"].gamma, g.sum(1).T @ g.sum(1) / 6)
+    for index in (2, 4):  # one is expanded, the other has no locations to reduce
+        omega, gamma = exact_factors(net, net[index], x, categorical_cotangent(y))
+        torch.testing.assert_close(opt.factors[str(index)].omega, omega[0])
+        torch.testing.assert_close(opt.factors[str(index)].gamma, gamma[0])
+
+
+def test_wrong_weight_sharing_is_refused():
+    with pytest.raises(kfc_fx.OptionError, match="weight_sharing must be one of expand, reduce"):
+        kfc_fx.compile(tokens_net(), weight_sharing="mean")
+    with pytest.raises(kfc_fx.OptionError, match="weight_sharing must be one of expand, reduce"):
+        kfc_fx.compile(tokens_net(), weight_sharing={"*": "sum"})
+    compiled = kfc_fx.compile(tokens_net(), weight_sharing={"layer*": "reduce"})
+    with pytest.raises(
+        kfc_fx.OptionError, match=r"no linear block matches 'layer\*'; the nearest name is"
+    ):
+        compiled.trace(torch.randn(6, 2, 4).double())

@@ -63,6 +63,7 @@ def emit_linear_factors(
     diagonal_input: bool = False,
     diagonal_output: bool = False,
     projections: tuple[int, int, int] = (0, 1, 1),
+    reduce: bool = False,
 ) -> Tensor:
     """Identity on ``y`` that emits the Ω of ``x`` and the Γ of the cotangent of ``y``.
 
@@ -75,8 +76,9 @@ def emit_linear_factors(
             factor, ``[1, C_out, 1]``.
         projections: ``(start, stop, P)`` where the weight holds P projections, of which ``y`` is
             some; the probes are then ``[P, ...]``.
+        reduce: average x and sum the cotangent over all dimensions but the first and last.
     """
-    rule = LinearRule(bias, diagonal_input, diagonal_output, *projections)
+    rule = LinearRule(bias, diagonal_input, diagonal_output, *projections, reduce=reduce)
     return _emit(y, rule, (omega_probe, gamma_probe), x)
 
 

@@ -44,10 +44,14 @@ class LinearRule:
     start: int = 0
     stop: int = 1
     projections: int = 1
+    reduce: bool = False
     spatial: int = 0
 
     def statistics(self, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`EmissionRule`."""
+        if self.reduce and x.dim() > 2:
+            between = tuple(range(1, x.dim() - 1))
+            x, g = x.mean(between), g.sum(between)
         if self.diagonal_input:
             omega = _row_squares(x, bias=self.bias)[None, None]
         else:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import gcd
 
 from kfc_fx.errors import CoverageError
 from kfc_fx.plan.forms import too_wide
+from kfc_fx.plan.sharing import SharingOption, check_patterns, sharing_of
 from kfc_fx.plan.spec import (
     BlockSpec,
     CurvaturePlan,
@@ -26,7 +28,11 @@ Unmatched = Mapping[str, Sequence[UnmatchedUse]]
 
 
 def build_plan(
-    parameters: Sequence[ParameterSpec], graphs: Sequence[GraphUses], *, norm_layers: bool = True
+    parameters: Sequence[ParameterSpec],
+    graphs: Sequence[GraphUses],
+    *,
+    norm_layers: bool = True,
+    weight_sharing: SharingOption = "expand",
 ) -> CurvaturePlan:
     """Decide for every parameter: block, generic or frozen; prove the result complete.
 
@@ -34,6 +40,11 @@ def build_plan(
         parameters: all parameters of the model, each once.
         graphs: the uses found in each captured graph.
         norm_layers: whether the scale and shift of a norm layer gets a block.
+        weight_sharing: "expand" or "reduce" for linear blocks, or by glob on their names.
+
+    Raises:
+        OptionError: a pattern of ``weight_sharing`` matches no linear block.
+        CoverageError: see :func:`prove_coverage`.
     """
     sites, unmatched = _by_parameter(graphs)
     specs = {spec.name: spec for spec in parameters}
@@ -46,10 +57,13 @@ def build_plan(
         if reason is None:
             uses = max(sum(s.weight == spec.name for s in graph.sites) for graph in graphs)
             block = _block(spec, sites, unmatched, specs, uses)
+            if block.kind == "linear":
+                block = replace(block, sharing=sharing_of(block.name, weight_sharing))
             reason = too_wide(block)
             blocks += [block] if reason is None else []
         if reason is not None:
             reasons[spec.name] = reason
+    check_patterns(weight_sharing, [b.name for b in blocks if b.kind == "linear"])
     held = {name for block in blocks for name in block.parameters}
     generic = tuple(
         GenericSpec(s.name, s.shape, reasons.get(s.name) or _generic_reason(s, sites, unmatched))

@@ -120,6 +120,8 @@ class BlockSpec:
     projections: int = 1
     """Of a linear layer whose rows are several projections, such as query, key and value: how
     many. Each is a block of its own."""
+    sharing: Literal["expand", "reduce"] = "expand"
+    """Of a linear layer: how its factors treat the locations that share the weight."""
 
     @property
     def groups(self) -> int:
@@ -207,7 +209,9 @@ class CurvaturePlan:
         for b in self.blocks:
             times = f" x{b.groups} groups" if b.groups > 1 else ""
             uses = f", used {b.uses} times" if b.uses > 1 else ""
-            lines.append(f"  block    {b.name}: {b.kind}, Ω {b.columns}², Γ {b.rows}²{times}{uses}")
+            shared = ", reduce" if b.sharing == "reduce" else ""
+            sides = f"Ω {b.columns}², Γ {b.rows}²"
+            lines.append(f"  block    {b.name}: {b.kind}, {sides}{times}{uses}{shared}")
         lines += [f"  generic  {g.name} {list(g.shape)}: {g.reason}" for g in self.generic]
         lines += [f"  frozen   {name}" for name in self.frozen]
         return "\n".join(lines)

@@ -22,6 +22,7 @@ from kfc_fx.ops.emission import (
 )
 from kfc_fx.plan.forms import FactorForms, statistic_shapes
 from kfc_fx.plan.spec import BlockSpec, SiteSpec
+from kfc_fx.plan.weight_views import dimensions
 from kfc_fx.rewrite.pipeline import run_passes
 
 Emitters = Mapping[str, tuple[BlockSpec, FactorForms]]
@@ -100,8 +101,13 @@ def return_row_counts(
         return False
     counts = []
     for site in sites:
-        counted, channels = _rows_of(site, emitters[site.weight][0], nodes)
+        block = emitters[site.weight][0]
         # Right behind the site: a later use of its output would keep it in memory.
+        if block.sharing == "reduce" and dimensions(nodes[site.node]) > 1:
+            with module.graph.inserting_after(nodes[site.node]):
+                counts.append(module.graph.call_method("size", (nodes[site.node], 0)))
+            continue
+        counted, channels = _rows_of(site, block, nodes)
         with module.graph.inserting_after(nodes[site.node]):
             numel = module.graph.call_method("numel", (counted,))
         with module.graph.inserting_after(numel):
@@ -165,6 +171,7 @@ def _emission(
         return emit_scale_shift_factors, {**norm, **shape}
     if site.kind == "linear":
         options: dict[str, Any] = {"bias": block.bias is not None}
+        options |= {"reduce": True} if block.sharing == "reduce" else {}
         if block.projections > 1:
             options["projections"] = (*block.span(site), block.projections)
         options |= {"diagonal_input": True} if forms.input == "diagonal" else {}
