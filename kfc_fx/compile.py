@@ -353,7 +353,7 @@ def _refuse_generic_layers(plan: CurvaturePlan, graphs: Sequence[CapturedGraph])
     """Raise for a conv or linear weight that is generic; the message names the use."""
     uses = [graph.uses for graph in graphs]
     weights = {s.weight for use in uses for s in use.sites if s.kind not in ("scale_shift",)}
-    weights |= {u.parameter for use in uses for u in use.unmatched if u.reason}
+    weights |= {u.parameter for use in uses for u in use.unmatched if u.may_be_layer}
     refused = [g for g in plan.generic if g.name in weights]
     if refused:
         reasons = "; ".join(f"{g.name}: {g.reason}" for g in refused)

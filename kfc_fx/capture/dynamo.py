@@ -36,7 +36,15 @@ def compile_forward(model: nn.Module, handle_graph: GraphHandler) -> Callable[..
     own = types.FunctionType(
         code, call_model.__globals__, code.co_name, None, call_model.__closure__
     )
-    return torch.compile(own, backend=handle_graph)
+    compiled = torch.compile(own, backend=handle_graph)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # Dynamo would skip the whole frame around a fused LSTM or GRU; as one op of the graph it
+        # leaves the layers around it to be seen.
+        with torch._dynamo.config.patch(allow_rnn=True):
+            return compiled(*args, **kwargs)
+
+    return call
 
 
 def compile_plain(

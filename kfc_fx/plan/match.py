@@ -14,6 +14,23 @@ from kfc_fx.plan.spec import GraphUses, SiteSpec, UnmatchedUse
 from kfc_fx.plan.weight_views import dimensions, is_view, weight_view
 
 NO_EXAMPLES = "its input does not depend on the examples"
+HIDING = {
+    "tag_activation_checkpoint": "inside an activation checkpoint, which hides its layers",
+    "cond": "inside a conditional region, which hides its layers",
+    "while_loop": "inside a loop region, which hides its layers",
+}
+OTHER_CALLS = {
+    **dict.fromkeys(
+        ("lstm", "gru", "rnn_tanh", "rnn_relu"),
+        "a fused recurrent layer, whose products are not layers of the graph",
+    ),
+    **dict.fromkeys(
+        ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
+        "a fused recurrent cell, whose products are not layers of the graph",
+    ),
+    "bilinear": "a product of two inputs, which is no linear layer",
+}
+"""Why a call that reads parameters is no layer, by its name."""
 
 
 def match_uses(
@@ -39,9 +56,11 @@ def match_uses(
         matched = call.positions if call else frozenset()
         if _is_read_by_sites_only(node, calls):
             matched = frozenset((0,))
-        reason = NO_EXAMPLES if applied[node] and not call else ""
+        lost = NO_EXAMPLES if applied[node] and not call else HIDING.get(_target_name(node), "")
+        reason = lost or OTHER_CALLS.get(_target_name(node), "")
+        where = (node.name, _target_name(node), source_location(node))
         unmatched += [
-            UnmatchedUse(name, node.name, _target_name(node), source_location(node), reason)
+            UnmatchedUse(name, *where, reason, bool(lost))
             for position, name in _parameter_arguments(node, parameters)
             if position not in matched
         ]

@@ -82,7 +82,9 @@ class UnmatchedUse:
     target: str
     location: str
     reason: str = ""
-    """Why a layer that is applied here is no site."""
+    """Why what is applied here is no site, where that is known."""
+    may_be_layer: bool = False
+    """Whether it is, or may hide, a conv or linear call."""
 
     def __str__(self) -> str:
         where = f" at {self.location}" if self.location else ""
