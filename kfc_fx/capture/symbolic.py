@@ -1,0 +1,161 @@
+"""Capture by ``symbolic_trace``: looks at a model without running it, and bakes branches in.
+
+What a Python ``if`` decides, ``self.training`` among it, is fixed in the graph, so that nothing
+should train from one. Layers become the functions that they apply, and fake tensors give shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import functional as F
+
+from kfc_fx.errors import CaptureError
+
+
+def symbolic_graph(model: nn.Module, inputs: Sequence[Tensor]) -> fx.GraphModule:
+    """The model's graph for inputs of these shapes; nothing is computed.
+
+    Raises:
+        CaptureError: the model does something that ``symbolic_trace`` cannot follow, or does
+            not take such inputs.
+    """
+    tracer = fx.Tracer()
+    try:
+        module = fx.GraphModule(model, tracer.trace(model))
+    except Exception as error:
+        raise CaptureError(
+            f"symbolic_trace cannot follow {type(model).__name__}: {_first_line(error)}; "
+            "capture by dynamo takes any Python"
+        ) from error
+    for node in list(module.graph.nodes):
+        if node.op == "call_module":
+            _spell_layer(module, node)
+    module.graph.lint()
+    module.recompile()
+    _keep_shapes(module, inputs)
+    return module
+
+
+def _keep_shapes(module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
+    """Run the graph on fake tensors and keep each node's value as its example."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    parameters = {
+        name: mode.from_tensor(value)
+        for name, value in [*module.named_parameters(), *module.named_buffers()]
+    }
+    try:
+        with mode:
+            _ShapeRecorder(module, parameters).run(*map(mode.from_tensor, inputs))
+    except Exception as error:
+        raise CaptureError(
+            f"the model does not take inputs of {[tuple(x.shape) for x in inputs]}: "
+            f"{_first_line(error)}"
+        ) from error
+
+
+class _ShapeRecorder(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, fakes: dict[str, FakeTensor]) -> None:
+        super().__init__(module)
+        self.fakes = fakes
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        n.meta["example_value"] = value
+        return value
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self.fakes.get(target, super().get_attr(target, args, kwargs))
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module = self.fetch_attr(target)
+        own = {
+            name.removeprefix(f"{target}."): value
+            for name, value in self.fakes.items()
+            if name.startswith(f"{target}.")
+        }
+        return torch.func.functional_call(module, own, args, kwargs)
+
+
+def _spell_layer(module: fx.GraphModule, node: fx.Node) -> None:
+    """A call of a layer's module as the call of the function that the layer applies."""
+    layer = module.get_submodule(str(node.target))
+    spelling = next((spell for kind, spell in LAYERS.items() if type(layer) is kind), None)
+    if spelling is None or len(node.args) != 1 or node.kwargs:
+        return
+    attributes: dict[str, fx.Node | None] = {}
+    with module.graph.inserting_before(node):
+        for name, value in [*layer._parameters.items(), *layer._buffers.items()]:
+            attributes[name] = None
+            if value is not None:
+                attributes[name] = module.graph.get_attr(f"{node.target}.{name}")
+                attributes[name].meta = dict(node.meta)
+    found = spelling(layer, node.args[0], attributes)
+    if found is None:
+        return
+    node.op = "call_function"
+    node.target, node.args = found
+    for attribute in attributes.values():
+        if attribute is not None and not attribute.users:
+            module.graph.erase_node(attribute)
+
+
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
+Attributes = dict[str, Any]
+
+
+def _linear(_: Any, x: Any, own: Attributes) -> Call:
+    return F.linear, (x, own["weight"], own["bias"])
+
+
+def _convolution(layer: Any, x: Any, own: Attributes) -> Call | None:
+    if layer.padding_mode != "zeros":
+        return None
+    function = getattr(torch, f"conv{len(layer.kernel_size)}d")
+    numbers = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    return function, (x, own["weight"], own["bias"], *numbers)
+
+
+def _transposed(layer: Any, x: Any, own: Attributes) -> Call:
+    function = getattr(torch, f"conv_transpose{len(layer.kernel_size)}d")
+    numbers = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
+    return function, (x, own["weight"], own["bias"], *numbers)
+
+
+def _embedding(layer: Any, x: Any, own: Attributes) -> Call:
+    return F.embedding, (x, own["weight"], layer.padding_idx)
+
+
+def _batch_norm(layer: Any, x: Any, own: Attributes) -> Call:
+    training = layer.training or layer.running_mean is None
+    statistics = (own["running_mean"], own["running_var"], own["weight"], own["bias"])
+    momentum = 0.0 if layer.momentum is None else layer.momentum
+    return F.batch_norm, (x, *statistics, training, momentum, layer.eps)
+
+
+def _layer_norm(layer: Any, x: Any, own: Attributes) -> Call:
+    return F.layer_norm, (x, layer.normalized_shape, own["weight"], own["bias"], layer.eps)
+
+
+def _group_norm(layer: Any, x: Any, own: Attributes) -> Call:
+    return F.group_norm, (x, layer.num_groups, own["weight"], own["bias"], layer.eps)
+
+
+LAYERS: dict[type[nn.Module], Callable[[Any, Any, Attributes], Call | None]] = {
+    nn.Linear: _linear,
+    nn.Embedding: _embedding,
+    nn.LayerNorm: _layer_norm,
+    nn.GroupNorm: _group_norm,
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _transposed),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _batch_norm),
+}
+"""Layers whose call is spelled out, by exact type; other modules stay calls."""
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,151 @@
+"""What a step costs: the work of the gradient, of the statistics, of a refresh, of an update.
+
+Every number is counted from the code that runs, on tensors without data: the captured graphs
+and their emissions for the inputs of the capture, and the generated functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from kfc_fx.capture.graph import CapturedGraph
+from kfc_fx.inspect.counting import Work, WorkCounter
+from kfc_fx.inspect.methods import OpCall, StatisticsObserver, counted_call
+from kfc_fx.inspect.nodes import concrete, example_of, shape_of
+from kfc_fx.ops.emission import EMISSIONS, fisher_pass
+
+
+@dataclass(frozen=True)
+class SiteCost:
+    """The statistics of one site of a block."""
+
+    block: str
+    work: Work
+    calls: tuple[OpCall, ...]
+
+
+def site_costs(graph: CapturedGraph) -> list[SiteCost]:
+    """The work of every emission of a graph, each run by itself."""
+    nodes = graph.stages[-1].module.graph.nodes
+    return [_site_cost(node) for node in nodes if node.target in EMISSIONS]
+
+
+def _site_cost(node: fx.Node) -> SiteCost:
+    observer = StatisticsObserver()
+    y, *others = (_without_data(argument) for argument in node.args)
+    probes = [o for a, o in zip(node.args[1:], others, strict=True) if _is_probe(a)]
+    output = node.target(y.requires_grad_(), *others, **node.kwargs)  # type: ignore[operator]
+
+    def backward() -> None:
+        with fisher_pass():
+            torch.autograd.grad(output, probes, torch.empty_like(output))
+
+    work = counted_call(observer.counter, backward)
+    return SiteCost(node.meta["kfc_block"], work, tuple(observer.calls))
+
+
+def _without_data(argument: Any) -> Any:
+    if not isinstance(argument, fx.Node):
+        return argument
+    shape = shape_of(argument)
+    assert shape is not None
+    if _is_probe(argument):
+        return torch.empty((), device="meta").expand(shape).requires_grad_()
+    dtype = example_of(argument).dtype  # type: ignore[attr-defined]
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _is_probe(argument: Any) -> bool:
+    return isinstance(argument, fx.Node) and "kfc_probe" in argument.meta
+
+
+def gradient_work(graph: CapturedGraph) -> Work:
+    """Forward and backward pass of the plain graph, with the gradients of its parameters."""
+    return _passes(graph.stages[0].module.graph, graph.stages[0].module, wanted=_trained)
+
+
+def fisher_work(graph: CapturedGraph) -> Work:
+    """The backward pass that brings the sampled cotangent to the sites, and no statistics."""
+    module = graph.stages[-1].module
+    if not any(map(_is_probe, module.graph.nodes)):
+        return Work()
+    both = _passes(module.graph, module, wanted=lambda value, node: _is_probe(node))
+    forward = _passes(module.graph, module, wanted=None)
+    return Work(both.flops - forward.flops, both.bytes - forward.bytes)
+
+
+def _trained(value: Any, _: fx.Node) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _passes(graph: fx.Graph, module: fx.GraphModule, *, wanted: Any) -> Work:
+    """The work of a forward pass, and of the gradients of the inputs that are ``wanted``."""
+    mode, counter = FakeTensorMode(allow_non_fake_inputs=True), WorkCounter()
+    with mode:
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        inputs = [_fake(node) for node in placeholders]
+        attributes = _fake_attributes(module, mode)
+        pairs = [*zip(inputs, placeholders, strict=True), *attributes.values()]
+        leaves = [value for value, node in pairs if wanted and wanted(value, node)]
+        for value, _ in pairs:
+            if isinstance(value, Tensor) and value.is_floating_point():
+                value.requires_grad_(any(value is leaf for leaf in leaves))
+        with counter, torch.enable_grad(), fisher_pass():
+            known = {name: value for name, (value, _) in attributes.items()}
+            outputs = _Interpreter(module, known).run(*inputs)
+            _backward(outputs, leaves)
+    return counter.work
+
+
+def _backward(outputs: Any, leaves: Sequence[Tensor]) -> None:
+    ends = [o for o in pytree.tree_leaves(outputs) if isinstance(o, Tensor) and o.requires_grad]
+    if leaves and ends:
+        torch.autograd.grad(ends, leaves, [torch.empty_like(e) for e in ends], allow_unused=True)
+
+
+def _fake(node: fx.Node) -> Any:
+    """A value like the placeholder's example, with numbers for dynamic sizes."""
+    shape, value = shape_of(node), example_of(node)
+    if _is_probe(node):
+        return torch.empty(()).expand(shape)
+    if shape is None:
+        return concrete(value) if isinstance(value, torch.SymInt) else value
+    fake = torch.empty(shape, dtype=value.dtype, device=value.device)  # type: ignore[attr-defined]
+    return fake.requires_grad_(value.requires_grad)  # type: ignore[attr-defined]
+
+
+def _fake_attributes(
+    module: fx.GraphModule, mode: FakeTensorMode
+) -> dict[str, tuple[Tensor, fx.Node | None]]:
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {
+        name: (mode.from_tensor(value).detach().requires_grad_(value.requires_grad), None)
+        for name, value in tensors.items()
+    }
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs a graph with fake tensors in place of the tensors that its module holds."""
+
+    def __init__(self, module: fx.GraphModule, attributes: Mapping[str, Tensor]) -> None:
+        super().__init__(module)
+        self._attributes = attributes
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        known = self._attributes.get(target)
+        return super().get_attr(target, args, kwargs) if known is None else known
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        own = {
+            name.removeprefix(f"{target}."): value
+            for name, value in self._attributes.items()
+            if name.startswith(f"{target}.")
+        }
+        return torch.func.functional_call(self.fetch_attr(target), own, args, kwargs)

@@ -1,0 +1,107 @@
+"""The work of the generated update, counted by running it on tensors without data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfc_fx.binding import Group, learning_rates
+from kfc_fx.codegen.engine import SavedState, UpdateEngine
+from kfc_fx.codegen.layout import StackSpec
+from kfc_fx.codegen.options import UpdateSpec
+from kfc_fx.codegen.state import state_entries
+from kfc_fx.codegen.statistics import ScreenedStatistics
+from kfc_fx.inspect.counting import Work, WorkCounter
+from kfc_fx.inspect.methods import counted_call
+from kfc_fx.optim_options import KFCOptions
+
+
+@dataclass(frozen=True)
+class UpdateWork:
+    """The work of each part of the update."""
+
+    accumulate: Work
+    refresh: Work
+    apply: Work
+
+
+def state_bytes(spec: UpdateSpec, stack: StackSpec) -> dict[str, int]:
+    """Bytes of each state tensor of a stack, by name."""
+    size = getattr(torch, stack.dtype).itemsize
+    return {
+        name: torch.Size(entry.shape).numel() * size
+        for name, entry in state_entries(spec, stack).items()
+    }
+
+
+def factor_bytes(spec: UpdateSpec, stack: StackSpec) -> int:
+    """Bytes of the factors of a stack and of their bases or inverses."""
+    moments = ("v", "m", "p", "mass", "locations")
+    sizes = state_bytes(spec, stack)
+    return sum(size for name, size in sizes.items() if name not in moments)
+
+
+def update_work(
+    spec: UpdateSpec,
+    options: KFCOptions,
+    parameters: Mapping[str, Tensor],
+    groups: Mapping[str, Group],
+) -> UpdateWork:
+    """Work of one ``accumulate``, one later ``refresh`` and one ``apply``.
+
+    Args:
+        spec: as the optimizer made it.
+        parameters: of the model, by name; only their shapes and dtypes are read.
+        groups: parameter group by the name of each parameter that is updated.
+    """
+    without_data = {name: torch.empty_like(p, device="meta") for name, p in parameters.items()}
+    stacks = tuple(replace(stack, device="meta") for stack in spec.stacks)
+    engine = UpdateEngine(replace(spec, stacks=stacks), SavedState({}, {}, {}), without_data)
+    counter = WorkCounter()
+    statistics = _statistics(engine.spec)
+    accumulate = counted_call(counter, lambda: engine.accumulate(statistics))
+    refresh = engine.program.functions["refresh"]
+    damping = (options.damping,) if spec.scaling == "inverse" else ()
+    refreshed = counted_call(counter, lambda: refresh(engine.state, *damping))
+    gradients = {name: torch.empty_like(without_data[name]) for name in spec.parameters}
+    arguments = _arguments(engine.spec, options, groups)
+    applied = counted_call(
+        counter,
+        lambda: engine.apply(gradients, arguments, lambda _: torch.empty((), device="meta")),
+    )
+    return UpdateWork(accumulate, refreshed, applied)
+
+
+def _statistics(spec: UpdateSpec) -> ScreenedStatistics:
+    sums = {
+        f"{block.name}.{factor}": _empty((block.groups, *shape[1:]), stack)
+        for stack in spec.stacks
+        for block in stack.blocks
+        for factor, shape in stack.factor_shapes.items()
+    }
+    columns = {stack.key: _empty((stack.depth, 1, 1), stack) for stack in spec.stacks}
+    return ScreenedStatistics(sums, 1, columns, columns, ())
+
+
+def _empty(shape: tuple[int, ...], stack: StackSpec) -> Tensor:
+    return torch.empty(shape, dtype=getattr(torch, stack.dtype), device="meta")
+
+
+def _arguments(
+    spec: UpdateSpec, options: KFCOptions, groups: Mapping[str, Group]
+) -> dict[str, Any]:
+    """Arguments of ``apply``; their values do not change its work."""
+    return {
+        "lr": learning_rates(spec, groups),
+        "momentum": options.momentum,
+        "step": 1,
+        "second_moment_decay": options.second_moment_decay,
+        "eps": options.eps,
+        "clip": options.clip,
+        "shrink": dict.fromkeys(spec.parameters, 1.0),
+        "average_decay": 0.5,
+    }
