@@ -21,6 +21,7 @@ from kfc_fx.capture.dynamo import (
     parameter_nodes,
 )
 from kfc_fx.capture.graph import CapturedGraph, Stage, copy_graph
+from kfc_fx.capture.symbolic import refuse_to_run, symbolic_graph
 from kfc_fx.curvature.likelihood import CotangentFunction, Likelihood, resolve_likelihood
 from kfc_fx.curvature.recorder import StatisticsRecorder
 from kfc_fx.errors import CaptureError, CoverageError
@@ -151,6 +152,21 @@ class CompiledModel(nn.Module):
         mark_batch_dynamic(args, kwargs)
         with _state_preserved(self.original), torch.enable_grad():
             self._forward(*args, **kwargs)
+        return self.plan
+
+    def trace_symbolic(self, *inputs: Tensor) -> CurvaturePlan:
+        """Capture the model by ``symbolic_trace``, without running it, to look at the result.
+
+        Python branches and the training flag are fixed in the graph: the model then refuses to
+        run. For training, compile it anew.
+
+        Raises:
+            CaptureError: ``symbolic_trace`` cannot follow the model.
+        """
+        module = symbolic_graph(self.original, inputs)
+        missing = sum(node.op == "placeholder" for node in module.graph.nodes) - len(inputs)
+        self._handle_graph(module, [*inputs, *(None,) * missing])
+        self.__dict__["_forward"] = refuse_to_run
         return self.plan
 
     def collect_statistics(self, *args: Any, **kwargs: Any) -> None:

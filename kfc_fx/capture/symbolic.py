@@ -41,6 +41,18 @@ def symbolic_graph(model: nn.Module, inputs: Sequence[Tensor]) -> fx.GraphModule
     return module
 
 
+def refuse_to_run(*_: Any, **__: Any) -> Any:
+    """Stands in for the forward pass of a model that was captured to be looked at.
+
+    Raises:
+        CaptureError: always.
+    """
+    raise CaptureError(
+        "this model was captured by symbolic_trace, which fixes Python branches and the training "
+        "flag: it is for looking. Compile the model anew to train it"
+    )
+
+
 def _keep_shapes(module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
     """Run the graph on fake tensors and keep each node's value as its example."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)

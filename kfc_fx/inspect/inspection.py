@@ -1,0 +1,138 @@
+"""Compile a model to look at it: capture, plan and passes, and the optimizer's update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import Tensor, nn
+
+from kfc_fx.binding import Group, update_spec
+from kfc_fx.capture.graph import CapturedGraph, Stage
+from kfc_fx.codegen.options import UpdateSpec
+from kfc_fx.codegen.program import generate
+from kfc_fx.compile import CompiledModel, compile
+from kfc_fx.errors import KfcError, TargetError
+from kfc_fx.inspect.inputs import InputSpec
+from kfc_fx.optim import KFC
+from kfc_fx.plan.spec import CurvaturePlan
+from kfc_fx.rewrite.pipeline import without_passes
+
+CAPTURES = ("dynamo", "symbolic")
+
+
+@dataclass(frozen=True)
+class InspectionOptions:
+    """How to compile: the capture, passes to leave out, and what shapes the update."""
+
+    capture: str = "dynamo"
+    without: frozenset[str] = frozenset()
+    scaling: str = "adam"
+    input_factor: str = "auto"
+    norm_layers: bool = True
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A compiled model and what it was compiled from."""
+
+    target: str
+    compiled: CompiledModel
+    optimizer: KFC
+    inputs: tuple[InputSpec, ...]
+    options: InspectionOptions
+    graphs: tuple[CapturedGraph, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def plan(self) -> CurvaturePlan:
+        """The account of every parameter."""
+        return self.compiled.plan
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """Parameters of the model by name."""
+        return dict(self.compiled.original.named_parameters())
+
+    @property
+    def groups(self) -> dict[str, Group]:
+        """The optimizer's parameter group by parameter name."""
+        return dict.fromkeys(self.parameters, self.optimizer.param_groups[0])
+
+    @cached_property
+    def spec(self) -> UpdateSpec | None:
+        """What the update is generated from; None where no parameter has a block."""
+        if not self.plan.blocks:
+            return None
+        return update_spec(self.compiled, self.optimizer.options, self.parameters, self.groups)
+
+    @cached_property
+    def update_source(self) -> str:
+        """Source of the update; empty where no parameter has a block."""
+        return generate(self.spec).source if self.spec else ""
+
+    @property
+    def pass_names(self) -> tuple[str, ...]:
+        """Names of the passes, in the order in which they run."""
+        return tuple(stage.name for stage in self.graphs[0].stages[1:])
+
+
+def inspect_model(
+    model: nn.Module,
+    target: str,
+    inputs: Sequence[InputSpec],
+    options: InspectionOptions | None = None,
+    notes: Sequence[str] = (),
+) -> Inspection:
+    """Capture and compile ``model`` for example inputs; its state stays as it is.
+
+    Args:
+        target: what the model was called by.
+        notes: warnings that the document is to carry.
+
+    Raises:
+        TargetError: the model does not run on such inputs.
+        CaptureError, KfcError: it cannot be captured, or a pass fails.
+    """
+    options = options or InspectionOptions()
+    compiled = compile(model, norm_layers=options.norm_layers)
+    optimizer = KFC(compiled, lr=0.01, scaling=options.scaling, input_factor=options.input_factor)
+    with without_passes(options.without):
+        _capture(compiled, inputs, options.capture)
+        graphs = compiled.graphs
+    return Inspection(target, compiled, optimizer, tuple(inputs), options, graphs, tuple(notes))
+
+
+def _capture(compiled: CompiledModel, inputs: Sequence[InputSpec], capture: str) -> None:
+    examples = [spec.example() for spec in inputs]
+    if capture == "symbolic":
+        compiled.trace_symbolic(*examples)
+        return
+    try:
+        compiled.trace(*examples)
+    except KfcError:
+        raise
+    except Exception as error:
+        raise TargetError(
+            f"{type(compiled.original).__name__} does not run on "
+            f"{' '.join(map(str, inputs))}: {_reason(error)}. --input gives other shapes"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of the innermost error: dynamo wraps it in pages of its own."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return lines[0] if lines else type(cause).__name__
+
+
+def changed_nodes(before: Stage | None, after: Stage) -> tuple[list[str], list[str]]:
+    """Names of the nodes that a pass created, and of those that it erased."""
+    if before is None:
+        return [], []
+    old = [node.name for node in before.module.graph.nodes]
+    new = [node.name for node in after.module.graph.nodes]
+    return [n for n in new if n not in set(old)], [n for n in old if n not in set(new)]
