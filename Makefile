@@ -1,15 +1,18 @@
 # make demo    set up .venv and run the main job: KFC and SGD on scikit-learn's digits
 # make test    set up .venv and run lint, types and tests
 #
+# make fuzz    properties of the rewrite on random networks, for MINUTES=20
+#
 # The set-up is done once, and again only after pyproject.toml has changed.
 
 PYTHON ?= python3
+MINUTES ?= 20
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint fuzz clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -21,6 +24,9 @@ demo: $(READY)
 test: lint
 	@echo "==> tests"
 	@$(BIN)/pytest
+
+fuzz: $(READY)
+	@$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
 lint: $(READY)
 	@echo "==> lint: ruff check"
