@@ -48,7 +48,7 @@ function drawItem(item, box, left, top, level) {
 }
 
 function drawClosed(drawn, item, box) {
-  const [first, second] = captionOf(item);
+  const [first, second] = captionOf(item, view);
   const rounding = isRounded(item) ? box.height / 2 : 5;
   if (item.isGroup) {
     drawn.append(svg("rect", { class: "behind", x: 4, y: 4, width: box.width, height: box.height, rx: 5 }));
@@ -56,16 +56,11 @@ function drawClosed(drawn, item, box) {
   drawn.append(svg("rect", { class: "box", width: box.width, height: box.height, rx: rounding }));
   const indent = isRounded(item) ? 20 : 12;
   drawn.append(svg("text", { class: "name", x: indent, y: second ? 19 : 27 }, first));
-  if (second) drawn.append(svg("text", { class: "what", x: indent, y: 34 }, secondLine(item, second)));
+  if (second) drawn.append(svg("text", { class: "what", x: indent, y: 34 }, second));
   if (item.isGroup) {
     drawn.append(drawToggle(box.width - 15, 14, false));
     drawKinds(drawn, item, box);
   }
-}
-
-function secondLine(item, caption) {
-  if (view.colouring !== "cost" || flopsOf(item) === 0) return caption;
-  return `${shortNumber(flopsOf(item))}FLOPs · ${percentText(flopsOf(item) / model.totalFlops)}`;
 }
 
 function drawOpen(drawn, group, box, place, level) {

@@ -105,7 +105,7 @@ function promoteSingles(group) {
     promoteSingles(child);
     const only = child.children[0];
     if (child.children.length !== 1 || only.isGroup) return child;
-    return Object.assign(only, { label: child.label, parent: group });
+    return Object.assign(only, { label: child.label, parent: group, isModule: true });
   });
 }
 

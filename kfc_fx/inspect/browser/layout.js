@@ -1,6 +1,6 @@
 // Positions, group by group: a group that opens or closes moves only what is around it.
 
-const LINE = { height: 44, character: 6.9, padding: 26, minimum: 84, maximum: 300 };
+const LINE = { height: 44, character: 6.9, padding: 26, minimum: 84, maximum: 308, step: 14 };
 const HEADER = 30;
 const MARGIN = 14;
 const BARE = { nodesep: 22, ranksep: 30, edgesep: 12, marginx: MARGIN, marginy: MARGIN };
@@ -11,14 +11,16 @@ function sizeOf(item, view) {
     const layout = layoutGroup(item, view);
     return { width: layout.width, height: layout.height + HEADER };
   }
-  const captions = captionOf(item);
+  const captions = captionOf(item, view);
   const room = item.isGroup ? 22 : isRounded(item) ? 16 : 0; // for the toggle, for the round ends
   return { width: textWidth(...captions) + room, height: LINE.height };
 }
 
+// Widths go in steps, so that groups whose names differ in a digit have one shape.
 function textWidth(...texts) {
   const longest = Math.max(...texts.map((text) => text.length));
-  return Math.min(LINE.maximum, Math.max(LINE.minimum, longest * LINE.character + LINE.padding));
+  const width = Math.ceil((longest * LINE.character + LINE.padding) / LINE.step) * LINE.step;
+  return Math.min(LINE.maximum, Math.max(LINE.minimum, width));
 }
 
 // Texts cut to the width that an item may have at most.
@@ -31,8 +33,12 @@ function isRounded(item) {
   return !item.isGroup && ["probe", "emission", "input", "output"].includes(item.node.role);
 }
 
-// Two lines: the name, and what it is.
-function captionOf(item) {
+// Two lines: the name, and what it is or costs.
+function captionOf(item, view) {
+  if (view.colouring === "cost" && flopsOf(item) > 0) {
+    const share = percentText(flopsOf(item) / model.totalFlops);
+    return [fitText(item.label), `${shortNumber(flopsOf(item))}FLOPs · ${share}`];
+  }
   if (item.isGroup) {
     const blocks = item.blocks.size > 1 ? plural(item.blocks.size, "block") : "";
     const what = [item.type, blocks || plural(item.size, "node")].filter(Boolean).join(" · ");
@@ -58,37 +64,54 @@ function forgetLayout(item) {
   for (let group = item; group; group = group.parent) group.layout = null;
 }
 
+// Groups of one shape, as repeated blocks are, are laid out once.
+const layoutsByShape = new Map();
+
 function computeLayout(group, view) {
-  const graph = new dagre.graphlib.Graph();
-  graph.setGraph({ ...BARE, rankdir: "TB", ranker: group.children.length > 80 ? "longest-path" : "network-simplex" });
-  graph.setDefaultEdgeLabel(() => ({}));
-  for (const child of group.children) graph.setNode(child.id, sizeOf(child, view));
-  for (const edge of group.edges.values()) {
-    for (const end of [edge.from, edge.to]) {
-      if (end.startsWith("port:")) graph.setNode(end, { width: 8, height: 4 });
-    }
-    graph.setEdge(edge.from, edge.to, { weight: edge.flow === "data" ? 3 : 1 });
-  }
-  dagre.layout(graph);
-  return readLayout(group, graph, view);
+  const sizes = group.children.map((child) => sizeOf(child, view));
+  const order = new Map(group.children.map((child, position) => [child.id, String(position)]));
+  const edges = [...group.edges.values()];
+  const ends = edges.map(({ from, to, flow }) => [order.get(from) ?? from, order.get(to) ?? to, flow === "data" ? 3 : 1]);
+  const shape = JSON.stringify([sizes, ends]);
+  if (!layoutsByShape.has(shape)) layoutsByShape.set(shape, positionsOf(sizes, ends));
+  return readLayout(group, edges, sizes, layoutsByShape.get(shape), view);
 }
 
-function readLayout(group, graph, view) {
-  const inner = graph.graph();
-  const height = Number.isFinite(inner.height) ? inner.height : 0;
-  const width = Math.max(Number.isFinite(inner.width) ? inner.width : 0, textWidth(group.label, group.type) + 60);
-  const shift = (width - (inner.width || 0)) / 2; // a title wider than what is under it
-  const boxes = new Map();
-  for (const { id } of group.children) {
-    const node = graph.node(id);
-    const corner = { x: node.x - node.width / 2 + shift, y: node.y - node.height / 2 };
-    boxes.set(id, { ...corner, width: node.width, height: node.height });
+// Middles of the boxes and bends of the edges; boxes go by their positions in the group.
+function positionsOf(sizes, ends) {
+  const graph = new dagre.graphlib.Graph();
+  graph.setGraph({ ...BARE, rankdir: "TB", ranker: sizes.length > 80 ? "longest-path" : "network-simplex" });
+  sizes.forEach((size, position) => graph.setNode(String(position), { ...size }));
+  for (const [from, to, weight] of ends) {
+    for (const end of [from, to]) if (end.startsWith("port:")) graph.setNode(end, { width: 8, height: 4 });
+    graph.setEdge(from, to, { weight });
   }
-  const port = (name, y) => (graph.hasNode(name) ? { x: graph.node(name).x + shift, y } : null);
-  const layout = { width, height, boxes, inPort: port(IN_PORT, 0), outPort: port(OUT_PORT, height) };
+  dagre.layout(graph);
+  const { width, height } = graph.graph();
+  const middle = (name) => graph.hasNode(name) ? { x: graph.node(name).x, y: graph.node(name).y } : null;
+  return {
+    width: Number.isFinite(width) ? width : 0,
+    height: Number.isFinite(height) ? height : 0,
+    middles: sizes.map((_, position) => middle(String(position))),
+    bends: ends.map(([from, to]) => graph.edge(from, to).points),
+    inPort: middle(IN_PORT), outPort: middle(OUT_PORT),
+  };
+}
+
+function readLayout(group, edges, sizes, positions, view) {
+  const { height } = positions;
+  const width = Math.max(positions.width, textWidth(group.label, group.type) + 60);
+  const shift = (width - positions.width) / 2; // a title wider than what is under it
+  const boxes = new Map(group.children.map((child, position) => {
+    const { x, y } = positions.middles[position];
+    const size = sizes[position];
+    return [child.id, { x: x - size.width / 2 + shift, y: y - size.height / 2, ...size }];
+  }));
+  const port = (middle, y) => middle && { x: middle.x + shift, y };
+  const layout = { width, height, boxes, inPort: port(positions.inPort, 0), outPort: port(positions.outPort, height) };
   const open = new Map(group.children.filter((c) => c.isGroup && view.expanded.has(c.id)).map((c) => [c.id, c]));
-  layout.lines = [...group.edges.values()].map((edge) => {
-    const bends = graph.edge(edge.from, edge.to).points.map(({ x, y }) => ({ x: x + shift, y }));
+  layout.lines = edges.map((edge, index) => {
+    const bends = positions.bends[index].map(({ x, y }) => ({ x: x + shift, y }));
     return { ...edge, points: linePoints(edge, bends, layout, open) };
   });
   return layout;
@@ -102,6 +125,7 @@ function linePoints(edge, points, layout, open) {
   if (edge.to === OUT_PORT) points[points.length - 1] = layout.outPort;
   if (source) points[0] = portAt(layout.boxes.get(edge.from), source, true);
   if (target) points[points.length - 1] = portAt(layout.boxes.get(edge.to), target, false);
+  if (points.length === 3) points[1].x = (points[0].x + points[2].x) / 2; // no hook at a moved end
   return points;
 }
 

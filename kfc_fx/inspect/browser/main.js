@@ -46,7 +46,9 @@ function showParameters(shown) {
 function showColouring(colouring) {
   view.colouring = colouring;
   drawLegend(view);
-  redraw();
+  for (const item of view.hierarchy.items.values()) if (item.isGroup) item.layout = null;
+  view.hierarchy.root.layout = null;
+  redraw(view.hierarchy.root.children[0]);
 }
 
 function drawHeading() {

@@ -3,7 +3,7 @@
 function drawModules() {
   const rows = [];
   const visit = (group, level) => {
-    for (const child of group.children.filter(isModule)) {
+    for (const child of group.children.filter((child) => child.isGroup || child.isModule)) {
       rows.push(moduleRow(child, level));
       if (child.isGroup && view.expanded.has(child.id)) visit(child, level + 1);
     }
@@ -11,11 +11,6 @@ function drawModules() {
   visit(view.hierarchy.root, 1);
   byId("modules").replaceChildren(...rows);
   markModules();
-}
-
-// Groups, and single nodes that stand for their module.
-function isModule(item) {
-  return item.isGroup || item.label !== nodeLabel(item.node);
 }
 
 function moduleRow(item, level) {

@@ -14,7 +14,8 @@ function linePlot(title, series, { x = null, logarithmic = false, xName = "step"
   drawn.forEach((line, index) => {
     picture.append(svg("path", { class: "line", d: linePath(line.values, positions, scales, logarithmic), "data-series": index }));
   });
-  const readout = html("output", { class: "what", "aria-hidden": "true" }, plotNames(drawn));
+  if (drawn.length > 1) heading.append(...drawn.map(({ name }, index) => html("span", { class: "key", "data-series": index }, name)));
+  const readout = html("output", { class: "what", "aria-hidden": "true" });
   connectReadout(picture, readout, drawn, positions, scales);
   return html("figure", { class: "plot" }, heading, picture, readout);
 }
@@ -28,7 +29,10 @@ function plotScales(series, positions, logarithmic) {
   const transform = logarithmic ? Math.log10 : (value) => value;
   let low = values.reduce((least, value) => Math.min(least, transform(value)), Infinity);
   let high = values.reduce((most, value) => Math.max(most, transform(value)), -Infinity);
-  if (high - low < 1e-12) [low, high] = [low - 0.5, high + 0.5];
+  if (high - low <= 1e-9 * Math.abs(high)) { // a constant lies in the middle
+    const room = Math.abs(high) / 2 || 0.5;
+    [low, high] = [low - room, high + room];
+  }
   const first = positions[0];
   const span = positions.at(-1) - first || 1;
   const width = PLOT.width - PLOT.left - PLOT.right;
@@ -63,21 +67,13 @@ function axes(scales, logarithmic, xName) {
     const y = scales.up(value);
     return [
       svg("line", { class: "grid", x1: PLOT.left, x2: right, y1: y, y2: y }),
-      svg("text", { x: PLOT.left - 6, y: y + 4, "text-anchor": "end" }, significant(value)),
+      svg("text", { x: PLOT.left - 6, y: y + 4, "text-anchor": "end" }, shortNumber(value)),
     ];
   });
   const ends = [[scales.first, "start", PLOT.left], [scales.first + scales.span, "end", right]];
   const numbers = ends.map(([value, anchor, x]) => svg("text", { x, y: bottom + 16, "text-anchor": anchor }, significant(value)));
   const name = svg("text", { x: (PLOT.left + right) / 2, y: bottom + 16, "text-anchor": "middle" }, xName);
   return [...marks, ...numbers, name];
-}
-
-function plotNames(series) {
-  return series.length > 1 ? series.map((line, index) => keyed(line.name, index)).join("   ") : "";
-}
-
-function keyed(name, index) {
-  return `${["━", "┅", "┉", "╍"][index % 4]} ${name}`;
 }
 
 function plotSummary(title, series) {
@@ -88,7 +84,7 @@ function plotSummary(title, series) {
   return `${title}: ${lines.join("; ")}`;
 }
 
-// Values under the pointer, in place of the names of the lines.
+// Values at the step under the pointer.
 function connectReadout(picture, readout, series, positions, scales) {
   picture.addEventListener("pointermove", (event) => {
     const box = picture.getBoundingClientRect();
@@ -98,5 +94,5 @@ function connectReadout(picture, readout, series, positions, scales) {
     const values = series.map((line) => `${line.name} ${shortNumber(line.values[nearest])}`);
     readout.textContent = `${positions[nearest]}: ${values.join(", ")}`;
   });
-  picture.addEventListener("pointerleave", () => { readout.textContent = plotNames(series); });
+  picture.addEventListener("pointerleave", () => { readout.textContent = ""; });
 }

@@ -1,6 +1,7 @@
 // Pan and zoom: one transform of the scene.
 
 const SCALE = { smallest: 0.04, largest: 3, step: 1.25 };
+const LEGEND = 44; // pixels at the bottom that the legend covers
 const DRAG_THRESHOLD = 4; // pixels, under which a press is a click
 
 const viewport = { x: 0, y: 0, scale: 1 };
@@ -31,11 +32,11 @@ function zoomBy(factor, point = null) {
 // Shows all of the scene, or its beginning where all of it would be too small to read.
 function fitScene(size, readable = 0) {
   const box = byId("graph").getBoundingClientRect();
-  const whole = Math.min(box.width / (size.width + 40), box.height / (size.height + 40), 1);
+  const whole = Math.min(box.width / (size.width + 40), (box.height - LEGEND) / (size.height + 20), 1);
   const scale = Math.max(whole, readable, SCALE.smallest);
   viewport.scale = scale;
   viewport.x = (box.width - size.width * scale) / 2;
-  viewport.y = Math.max(12, (box.height - size.height * scale) / 2);
+  viewport.y = Math.max(4, (box.height - LEGEND - size.height * scale) / 2);
   applyViewport();
 }
 
