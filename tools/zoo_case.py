@@ -19,8 +19,6 @@ class ModelCase:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     likelihood: str = "categorical"
-    loss_only: str = ""
-    """Why the model's output holds no prediction but losses alone; empty where it has one."""
     size: str = ""
     """What was reduced, for the report."""
 

@@ -8,19 +8,16 @@ from typing import Any
 
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models import VisionTransformer
 
 from kfc_fx.tools.zoo_case import ModelCase, ZooEntry, smallest_image_case
+from kfc_fx.tools.zoo_detection import detection_case
 
 IMAGES = (64, 96, 128, 160, 192, 224, 256, 299)
 """Sides that a classifier is tried on, in this order."""
 
 CLASSES = 5
-LOSSES_ALONE = (
-    "in training the output is a dict of losses; a likelihood needs the prediction: wrap the "
-    "model in a module whose forward returns it beside the losses"
-)
 VIDEO_SHAPES = {
     "mvit": (3, 16, 224, 224),
     "s3d": (3, 16, 224, 224),
@@ -110,38 +107,11 @@ def _optical_flow(name: str) -> ModelCase:
     return ModelCase(model, images, options, likelihood="gaussian", size="128x128, 2 updates")
 
 
-def _detection(name: str) -> ModelCase:
-    """A detector in training mode: two images and their boxes in, a dict of losses out."""
-    options: dict[str, Any] = {"weights": None, "weights_backbone": None, "num_classes": CLASSES}
-    side = 300 if name == "ssd300_vgg16" else 320 if name.startswith("ssdlite") else 64
-    if not name.startswith("ssd"):
-        options |= {"min_size": side, "max_size": side}
-    model = torchvision.models.get_model(name, **options).train()
-    images = [torch.rand(3, side, side) for _ in range(2)]
-    targets = [_target(name, side, shift) for shift in (0, 4)]
-    return ModelCase(model, (images, targets), loss_only=LOSSES_ALONE, size=f"{side}x{side}")
-
-
-def _target(name: str, side: int, shift: int) -> dict[str, Tensor]:
-    corners = torch.tensor([[4.0, 4.0, 28.0, 30.0], [20.0, 16.0, 52.0, 50.0]]) + shift
-    target = {"boxes": corners, "labels": torch.tensor([1, 2])}
-    if name.startswith("maskrcnn"):
-        masks = torch.zeros(2, side, side, dtype=torch.uint8)
-        masks[:, 20 + shift : 26 + shift, 21 + shift : 27 + shift] = 1
-        target["masks"] = masks
-    if name.startswith("keypointrcnn"):
-        centres = (corners[:, :2] + corners[:, 2:]) / 2
-        points = centres[:, None].expand(2, 17, 2)
-        target["keypoints"] = torch.cat([points, torch.ones(2, 17, 1)], dim=-1)
-        target["labels"] = torch.tensor([1, 1])
-    return target
-
-
 _BUILDERS = {
     "classification": _classification,
     "quantization": _quantization,
     "segmentation": _segmentation,
     "video": _video,
     "optical_flow": _optical_flow,
-    "detection": _detection,
+    "detection": detection_case,
 }

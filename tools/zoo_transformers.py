@@ -13,8 +13,10 @@ from typing import Any
 import torch
 import transformers
 
+from kfc_fx.tools.zoo_architecture import Architecture
 from kfc_fx.tools.zoo_case import ModelCase, ZooEntry
-from kfc_fx.tools.zoo_transformers_configs import ARCHITECTURES, Architecture
+from kfc_fx.tools.zoo_transformers_media import MEDIA_ARCHITECTURES
+from kfc_fx.tools.zoo_transformers_text import TEXT_ARCHITECTURES
 
 BATCH, TOKENS, CLASSES, VOCABULARY = 2, 12, 3, 99
 Tensors = dict[str, Any]
@@ -30,9 +32,9 @@ class _Call:
 
 def entries() -> Iterator[ZooEntry]:
     """Two entries per architecture; one where it has no loss of its own."""
-    for architecture in ARCHITECTURES:
+    for architecture in (*TEXT_ARCHITECTURES, *MEDIA_ARCHITECTURES):
         for labels in (False, True):
-            if labels and _CALLS[architecture.call](architecture).labels == {}:
+            if labels and not _CALLS[architecture.call](architecture).labels:
                 continue
             name = architecture.model + ("+labels" if labels else "")
             build = partial(_case, architecture, labels)
