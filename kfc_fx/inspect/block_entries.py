@@ -1,0 +1,172 @@
+"""The document's account of parameters: blocks with form, method and cost; generic; frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kfc_fx.capture.graph import CapturedGraph
+from kfc_fx.codegen.layout import StackSpec
+from kfc_fx.inspect.costs import SiteCost, site_costs
+from kfc_fx.inspect.inspection import Inspection
+from kfc_fx.inspect.methods import OpCall
+from kfc_fx.inspect.nodes import shape_of
+from kfc_fx.inspect.update_costs import factor_bytes, state_bytes
+from kfc_fx.plan.forms import DENSE_LIMIT, FACTOR_LIMIT, FactorForms
+from kfc_fx.plan.geometry import ConvGeometry
+from kfc_fx.plan.spec import BlockSpec, SiteSpec
+
+WITHOUT_OPS = {"embedding": "counts", "scale_shift": "moments"}
+"""Method of kinds whose Ω takes no statistics op; those of diagonal factors are squares."""
+
+
+def block_entries(inspection: Inspection) -> list[dict[str, Any]]:
+    """One entry for each block, in the order of the plan."""
+    costs = [cost for graph in inspection.graphs for cost in site_costs(graph)]
+    locations = _locations(inspection.graphs)
+    stacks = {b.name: stack for stack in _stacks(inspection) for b in stack.blocks}
+    return [
+        _entry(
+            inspection,
+            block,
+            stacks[block.name],
+            [cost for cost in costs if cost.block == block.name],
+            locations.get(block.weight, 0),
+        )
+        for block in inspection.plan.blocks
+    ]
+
+
+def _stacks(inspection: Inspection) -> tuple[StackSpec, ...]:
+    return inspection.spec.stacks if inspection.spec else ()
+
+
+def _entry(
+    inspection: Inspection,
+    block: BlockSpec,
+    stack: StackSpec,
+    costs: Sequence[SiteCost],
+    locations: int,
+) -> dict[str, Any]:
+    assert inspection.spec is not None
+    calls = [call for cost in costs for call in cost.calls]
+    method, why = chosen_method(block, stack.forms, calls)
+    share = block.groups / stack.depth
+    return {
+        "name": block.name,
+        "kind": block.kind,
+        "weight": block.weight,
+        "bias": block.bias,
+        "groups": block.groups,
+        "rows": block.rows,
+        "columns": block.columns,
+        "locations": locations,
+        "geometry": geometry_text(block.geometry),
+        "form": form_text(block, stack.forms),
+        "method": method,
+        "why": why,
+        "milliseconds": sum(call.milliseconds or 0 for call in calls) or None,
+        "stack": stack.key,
+        "bytes": round(factor_bytes(inspection.spec, stack) * share),
+        "state_bytes": round(sum(state_bytes(inspection.spec, stack).values()) * share),
+        "flops": sum(cost.work.flops for cost in costs),
+        "bytes_moved": sum(cost.work.bytes for cost in costs),
+        "uses": block.uses,
+    }
+
+
+def chosen_method(block: BlockSpec, forms: FactorForms, calls: Sequence[OpCall]) -> tuple[str, str]:
+    """Method of the patch side's factor, and why form and method are what they are."""
+    reasons = _form_reasons(block, forms)
+    if block.kind in WITHOUT_OPS:
+        return WITHOUT_OPS[block.kind], "; ".join(reasons)
+    if forms.input == "diagonal":
+        return "squares", "; ".join(reasons)
+    if not calls:
+        return "none", "no site emits in the captured graphs"
+    patch_side = max(calls, key=lambda call: call.offsets)
+    return patch_side.method, "; ".join([*reasons, patch_side.why])
+
+
+def _form_reasons(block: BlockSpec, forms: FactorForms) -> list[str]:
+    if block.kind == "scale_shift":
+        return ["the exact Fisher matrix of each channel's scale and shift"]
+    reasons = []
+    if block.kind == "embedding":
+        reasons.append("one-hot rows: Ω is diagonal, the tokens' frequencies")
+    elif forms.input == "diagonal":
+        reasons.append(f"Ω would be {block.columns} wide, over {FACTOR_LIMIT}: its diagonal")
+    if forms.input == "separable":
+        limit = f", over {DENSE_LIMIT}" if block.columns > DENSE_LIMIT else ""
+        reasons.append(
+            f"Ω would be {block.columns} wide{limit}: {block.channels} channels and "
+            f"{block.offsets} offsets apart"
+        )
+    if forms.output == "diagonal":
+        reasons.append(f"Γ would be {block.rows} wide, over {FACTOR_LIMIT}: its diagonal")
+    return reasons
+
+
+def form_text(block: BlockSpec, forms: FactorForms) -> str:
+    """Form of Ω, and of Γ where it is diagonal and has more than one entry."""
+    diagonal = forms.output == "diagonal" and block.rows > 1
+    return f"{forms.input}, Γ diagonal" if diagonal else forms.input
+
+
+def geometry_text(geometry: ConvGeometry) -> str:
+    """``3x3 stride 2 padding 1``, defaults left out; empty for a linear layer."""
+    if not geometry.ndim:
+        return ""
+    parts = [_sizes(geometry.kernel_size, always=True)]
+    if any(step != 1 for step in geometry.stride):
+        parts.append(f"stride {_sizes(geometry.stride)}")
+    if any(map(any, geometry.padding)):
+        even = all(before == after for before, after in geometry.padding)
+        pads = [before if even else f"{before}+{after}" for before, after in geometry.padding]
+        parts.append(f"padding {_sizes(pads)}")
+    if any(step != 1 for step in geometry.dilation):
+        parts.append(f"dilation {_sizes(geometry.dilation)}")
+    if geometry.groups > 1:
+        parts.append(f"groups {geometry.groups}")
+    return " ".join(parts)
+
+
+def _sizes(values: Sequence[Any], *, always: bool = False) -> str:
+    same = len(set(values)) == 1 and not always
+    return str(values[0]) if same else "x".join(map(str, values))
+
+
+def _locations(graphs: Sequence[CapturedGraph]) -> Mapping[str, int]:
+    """Weight to |T|, the locations at which it is applied to one example, of its first site."""
+    found: dict[str, int] = {}
+    for graph in graphs:
+        nodes = {node.name: node for node in graph.stages[0].module.graph.nodes}
+        canonical = {node.name: node for node in graph.stages[1].module.graph.nodes}
+        for site in graph.uses.sites:
+            counted = site.input_node if site.transposed_conv else site.node
+            shape = shape_of(canonical.get(counted) or nodes[counted])
+            if shape and site.weight not in found:
+                found[site.weight] = _locations_of(site, shape)
+    return found
+
+
+def _locations_of(site: SiteSpec, shape: tuple[int, ...]) -> int:
+    """Of a tensor ``[N, C, *spatial]``, ``[N, ..., C]``, or a norm's, whichever kind it is."""
+    total = 1
+    if site.kind.startswith("conv"):
+        spatial = shape[-site.geometry.ndim :]
+    elif site.kind == "scale_shift" and site.norm and site.norm.norm in ("batch", "group"):
+        spatial = shape[2:]
+    else:
+        spatial = shape[1:-1]
+    for size in spatial:
+        total *= size
+    return total
+
+
+def generic_entries(inspection: Inspection) -> list[dict[str, Any]]:
+    """One entry for each parameter without a block, with the reason."""
+    return [
+        {"name": g.name, "shape": list(g.shape), "reason": g.reason}
+        for g in inspection.plan.generic
+    ]
