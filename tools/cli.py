@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from kfc_fx.tools.bench import app as bench
+from kfc_fx.tools.doctor import doctor
+from kfc_fx.tools.inspect_command import inspect
 from kfc_fx.tools.kernels_report import kernels
 from kfc_fx.tools.train import train
 from kfc_fx.tools.zoo import zoo
@@ -19,9 +21,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.command()(inspect)
 app.command()(train)
 app.command()(kernels)
 app.command()(zoo)
+app.command()(doctor)
 app.add_typer(bench, name="bench")
 
 

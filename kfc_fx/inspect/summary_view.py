@@ -33,7 +33,7 @@ def plain_table(*columns: str, right: tuple[str, ...] = ()) -> Table:
 def summary_view(document: Mapping[str, Any]) -> RenderableType:
     """Title, account of the parameters, costs, the largest blocks, warnings."""
     parts: list[RenderableType] = [_title(document), Text(), _parameters(document)]
-    parts += [Text(), *_memory(document), Text(), _costs(document)]
+    parts += [Text(), *_memory(document), Text(), _costs(document), Text(BATCH, style="dim")]
     if document["blocks"]:
         parts += [Text(), Text("largest blocks", style="bold"), _largest(document)]
     return Group(*parts, *_warnings(document))
@@ -67,6 +67,7 @@ def _parameters(document: Mapping[str, Any]) -> Table:
     return table
 
 
+BATCH = "for this input; a gradient and a statistics step grow with the batch, the others do not"
 NUMERIC = ("tensors", "numbers", "share", "FLOPs", "bytes", "against gradient", "Ω", "Γ", "|T|")
 
 
