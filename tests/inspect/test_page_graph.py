@@ -115,7 +115,7 @@ def test_update_source_and_graph_are_linked(page):
 def test_colours_by_cost(page):
     assert "conv2d" in page.find("#legend").text
     page.find("#colouring input[value=cost]").click()
-    assert "share of FLOPs" in page.find("#legend").text
+    assert "FLOPs" in page.find("#legend").text
     assert "FLOPs · " in page.item("module:layer2#0").text
     strength = "return parseFloat(arguments[0].style.getPropertyValue('--strength'))"
     cheap, dear = (page.script(strength, page.item(f"module:layer{i}#0")) for i in (1, 2))

@@ -1,5 +1,8 @@
 // Which line of generated source belongs to which node or block.
 
+// A name that a line assigns, with an annotation or without, or a parameter on a line of its own.
+const NAMED_FIRST = /^\s*([A-Za-z_]\w*)\s*(?:(?::[^=]+)?=(?!=)|,\s*(?:#|$))/;
+
 // Line of every node of a stage's code, and node of every line.
 function stageLinks(stage) {
   stage.links ??= readStageLinks(stage);
@@ -12,8 +15,7 @@ function readStageLinks(stage) {
   const nameAt = new Map();
   const mentions = new Map();
   stage.code.split("\n").forEach((line, index) => {
-    const assigned = /^\s*([A-Za-z_]\w*)\s*(?::[^=]+)?=(?!=)/.exec(line)?.[1];
-    const name = /^\s*return\b/.test(line) ? "output" : assigned;
+    const name = /^\s*return\b/.test(line) ? "output" : NAMED_FIRST.exec(line)?.[1];
     if (names.has(name) && !lineOf.has(name)) {
       lineOf.set(name, index);
       nameAt.set(index, name);

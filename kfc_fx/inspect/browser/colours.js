@@ -1,4 +1,4 @@
-// What colours say: a block's kind, or its share of the floating point operations.
+// What colours say: a block's kind, or its share of the statistics' floating point operations.
 
 const KIND_COLOURS = 6; // --kind-0 ... in the style sheet
 const KIND_TINT = 26;
@@ -51,7 +51,7 @@ function kindEntries() {
 function costEntries() {
   const shares = [0.01, 0.1, 0.5, 1];
   const entries = shares.map((share) => legendEntry("var(--cost)", COST_TINT * Math.sqrt(share), percentText(share)));
-  return [html("span", {}, "share of FLOPs"), ...entries];
+  return [html("span", {}, "share of the statistics' FLOPs"), ...entries];
 }
 
 function legendEntry(colour, amount, text) {

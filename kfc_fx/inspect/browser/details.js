@@ -10,7 +10,7 @@ function drawDetails() {
 
 function groupDetails(group) {
   const facts = [["module", group.path], ["type", group.type], ["call", group.occurrence ? group.occurrence + 1 : ""],
-    ["nodes", group.size], ["blocks", group.blocks.size], ["emissions", group.emissions], ["FLOPs", costText(group.flops)]];
+    ["nodes", group.size], ["blocks", group.blocks.size], ["emissions", group.emissions], ["statistics", costText(group.flops)]];
   const single = group.blocks.size === 1 ? [...group.blocks][0] : null;
   return [
     html("h2", {}, group.label), factList(facts),
@@ -19,7 +19,7 @@ function groupDetails(group) {
 }
 
 function costText(flops) {
-  return flops ? `${shortNumber(flops)} (${percentText(flops / model.totalFlops)})` : "";
+  return flops ? `${shortNumber(flops)}FLOPs, ${percentText(flops / model.totalFlops)} of all` : "";
 }
 
 function nodeDetails(node) {
@@ -62,6 +62,6 @@ function blockFacts(block) {
     ["[W b]", `${block.rows} × ${block.columns}`], ["groups", block.groups > 1 ? block.groups : ""],
     ["locations", block.locations], ["geometry", block.geometry], ["form", block.form],
     ["method", block.method], ["why", block.why], ["stack", block.stack ? stack : ""],
-    ["memory", bytesText(block.bytes)], ["FLOPs", costText(block.flops)], ["uses", block.uses],
+    ["memory", bytesText(block.bytes)], ["statistics", costText(block.flops)], ["uses", block.uses],
   ];
 }

@@ -39,6 +39,11 @@ function readNode(packed, row) {
   return Object.assign(node, row[packed.fields.length]);
 }
 
+// Parameters and buffers: what the model holds, however the capture spells it.
+function isStored(node) {
+  return node.role === "parameter" || node.op === "get_attr" || (node.role === "input" && /(^|_)buffers_/.test(node.target));
+}
+
 // Names of the nodes that the passes made, which the model's own code has not.
 function namesMadeByPasses(graph, stage) {
   const original = new Set(graph.stages[0].nodes.map((node) => node.name));

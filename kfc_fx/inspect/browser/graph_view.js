@@ -1,49 +1,78 @@
 // The graph as SVG: one element per item, nested as the modules are, each a tree item.
 
+// Draws what is not drawn yet and moves the rest: elements are kept from one drawing to the next.
 function drawGraph() {
   const { root } = view.hierarchy;
-  const layout = layoutGroup(root, view);
+  layoutGroup(root, view);
   view.places = new Map();
   view.drawn = new Map();
-  byId("scene").replaceChildren(...drawInside(root, layout, 0, 0, 1));
+  drawInside(root, byId("scene"), 1);
+  register(root, 0, 0);
   markItems();
 }
 
-// Edges and items of an open group whose content begins at (left, top) of the scene.
-function drawInside(group, layout, left, top, level) {
+// Edges and items of an open group, in its container.
+function drawInside(group, container, level) {
+  const edges = drawEdges(group.layout);
+  if (container.firstChild) container.firstChild.replaceWith(edges);
+  else container.append(edges);
+  for (const child of group.children) {
+    const before = child.element?.parentNode === container ? child.element : null;
+    const drawn = drawItem(child, group.layout.boxes.get(child.id), level);
+    if (!before) container.append(drawn);
+    else if (before !== drawn) before.replaceWith(drawn);
+  }
+}
+
+function drawEdges(layout) {
   const lines = svg("g", { class: "edges", "aria-hidden": "true" });
-  for (const edge of layout.lines) {
-    const classes = `edge ${edge.flow}`;
-    lines.append(svg("path", { d: pathThrough(edge.points), class: classes, "marker-end": edge.to === OUT_PORT ? null : `url(#arrow-${edge.flow})` }));
+  for (const { points, flow, to } of layout.lines) {
+    const head = to === OUT_PORT ? null : `url(#arrow-${flow})`;
+    lines.append(svg("path", { d: pathThrough(points), class: `edge ${flow}`, "marker-end": head }));
   }
   for (const port of [layout.inPort, layout.outPort]) {
     if (port) lines.append(svg("circle", { cx: port.x, cy: port.y, r: 3, class: "port" }));
   }
-  const items = group.children.map((child) => drawItem(child, layout.boxes.get(child.id), left, top, level));
-  return level === 1 ? [arrowHeads(), lines, ...items] : [lines, ...items];
+  return lines;
 }
 
-function arrowHeads() {
-  const heads = ["data", "parameter", "statistic"].map((flow) => svg("marker", {
-    id: `arrow-${flow}`, viewBox: "0 0 8 8", refX: 7, refY: 4, markerWidth: 7, markerHeight: 7,
-    orient: "auto-start-reverse", class: `head ${flow}`,
-  }, svg("path", { d: "M0,0L8,4L0,8z" })));
-  return svg("defs", {}, ...heads);
+// Absolute places and elements of everything that is drawn.
+function register(group, left, top) {
+  for (const child of group.children) {
+    const box = group.layout.boxes.get(child.id);
+    const place = { ...box, x: left + box.x, y: top + box.y };
+    view.places.set(child.id, place);
+    view.drawn.set(child.id, child.element);
+    if (child.isGroup && view.expanded.has(child.id)) register(child, place.x, place.y + HEADER);
+  }
 }
 
-function drawItem(item, box, left, top, level) {
-  const place = { x: left + box.x, y: top + box.y, width: box.width, height: box.height };
-  view.places.set(item.id, place);
+function drawItem(item, box, level) {
   const open = item.isGroup && view.expanded.has(item.id);
+  const look = [open, view.colouring, open || box.width].join();
+  if (item.look !== look) {
+    item.look = look;
+    item.element = newElement(item, open, level);
+    item.shownLayout = null;
+    if (open) drawOpen(item);
+    else drawClosed(item.element, item, box);
+  }
+  item.element.setAttribute("transform", `translate(${box.x},${box.y})`);
+  if (open && item.shownLayout !== item.layout) {
+    item.shownLayout = item.layout;
+    fitOpen(item, box);
+    drawInside(item, item.inside, level + 1);
+  }
+  return item.element;
+}
+
+function newElement(item, open, level) {
   const drawn = svg("g", {
     class: `item ${item.isGroup ? "group" : item.node.role}${open ? " open" : ""}`,
-    "data-id": item.id, transform: `translate(${box.x},${box.y})`, tabindex: -1, role: "treeitem",
-    "aria-level": level, "aria-label": spokenName(item), "aria-expanded": item.isGroup ? String(open) : null,
+    "data-id": item.id, tabindex: -1, role: "treeitem", "aria-level": level,
+    "aria-label": spokenName(item), "aria-expanded": item.isGroup ? String(open) : null,
   });
   setTint(drawn, item, view);
-  view.drawn.set(item.id, drawn);
-  if (open) drawOpen(drawn, item, box, place, level);
-  else drawClosed(drawn, item, box);
   return drawn;
 }
 
@@ -63,15 +92,21 @@ function drawClosed(drawn, item, box) {
   }
 }
 
-function drawOpen(drawn, group, box, place, level) {
-  const layout = layoutGroup(group, view);
-  drawn.append(svg("rect", { class: "box", width: box.width, height: box.height, rx: 7 }));
-  drawn.append(svg("rect", { class: "title", width: box.width, height: HEADER - 6, rx: 7 }));
-  drawn.append(svg("text", { class: "name", x: 10, y: 17 }, fitText(group.label), svg("tspan", { class: "what", dx: 8 }, group.type)));
-  drawn.append(drawToggle(box.width - 15, 12, true));
-  const inside = svg("g", { role: "group", transform: `translate(0,${HEADER})` });
-  inside.append(...drawInside(group, layout, place.x, place.y + HEADER, level + 1));
-  drawn.append(inside);
+function drawOpen(group) {
+  group.inside = svg("g", { role: "group", transform: `translate(0,${HEADER})` });
+  group.element.append(
+    svg("rect", { class: "box", rx: 7 }), svg("rect", { class: "title", height: HEADER - 6, rx: 7 }),
+    svg("text", { class: "name", x: 10, y: 17 }, fitText(group.label), svg("tspan", { class: "what", dx: 8 }, group.type)),
+    drawToggle(0, 12, true), group.inside);
+}
+
+// An open group's frame, as large as what it holds.
+function fitOpen(group, box) {
+  const [frame, title, , toggle] = group.element.children;
+  frame.setAttribute("width", box.width);
+  frame.setAttribute("height", box.height);
+  title.setAttribute("width", box.width);
+  toggle.setAttribute("transform", `translate(${box.width - 15},0)`);
 }
 
 function drawToggle(x, y, open) {

@@ -9,7 +9,9 @@ const FOLD = 40;
 // Items of a stage; with `parameters`, also parameters, buffers and row counts.
 function buildHierarchy(graph, stage, parameters) {
   const made = namesMadeByPasses(graph, stage);
-  const shown = stage.nodes.filter((node) => parameters || !isBookkeeping(node, made));
+  const used = new Set(stage.nodes.flatMap((node) => node.args));
+  const isIdle = (node) => node.role === "input" && !node.shape && !used.has(node.name); // a size that no node reads
+  const shown = stage.nodes.filter((node) => parameters || !(isBookkeeping(node, made) || isIdle(node)));
   const root = newGroup("", null, 0);
   const hierarchy = { root, groups: new Map([[root.id, root]]), items: new Map(), byNode: new Map(), hidden: stage.size - shown.length };
   const deferred = placeByModule(hierarchy, shown, made);
@@ -22,7 +24,7 @@ function buildHierarchy(graph, stage, parameters) {
 }
 
 function isBookkeeping(node, made) {
-  return node.role === "parameter" || (node.role === "op" && made.has(node.name));
+  return isStored(node) || (node.role === "op" && made.has(node.name));
 }
 
 function newGroup(path, parent, occurrence) {
@@ -40,10 +42,16 @@ function addNode(hierarchy, node, group) {
 }
 
 function nodeLabel(node) {
+  if (isStored(node)) return storedName(node.target);
   if (node.role !== "probe") return node.name;
   const symbol = { omega: "Ω", gamma: "Γ" };
   const factor = node.name.split("_").at(-1);
   return symbol[factor] ?? factor;
+}
+
+// Last part of a parameter's path, which dynamo spells L_model_modules_fc_parameters_weight_.
+function storedName(target) {
+  return /(?:parameters|buffers)_(.+?)_?$/.exec(target)?.[1] ?? target.split(".").at(-1);
 }
 
 // Nodes with a module of their own; the rest is returned, to be placed beside a neighbour.
@@ -52,7 +60,7 @@ function placeByModule(hierarchy, nodes, made) {
   const deferred = [];
   let open = hierarchy.root;
   for (const node of nodes) {
-    const follows = node.role === "parameter" || node.role === "probe" || (made.has(node.name) && !node.module);
+    const follows = isStored(node) || node.role === "probe" || (made.has(node.name) && !node.module);
     if (follows && node.role !== "output") {
       deferred.push(node);
       continue;
@@ -91,7 +99,7 @@ function placeDeferred(hierarchy, deferred, nodes) {
     const placed = hierarchy.byNode;
     const neighbours = [firstUser.get(node.name), ...node.args].filter((name) => placed.has(name));
     const fromArguments = node.args.find((name) => placed.has(name) && placed.get(name).parent !== hierarchy.root);
-    const source = node.role === "parameter" || node.role === "probe" ? neighbours[0] : fromArguments ?? neighbours[0];
+    const source = node.args.length === 0 ? neighbours[0] : fromArguments ?? neighbours[0];
     addNode(hierarchy, node, source === undefined ? hierarchy.root : placed.get(source).parent);
   };
   deferred.filter((node) => node.args.length > 0).forEach(place);

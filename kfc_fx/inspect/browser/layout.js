@@ -50,7 +50,8 @@ function captionOf(item, view) {
 }
 
 function shortTarget(node) {
-  if (node.role === "input" || node.role === "output" || node.role === "parameter") return node.role;
+  if (isStored(node)) return node.role === "parameter" ? "parameter" : "buffer";
+  if (node.role === "input" || node.role === "output") return node.role;
   return node.target.split(/[.:]/).at(-1);
 }
 

@@ -20,6 +20,7 @@ function rebuild() {
   view.hierarchy = buildHierarchy(view.graph, view.stage, view.parameters);
   if (!view.hierarchy.items.has(view.selected)) view.selected = null;
   view.related = new Set();
+  byId("scene").replaceChildren();
   openSingles();
   redraw();
   fitScene(view.hierarchy.root.layout, 0.75);

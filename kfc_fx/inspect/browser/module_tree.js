@@ -35,7 +35,7 @@ function markModules() {
     row.setAttribute("aria-selected", String(row === chosen));
     row.setAttribute("tabindex", row === (chosen ?? rows[0]) ? 0 : -1);
   }
-  if (chosen) scrollInto(byId("left"), chosen);
+  if (chosen) scrollInto(byId("modules"), chosen);
 }
 
 function focusModule(id) {

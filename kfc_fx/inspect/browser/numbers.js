@@ -29,12 +29,17 @@ function bytesText(bytes) {
   return `${significant(bytes)} ${units[power]}`;
 }
 
+function secondsText(seconds) {
+  return seconds >= 0.1 ? `${significant(seconds)} s` : `${significant(1e3 * seconds)} ms`;
+}
+
 function shapeText(shape) {
   return shape ? `[${shape.join(", ")}]` : "";
 }
 
 function percentText(fraction) {
   const percent = 100 * fraction;
+  if (percent > 0 && percent < 0.01) return "< 0.01 %";
   return `${percent >= 10 ? percent.toFixed(0) : percent.toPrecision(2)} %`;
 }
 

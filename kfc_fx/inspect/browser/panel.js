@@ -1,9 +1,7 @@
 // The bottom panel: code of the stage, the parts of the update, the run; one tab each.
 
-const UPDATE_PARTS = ["start", "accumulate", "refresh", "apply"];
-
 function drawTabs() {
-  const names = ["stage", ...UPDATE_PARTS.filter((part) => model.update?.[part]), ...(model.run ? ["run"] : [])];
+  const names = ["stage", ...Object.keys(model.update ?? {}).filter((part) => model.update[part]), ...(model.run ? ["run"] : [])];
   const tabs = names.map((name) => html("button", { type: "button", role: "tab", id: `tab-${name}`, "data-tab": name, "aria-controls": "panel" }, tabTitle(name)));
   byId("tabs").replaceChildren(...tabs);
   openTab("stage");
@@ -46,10 +44,13 @@ function markCode() {
   else markUpdate(list, item);
 }
 
+// Lines in which something is computed come first: to the first of all the source is scrolled.
 function linesOfItem(item) {
   const { lineOf } = stageLinks(view.stage);
-  const lines = nodesUnder(item).map((node) => lineOf.get(node.name)).filter((line) => line !== undefined);
-  return [...new Set(lines)].sort((a, b) => a - b);
+  const linesOf = (nodes) => nodes.map((node) => lineOf.get(node.name)).filter((line) => line !== undefined).sort((a, b) => a - b);
+  const nodes = nodesUnder(item);
+  const isComputed = (node) => node.op !== "placeholder";
+  return [...new Set([...linesOf(nodes.filter(isComputed)), ...linesOf(nodes)])];
 }
 
 function nodesUnder(item) {

@@ -11,10 +11,11 @@ function drawStages() {
 
 function stageButton(graph, stage) {
   const changes = stage.position === 0 ? "" : ` +${stage.created.length} −${stage.erased.length}`;
-  const seconds = typeof stage.seconds === "number" ? ` · ${significant(stage.seconds)} s` : "";
+  const seconds = stage.seconds ? ` · ${secondsText(stage.seconds)}` : "";
+  const skipped = stage.skipped ? " · skipped" : "";
   const button = html("button", { type: "button", class: "stage", "data-stage": stage.name },
     html("span", { class: "name" }, stage.name),
-    html("span", { class: "what" }, `${plural(stage.size, "node")}${changes}${seconds}`));
+    html("span", { class: "what" }, `${plural(stage.size, "node")}${changes}${seconds}${skipped}`));
   button.addEventListener("click", () => showStage(graph, stage));
   return button;
 }
