@@ -166,3 +166,19 @@ def test_expand_all_shows_every_node(page):
     assert set(nodes) == wanted
     page.find("#collapse-all").click()
     assert len(page.drawn()) == 9
+
+
+def test_a_block_of_another_graph_is_found(open_page):
+    document = residual_document((1,))
+    other = residual_document((1,), first="stem.conv")
+    document["graphs"].append({**other["graphs"][0], "index": 1})
+    document["blocks"] += other["blocks"][:1]
+    page = open_page(document)
+    assert [heading.text for heading in page.find_all("#stages h3")] == ["Graph 0", "Graph 1"]
+    page.script(
+        "[...document.querySelectorAll('#details .link')].find((b) => b.textContent == 'stem.conv').click()"
+    )
+    assert page.is_drawn("module:stem.conv#0")
+    assert page.find("#details h2").text == "conv1"
+    page.find("#details .close").click()
+    assert page.find("#details h2").text == "Overview"

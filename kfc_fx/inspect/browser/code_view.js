@@ -77,5 +77,5 @@ function markLines(list, lines, nearby = []) {
     list.children[index].setAttribute("aria-selected", "true");
   }
   const first = lines[0] ?? nearby[0];
-  if (first !== undefined) scrollInto(list, list.children[first]);
+  if (first !== undefined) scrollInto(list, list.children[first], lines.length > 1 ? "center" : "nearest");
 }

@@ -3,9 +3,15 @@
 function drawDetails() {
   const item = view.hierarchy.items.get(view.selected);
   let content = overview();
-  if (item) content = item.isGroup ? groupDetails(item) : nodeDetails(item.node);
+  if (item) content = [closeButton(), ...(item.isGroup ? groupDetails(item) : nodeDetails(item.node))];
   byId("details").replaceChildren(...content.filter(Boolean));
   byId("details").scrollTop = 0;
+}
+
+function closeButton() {
+  const button = html("button", { type: "button", class: "close", title: "Back to the overview ( Esc )" }, "Overview");
+  button.addEventListener("click", clearSelection);
+  return button;
 }
 
 function groupDetails(group) {

@@ -13,7 +13,8 @@ function showStage(graph, stage) {
   view.stage = stage;
   rebuild();
   markStages();
-  openTab("stage");
+  if (view.tab === "stage") openTab("stage");
+  else markCode();
 }
 
 function rebuild() {

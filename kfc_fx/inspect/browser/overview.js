@@ -1,6 +1,11 @@
 // The right panel while nothing is selected: the whole model in numbers.
 
 const DEAREST = 20;
+const KEYS = [
+  ["/", "search"], ["arrows", "along the edges, into and out of open modules"], ["Enter", "open or close a module"],
+  ["Esc", "clear the search, then the selection"], ["+ − 0", "zoom in, out, to fit"], ["Home", "first node"],
+  ["wheel, drag", "move the graph"], ["Ctrl + wheel", "zoom"], ["double click", "open or close a module"],
+];
 
 function overview() {
   const inputs = model.inputs.map(({ shape, dtype }) => `${dtype} ${shapeText(shape)}`).join(", ");
@@ -12,6 +17,7 @@ function overview() {
     ...dearestSection(),
     ...listSection("Generic parameters", model.generic, ({ name, shape, reason }) => [html("b", {}, name), ` ${shapeText(shape)}: ${reason}`]),
     ...listSection("Frozen parameters", model.frozen, (name) => [name]),
+    html("h3", {}, "Keys and pointer"), factList(KEYS),
   ];
 }
 
@@ -47,6 +53,6 @@ function dearestSection() {
     return html("tr", {}, html("td", {}, button), html("td", {}, block.kind), html("td", { class: "number" }, shortNumber(block.flops), bar));
   });
   const head = ["block", "kind", "FLOPs"].map((text) => html("th", { scope: "col" }, text));
-  return [html("h3", {}, `Blocks by cost (${blocks.length} of ${model.blocks.length})`),
+  return [html("h3", {}, `Blocks by cost of statistics (${blocks.length} of ${model.blocks.length})`),
     html("table", { class: "facts" }, html("thead", {}, html("tr", {}, ...head)), html("tbody", {}, ...rows))];
 }

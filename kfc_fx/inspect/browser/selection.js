@@ -40,9 +40,18 @@ function selectNode(name, options = {}) {
 
 // The sites of some blocks: the first is selected, the others are marked.
 function selectBlocks(names, options = {}) {
+  showHomeOf(names);
   const items = names.map(siteOf).filter(Boolean);
   if (items.length === 0) return;
   selectItem(items[0], { ...options, related: items.slice(1).map(shownFor) });
+}
+
+// Shows the graph that has one of the blocks, if the shown one has none.
+function showHomeOf(names) {
+  const has = (stage) => stage.nodes.some((node) => names.includes(node.block));
+  if (names.length === 0 || has(view.stage)) return;
+  const home = model.graphs.find((graph) => graph.stages.length > 0 && has(graph.stages.at(-1)));
+  if (home) showStage(home, home.stages.at(-1));
 }
 
 function siteOf(block) {

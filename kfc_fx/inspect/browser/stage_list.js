@@ -13,9 +13,10 @@ function stageButton(graph, stage) {
   const changes = stage.position === 0 ? "" : ` +${stage.created.length} −${stage.erased.length}`;
   const seconds = stage.seconds ? ` · ${secondsText(stage.seconds)}` : "";
   const skipped = stage.skipped ? " · skipped" : "";
-  const button = html("button", { type: "button", class: "stage", "data-stage": stage.name },
-    html("span", { class: "name" }, stage.name),
-    html("span", { class: "what" }, `${plural(stage.size, "node")}${changes}${seconds}${skipped}`));
+  const count = `${stage.size.toLocaleString("en")}${changes}${seconds}${skipped}`;
+  const title = `${plural(stage.size, "node")}${stage.position ? `, ${stage.created.length} created, ${stage.erased.length} erased` : ""}`;
+  const button = html("button", { type: "button", class: "stage", "data-stage": stage.name, title },
+    html("span", { class: "name" }, stage.name), html("span", { class: "what" }, count));
   button.addEventListener("click", () => showStage(graph, stage));
   return button;
 }
@@ -24,5 +25,6 @@ function markStages() {
   const stages = model.graphs.flatMap((graph) => graph.stages);
   [...byId("stages").querySelectorAll(".stage")].forEach((button, position) => {
     button.setAttribute("aria-pressed", String(stages[position] === view.stage));
+    if (stages[position] === view.stage) scrollInto(byId("stages"), button);
   });
 }
