@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -54,6 +55,31 @@ def test_dropout_draws_what_the_original_draws(armed):
     found = [compiled(IMAGES) for _ in range(3)]
     torch.manual_seed(5)
     expected = [reference(IMAGES) for _ in range(3)]
+    assert all(map(torch.equal, found, expected))
+    assert not torch.equal(found[0], found[1])
+
+
+class NumpyMask(nn.Module):
+    """Masks tokens that it draws from numpy, as augmentation of speech does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 5)
+
+    def forward(self, x):
+        kept = np.random.rand(*x.shape) > 0.5
+        return self.linear(x * torch.from_numpy(kept))
+
+
+@pytest.mark.parametrize("armed", [False, True])
+def test_numpys_random_numbers_are_those_of_the_original(armed):
+    compiled, _ = make(NumpyMask())
+    compiled.recorder.armed = armed
+    x = torch.randn(6, 4)
+    np.random.seed(5)
+    found = [compiled(x) for _ in range(2)]
+    np.random.seed(5)
+    expected = [compiled.original(x) for _ in range(2)]
     assert all(map(torch.equal, found, expected))
     assert not torch.equal(found[0], found[1])
 

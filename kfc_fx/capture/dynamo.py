@@ -40,8 +40,9 @@ def compile_forward(model: nn.Module, handle_graph: GraphHandler) -> Callable[..
 
     def call(*args: Any, **kwargs: Any) -> Any:
         # Dynamo would skip the whole frame around a fused LSTM or GRU; as one op of the graph it
-        # leaves the layers around it to be seen.
-        with torch._dynamo.config.patch(allow_rnn=True):
+        # leaves the layers around it to be seen. And it would draw numpy's random numbers from
+        # torch's generator, so that the model would see others than uncompiled.
+        with torch._dynamo.config.patch(allow_rnn=True, use_numpy_random_stream=True):
             return compiled(*args, **kwargs)
 
     return call
