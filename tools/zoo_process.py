@@ -69,11 +69,13 @@ def run_entry(path: str, limits: Limits) -> ZooRow:
         started = time.perf_counter()
         process.start()
         theirs.close()
-        answered = ours.poll(limits.seconds)
-        result = _received(ours) if answered else None
-        seconds = round(time.perf_counter() - started, 1)
-        process.join(5 if answered else 0)
-        process.kill()
+        try:
+            answered = ours.poll(limits.seconds)
+            result = _received(ours) if answered else None
+            seconds = round(time.perf_counter() - started, 1)
+            process.join(5 if answered else 0)
+        finally:  # also when the user interrupts the run
+            process.kill()
         process.join()
         if result is None:
             text = Path(messages.name).read_text(errors="replace")
