@@ -132,13 +132,13 @@ class _Network:
             probe["name"] = probe["target"] = f"probe_{stem}_{factor}"
             self.probes.append(probe)
             probes.append(probe["name"])
-        count = {**self.emitting[-1], "name": self.name("numel"), "target": "numel", "role": "op"}
-        self.emitting.append({**count, "args": [output], "module": "", "module_type": ""})
-        emission = {**self.emitting[-1], "name": self.name("emit_factors"), "role": "emission"}
-        site = self.captured[-1]
-        emission |= {"target": "emit_factors", "args": [output, source, *probes], "block": block}
-        emission |= {"module": site["module"], "module_type": site["module_type"]}
-        self.emitting.append(emission)
+        site = self.emitting[-1]
+        count = {**site, "name": self.name("numel"), "target": "numel", "role": "op"}
+        count |= {"args": [output], "shape": None, "dtype": None, "block": None}
+        count |= {"module": "", "module_type": ""}
+        emission = {**site, "name": self.name("emit_factors"), "target": "emit_factors"}
+        emission |= {"args": [output, source, *probes], "role": "emission", "block": block}
+        self.emitting += [count, emission]
         self.emitted[output] = emission["name"]
         self.blocks.append(
             {

@@ -42,6 +42,11 @@ class OpenedPage:
         """What of an item a pointer hits."""
         return self.find(f'#scene [data-id="{identity}"] > .box')
 
+    def click(self, identity: str) -> None:
+        """Select an item, in sight or not."""
+        event = "arguments[0].dispatchEvent(new MouseEvent('click', {bubbles: true}))"
+        self.script(event, self.box(identity))
+
     def toggle(self, identity: str) -> None:
         self.find(f'#scene [data-id="{identity}"] > .toggle').click()
 

@@ -141,13 +141,14 @@ function spokenName(item) {
 
 // Selection, matches and the one item that Tab reaches, on what is drawn already.
 function markItems() {
+  const matches = drawnMatches();
   const tabStop = view.drawn.has(view.selected) ? view.selected : view.hierarchy.root.children[0]?.id;
   for (const [id, drawn] of view.drawn) {
     drawn.setAttribute("tabindex", id === tabStop ? 0 : -1);
     drawn.setAttribute("aria-selected", String(id === view.selected));
     drawn.classList.toggle("selected", id === view.selected);
     drawn.classList.toggle("related", view.related.has(id));
-    drawn.classList.toggle("match", view.matches.has(id));
+    drawn.classList.toggle("match", matches.has(id));
   }
 }
 

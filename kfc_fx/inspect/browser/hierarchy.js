@@ -23,8 +23,9 @@ function buildHierarchy(graph, stage, parameters) {
   return hierarchy;
 }
 
+// What the model holds, and the numbers of rows that the passes count: no tensor flows there.
 function isBookkeeping(node, made) {
-  return isStored(node) || (node.role === "op" && made.has(node.name));
+  return isStored(node) || (node.role === "op" && made.has(node.name) && !node.shape && !node.module);
 }
 
 function newGroup(path, parent, occurrence) {

@@ -3,7 +3,7 @@
 const model = readDocument();
 const view = {
   graph: null, stage: null, hierarchy: null, expanded: new Set(), selected: null, related: new Set(),
-  matches: new Set(), results: [], result: -1, colouring: "kind", parameters: false, tab: "stage",
+  found: [], results: [], result: -1, colouring: "kind", parameters: false, tab: "stage",
   places: new Map(), drawn: new Map(),
 };
 

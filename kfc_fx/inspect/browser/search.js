@@ -19,8 +19,8 @@ function findMatches(query) {
 function runSearch() {
   const input = byId("search-input");
   const found = findMatches(input.value);
+  view.found = found;
   view.results = found.slice(0, MOST_RESULTS);
-  view.matches = drawnMatches(found);
   markItems();
   const rows = view.results.map((entry, index) => html("li", { role: "option", id: `result-${index}`, "aria-selected": "false" },
     html("span", { class: "name" }, entry.title), html("span", { class: "what" }, entry.what)));
@@ -39,9 +39,9 @@ function showResults(rows) {
 }
 
 // What stands for each match in the graph as it is drawn: itself, or the closed group around it.
-function drawnMatches(found) {
+function drawnMatches() {
   const ids = new Set();
-  for (const { id } of found) {
+  for (const { id } of view.found) {
     const item = view.hierarchy.items.get(id);
     const standIn = item && [item, ...ancestors(item)].find((candidate) => view.drawn.has(candidate.id));
     if (standIn) ids.add(standIn.id);
