@@ -12,8 +12,10 @@ from rich.console import Console, RenderableType
 
 from kfc_fx.tools.failures import CommandError
 
-PIPED_WIDTH = 240
+PIPED_WIDTH = 1000
 """A pipe has no width; a row of a table stays on one line there, for grep."""
+LEAST_WIDTH = 120
+"""On a narrower terminal tables keep this width, and the terminal breaks their lines."""
 
 
 def output_console() -> Console:
@@ -41,7 +43,10 @@ def show(shown: RenderableType, save: Path | None) -> None:
     if not console.is_terminal:
         print(plain_text(shown), end="")
         return
-    console.print(shown, soft_wrap=not _is_wide(shown))
+    if _is_wide(shown):
+        console.print(shown, width=max(console.width, LEAST_WIDTH))
+    else:
+        console.print(shown, soft_wrap=True)
 
 
 def show_json(document: Mapping[str, Any], save: Path | None) -> None:

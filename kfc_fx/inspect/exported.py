@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from kfc_fx.errors import TargetError
+from kfc_fx.inspect.quiet import without_logs
 
 
 def load_exported(path: Path) -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -23,7 +24,8 @@ def load_exported(path: Path) -> tuple[nn.Module, tuple[Tensor, ...]]:
     if not path.is_file():
         raise TargetError(f"there is no file {str(path)!r}")
     try:
-        program = torch.export.load(path)
+        with without_logs():
+            program = torch.export.load(path)
     except Exception as error:
         first_line = str(error).strip().partition("\n")[0]
         raise TargetError(f"{path} is no program of torch.export: {first_line}") from error

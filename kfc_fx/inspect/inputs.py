@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kfc_fx.errors import TargetError, did_you_mean
+from kfc_fx.inspect.quiet import without_logs
 from kfc_fx.inspect.target import Subject
 
 DTYPES = {
@@ -132,7 +133,7 @@ def _takes(model: nn.Module, spec: InputSpec) -> bool:
     """Whether the model runs on such an input, tried without computing anything."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    with mode, torch.no_grad():
+    with without_logs(), mode, torch.no_grad():
         fakes = {name: mode.from_tensor(tensor) for name, tensor in state.items()}
         example = torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
         try:

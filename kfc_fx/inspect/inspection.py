@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import Tensor, nn
@@ -15,11 +16,14 @@ from kfc_fx.codegen.program import generate
 from kfc_fx.compile import CompiledModel, compile
 from kfc_fx.errors import KfcError, TargetError
 from kfc_fx.inspect.inputs import InputSpec
+from kfc_fx.inspect.quiet import without_logs
 from kfc_fx.optim import KFC
 from kfc_fx.plan.spec import CurvaturePlan
 from kfc_fx.rewrite.pipeline import without_passes
 
 CAPTURES = ("dynamo", "symbolic")
+OPERATOR_ERROR = re.compile(r"""got \w+\(['"](.+)['"]\)""")
+"""How dynamo quotes the error of an operator that refuses its inputs."""
 
 
 @dataclass(frozen=True)
@@ -107,21 +111,34 @@ def inspect_model(
 def _capture(compiled: CompiledModel, inputs: Sequence[InputSpec], capture: str) -> None:
     examples = [spec.example() for spec in inputs]
     if capture == "symbolic":
-        compiled.trace_symbolic(*examples)
+        with without_logs():
+            compiled.trace_symbolic(*examples)
         return
     try:
-        compiled.trace(*examples)
+        with without_logs():
+            compiled.trace(*examples)
     except KfcError:
         raise
     except Exception as error:
+        reason = _reason(error).rstrip(".")
         raise TargetError(
             f"{type(compiled.original).__name__} does not run on "
-            f"{' '.join(map(str, inputs))}: {_reason(error)}. --input gives other shapes"
+            f"{' '.join(map(str, inputs))}: {reason}. {_advice(reason, inputs)}"
         ) from error
 
 
+def _advice(reason: str, inputs: Sequence[InputSpec]) -> str:
+    if "more than 1 value per channel" not in reason:
+        return "--input gives other shapes"
+    larger = " ".join(f"--input {replace(i, shape=(2, *i.shape[1:]))}" for i in inputs)
+    return f"Its norms need a larger batch ({larger}), or --eval"
+
+
 def _reason(error: Exception) -> str:
-    """The first sentence of the innermost error: dynamo wraps it in pages of its own."""
+    """The operator's own message, which dynamo wraps in pages of its own."""
+    found = OPERATOR_ERROR.search(str(error))
+    if found:
+        return found.group(1)
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__

@@ -25,7 +25,10 @@ def plain_table(*columns: str, right: tuple[str, ...] = ()) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
     for column in columns:
         table.add_column(
-            Text(column), justify="right" if column in right else "left", overflow="fold"
+            Text(column),
+            justify="right" if column in right else "left",
+            overflow="fold",
+            no_wrap=column not in FLEXIBLE,
         )
     return table
 
@@ -68,6 +71,8 @@ def _parameters(document: Mapping[str, Any]) -> Table:
 
 
 BATCH = "for this input; a gradient and a statistics step grow with the batch, the others do not"
+FLEXIBLE = ("why", "reason", "geometry")
+"""Columns that give way on a narrow terminal."""
 NUMERIC = ("tensors", "numbers", "share", "FLOPs", "bytes", "against gradient", "Ω", "Γ", "|T|")
 
 

@@ -46,7 +46,7 @@ def run_passes(module: fx.GraphModule, passes: Sequence[tuple[str, GraphPass]]) 
     stages: list[Stage] = []
     for name, graph_pass in passes:
         module = copy_graph(module)
-        before = [stage.name for stage in stages]
+        before = [stage.name for stage in stages if not stage.skipped]
         skipped = name in _left_out.get()
         started = time.perf_counter()
         if not skipped:
@@ -63,7 +63,9 @@ def _run(name: str, graph_pass: GraphPass, module: fx.GraphModule, before: Seque
     except KfcError:
         raise
     except Exception as error:
-        raise KfcError(
-            f"pass {name!r} failed: {error} (passes that ran before it: "
-            f"{', '.join(before) or 'none'}). The graph it was given:\n{module.graph}"
-        ) from error
+        failure = KfcError(
+            f"pass {name!r} failed: {type(error).__name__}: {error} (passes that ran before it: "
+            f"{', '.join(before) or 'none'})"
+        )
+        failure.add_note(f"The graph it was given:\n{module.graph}")
+        raise failure from error
