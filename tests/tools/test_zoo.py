@@ -170,8 +170,8 @@ def test_a_model_that_hangs_is_one_failed_row():
 
 
 def test_a_model_over_the_memory_limit_is_one_failed_row():
-    row = zoo_process.run_entry("torchvision/classification/vgg11", Limits(120, 0.6))
-    assert (row.status, row.reason) == ("failed", "too large for the limit of 0.6 GiB")
+    row = zoo_process.run_entry("torchvision/classification/vgg11", Limits(120, 1))
+    assert (row.status, row.reason) == ("failed", "too large for the limit of 1 GiB")
 
 
 def passing_row(path: str, limits: Limits) -> ZooRow:
