@@ -60,6 +60,10 @@ class DrawnNetwork:
     def __repr__(self) -> str:
         return f"\n{self.source}"
 
+    def _repr_pretty_(self, printer, cycle: bool) -> None:
+        """What hypothesis prints of a failing example."""
+        printer.text(repr(self))
+
     def _namespace(self) -> dict:
         namespace: dict = {}
         exec(compile(self.source, "<drawn network>", "exec"), namespace)
@@ -172,7 +176,16 @@ def _group_norm(b: _Builder) -> None:
 
 
 def _activation_in_place(b: _Builder) -> None:
-    b.apply(f"x = {b.layer('nn.ReLU(inplace=True)')}(x)" if b.network.init else "x = x.relu()")
+    """Right behind a layer only: torch refuses it behind an op that keeps its result."""
+    last = b.network.forward[-1] if b.network.forward else ""
+    layer = last.startswith("x = self.") and "ReLU" not in _module(b, last)
+    b.apply(f"x = {b.layer('nn.ReLU(inplace=True)')}(x)" if layer else "x = F.relu(x)")
+
+
+def _module(b: _Builder, line: str) -> str:
+    """Definition of the module that a line of the forward pass calls."""
+    name = line.removeprefix("x = ").split("(")[0]
+    return next(code for code in b.network.init if code.startswith(f"{name} ="))
 
 
 def _activation(b: _Builder) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from hypothesis.vendor.pretty import pretty
 
 from tests import properties
 from tests.strategies import networks
@@ -50,4 +51,4 @@ def test_batches_add_up(drawn):
 @given(networks())
 def test_a_drawn_network_is_a_program_that_runs(drawn):
     assert drawn.build()(drawn.example(2)).shape == (2, 3)
-    assert "class Net(nn.Module)" in repr(drawn)
+    assert "class Net(nn.Module)" in pretty(drawn)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch._functorch.config
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 from kfc_fx.ops.emission_rules import (
     ConvRule,
@@ -228,7 +229,7 @@ class _Emission(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if not (_fisher_passes or torch.compiler.is_compiling()):
+        if not (_fisher_passes or _is_traced(cotangent)):
             return cotangent, None, None, *(None,) * (ctx.probes + ctx.others)
         x, *others = ctx.saved_tensors
         x, g, scale = _part(x, cotangent, ctx.rule.spatial)
@@ -236,6 +237,12 @@ class _Emission(torch.autograd.Function):
         if scale != 1:
             statistics = tuple(statistic * scale for statistic in statistics)
         return cotangent, None, None, *statistics, *(None,) * ctx.others
+
+
+def _is_traced(cotangent: Tensor) -> bool:
+    """Whether AOTAutograd traces the backward pass: it must see the statistics, which the compiled
+    one then computes. Before torch 2.12 ``is_compiling`` is False there."""
+    return torch.compiler.is_compiling() or detect_fake_mode([cotangent]) is not None
 
 
 def _part(x: Tensor, g: Tensor, spatial: int) -> tuple[Tensor, Tensor, float]:

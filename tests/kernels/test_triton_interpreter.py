@@ -11,9 +11,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
+from packaging.version import Version
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+
+OLD_INTERPRETER = Version(triton.__version__) < Version("3.7")
+if OLD_INTERPRETER and Version(numpy.__version__) >= Version("2.4"):
+    pytest.skip(
+        f"the interpreter of Triton {triton.__version__} makes scalars of arrays of one element, "
+        f"which NumPy {numpy.__version__} refuses",
+        allow_module_level=True,
+    )
 
 HERE = Path(__file__).parent
 SUITES = sorted(
