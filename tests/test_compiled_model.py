@@ -331,6 +331,20 @@ def test_batch_sizes_share_one_graph():
     assert len(compiled.graphs) == 1
 
 
+def test_image_sizes_cost_one_more_graph():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, stride=2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5),
+    )  # fmt: skip
+    compiled, opt = make(net, factor_interval=1)
+    for size, side in ((8, 16), (6, 20), (4, 24), (5, 13), (3, 32)):
+        F.cross_entropy(compiled(torch.randn(size, 2, side, side + 1)), LABELS[:size]).backward()
+        opt.step()
+        opt.zero_grad()
+    assert len(compiled.graphs) == 2
+
+
 def test_a_batch_of_one_costs_at_most_one_more_graph():
     compiled, opt = make(token_network().eval(), factor_interval=1)
     for size in (1, 6, 1, 4, 3):
