@@ -11,6 +11,7 @@ from typing import Any
 
 from kfc_fx.inspect.packing import embedded_json, pack_document
 
+STYLES = ("theme.css", "frame.css", "graph.css", "panels.css", "plots.css")
 SCRIPTS = (
     "elements.js",
     "numbers.js",
@@ -52,7 +53,7 @@ def render(document: Mapping[str, Any]) -> str:
     schema = document.get("schema")
     if schema != 1:
         raise ValueError(f"the page shows documents of schema 1, this one has schema {schema!r}")
-    style = _read("browser/style.css")
+    style = "".join(_read(f"browser/{name}") for name in STYLES)
     script = _script()
     return Template(_read("browser/template.html")).substitute(
         policy=f"default-src 'none'; style-src {_source(style)}; script-src {_source(script)}",

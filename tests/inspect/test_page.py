@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 
-from kfc_fx.inspect.page import render
+from kfc_fx.inspect import page as page_module
+from kfc_fx.inspect.page import SCRIPTS, render
 from tests.inspect.documents import HOSTILE, residual_document
 
+BROWSER = Path(page_module.__file__).parent / "browser"
 LOAD_BOUND = 10.0
 """Seconds; loaded machines are slow, the figure itself is printed."""
 
@@ -48,6 +51,20 @@ return found.sort((a, b) => a[0] - b[0]).slice(0, 3);
 def test_refuses_another_schema():
     with pytest.raises(ValueError, match="schema 1, this one has schema 2"):
         render({**residual_document((1,)), "schema": 2})
+
+
+def test_no_script_parses_markup():
+    scripts = "".join(path.read_text("utf-8") for path in BROWSER.glob("*.js"))
+    for way in (
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacentHTML",
+        "document.write",
+        "eval(",
+        "srcdoc",
+    ):
+        assert way not in scripts
+    assert {path.name for path in BROWSER.glob("*.js")} == set(SCRIPTS)
 
 
 def test_loads_nothing_and_is_deterministic():
@@ -98,7 +115,7 @@ def test_a_run_is_plotted(open_page):
     page.open_tab("run")
     captions = [caption.text for caption in page.find_all("#panel figcaption")]
     assert captions[:2] == ["Loss", "Learning rate"]
-    assert "Seconds per stepgradientstatisticsrefreshupdate" in captions
+    assert "Secondsgradientstatisticsrefreshupdate" in captions
     loss = page.find("#panel .plot path.line").get_attribute("d")
     assert loss.count("M") == 2, "the step whose loss was not finite is a gap"
 

@@ -21,10 +21,12 @@ function readStageLinks(stage) {
       nameAt.set(index, name);
     }
     if (/^\s*def\b/.test(line)) return;
-    for (const [word] of line.matchAll(/[A-Za-z_]\w*/g)) if (!mentions.has(word)) mentions.set(word, index);
+    for (const [word] of line.matchAll(/[A-Za-z_]\w*/g))
+      if (!mentions.has(word)) mentions.set(word, index);
   });
   // A placeholder that no line assigns is shown where it is first used.
-  for (const name of names) if (!lineOf.has(name) && mentions.has(name)) lineOf.set(name, mentions.get(name));
+  for (const name of names)
+    if (!lineOf.has(name) && mentions.has(name)) lineOf.set(name, mentions.get(name));
   return { lineOf, nameAt };
 }
 
@@ -37,7 +39,8 @@ function updateLinks(part, code) {
 
 function readUpdateLinks(code) {
   const stacks = new Map();
-  for (const block of model.blocks) stacks.set(block.stack, [...(stacks.get(block.stack) ?? []), block.name]);
+  for (const block of model.blocks)
+    stacks.set(block.stack, [...(stacks.get(block.stack) ?? []), block.name]);
   const blocksAt = [];
   const named = new Map();
   const sections = new Map();
@@ -59,6 +62,9 @@ function blocksNamedIn(line) {
   const comment = /^\s*#.*: (.*)$/.exec(line);
   const known = (name) => model.blockByName.has(name);
   if (comment) return comment[1].split(/,\s*/).filter(known);
-  const found = [...line.matchAll(/"([^"]+)"/g)].flatMap(([, text]) => [text, text.replace(/\.\w+$/, "")]);
+  const found = [...line.matchAll(/"([^"]+)"/g)].flatMap(([, text]) => [
+    text,
+    text.replace(/\.\w+$/, ""),
+  ]);
   return [...new Set(found.filter(known))];
 }

@@ -23,9 +23,12 @@ function tintOf(item, view) {
     return share > 0 ? { colour: "var(--cost)", amount: COST_TINT * Math.sqrt(share) } : null;
   }
   if (item.isGroup) {
-    return item.kinds.size === 1 ? { colour: kindColour([...item.kinds.keys()][0]), amount: KIND_TINT } : null;
+    return item.kinds.size === 1
+      ? { colour: kindColour([...item.kinds.keys()][0]), amount: KIND_TINT }
+      : null;
   }
-  if (["probe", "emission"].includes(item.node.role)) return { colour: "var(--statistic)", amount: KIND_TINT };
+  if (["probe", "emission"].includes(item.node.role))
+    return { colour: "var(--statistic)", amount: KIND_TINT };
   const block = model.blockByName.get(item.node.block);
   const colour = block && kindColour(block.kind);
   return colour ? { colour, amount: KIND_TINT } : null;
@@ -50,7 +53,9 @@ function kindEntries() {
 
 function costEntries() {
   const shares = [0.01, 0.1, 0.5, 1];
-  const entries = shares.map((share) => legendEntry("var(--cost)", COST_TINT * Math.sqrt(share), percentText(share)));
+  const entries = shares.map((share) =>
+    legendEntry("var(--cost)", COST_TINT * Math.sqrt(share), percentText(share)),
+  );
   return [html("span", {}, "share of the statistics' FLOPs"), ...entries];
 }
 

@@ -3,24 +3,39 @@
 function drawDetails() {
   const item = view.hierarchy.items.get(view.selected);
   let content = overview();
-  if (item) content = [closeButton(), ...(item.isGroup ? groupDetails(item) : nodeDetails(item.node))];
+  if (item)
+    content = [closeButton(), ...(item.isGroup ? groupDetails(item) : nodeDetails(item.node))];
   byId("details").replaceChildren(...content.filter(Boolean));
   byId("details").scrollTop = 0;
 }
 
 function closeButton() {
-  const button = html("button", { type: "button", class: "close", title: "Back to the overview ( Esc )" }, "Overview");
+  const button = html(
+    "button",
+    { type: "button", class: "close", title: "Back to the overview ( Esc )" },
+    "Overview",
+  );
   button.addEventListener("click", clearSelection);
   return button;
 }
 
 function groupDetails(group) {
-  const facts = [["module", group.path], ["type", group.type], ["call", group.occurrence ? group.occurrence + 1 : ""],
-    ["nodes", group.size], ["blocks", group.blocks.size], ["emissions", group.emissions], ["statistics", costText(group.flops)]];
+  const facts = [
+    ["module", group.path],
+    ["type", group.type],
+    ["call", group.occurrence ? group.occurrence + 1 : ""],
+    ["nodes", group.size],
+    ["blocks", group.blocks.size],
+    ["emissions", group.emissions],
+    ["statistics", costText(group.flops)],
+  ];
   const single = group.blocks.size === 1 ? [...group.blocks][0] : null;
   return [
-    html("h2", {}, group.label), factList(facts),
-    ...(single ? blockSections(single) : linkSection("Blocks", [...group.blocks], (name) => selectBlocks([name]))),
+    html("h2", {}, group.label),
+    factList(facts),
+    ...(single
+      ? blockSections(single)
+      : linkSection("Blocks", [...group.blocks], (name) => selectBlocks([name]))),
   ];
 }
 
@@ -29,11 +44,23 @@ function costText(flops) {
 }
 
 function nodeDetails(node) {
-  const users = view.stage.nodes.filter((other) => other.args.includes(node.name)).map((other) => other.name);
-  const facts = [["role", node.role], ["op", node.op], ["target", node.target], ["shape", shapeText(node.shape)], ["dtype", node.dtype],
-    ["module", node.module], ["type", node.module_type], ["source", node.source], ["made by", madeBy(node)]];
+  const users = view.stage.nodes
+    .filter((other) => other.args.includes(node.name))
+    .map((other) => other.name);
+  const facts = [
+    ["role", node.role],
+    ["op", node.op],
+    ["target", node.target],
+    ["shape", shapeText(node.shape)],
+    ["dtype", node.dtype],
+    ["module", node.module],
+    ["type", node.module_type],
+    ["source", node.source],
+    ["made by", madeBy(node)],
+  ];
   return [
-    html("h2", {}, node.name), factList(facts),
+    html("h2", {}, node.name),
+    factList(facts),
     ...linkSection("Arguments", [...new Set(node.args)], selectNode),
     ...linkSection("Used by", users, selectNode),
     ...(node.block ? blockSections(node.block) : []),
@@ -41,7 +68,12 @@ function nodeDetails(node) {
 }
 
 function madeBy(node) {
-  return view.graph.stages.findLast((stage) => stage.position > 0 && stage.position <= view.stage.position && stage.created.includes(node.name))?.name;
+  return view.graph.stages.findLast(
+    (stage) =>
+      stage.position > 0 &&
+      stage.position <= view.stage.position &&
+      stage.created.includes(node.name),
+  )?.name;
 }
 
 function linkSection(title, names, choose) {
@@ -62,12 +94,25 @@ function blockSections(name) {
 
 function blockFacts(block) {
   const stack = html("button", { type: "button", class: "link" }, String(block.stack ?? ""));
-  stack.addEventListener("click", () => selectBlocks(model.blocks.filter((other) => other.stack === block.stack).map((other) => other.name)));
+  stack.addEventListener("click", () =>
+    selectBlocks(
+      model.blocks.filter((other) => other.stack === block.stack).map((other) => other.name),
+    ),
+  );
   return [
-    ["kind", block.kind], ["weight", block.weight], ["bias", block.bias],
-    ["[W b]", `${block.rows} × ${block.columns}`], ["groups", block.groups > 1 ? block.groups : ""],
-    ["locations", block.locations], ["geometry", block.geometry], ["form", block.form],
-    ["method", block.method], ["why", block.why], ["stack", block.stack ? stack : ""],
-    ["memory", bytesText(block.bytes)], ["statistics", costText(block.flops)], ["uses", block.uses],
+    ["kind", block.kind],
+    ["weight", block.weight],
+    ["bias", block.bias],
+    ["[W b]", `${block.rows} × ${block.columns}`],
+    ["groups", block.groups > 1 ? block.groups : ""],
+    ["locations", block.locations],
+    ["geometry", block.geometry],
+    ["form", block.form],
+    ["method", block.method],
+    ["why", block.why],
+    ["stack", block.stack ? stack : ""],
+    ["memory", bytesText(block.bytes)],
+    ["statistics", costText(block.flops)],
+    ["uses", block.uses],
   ];
 }

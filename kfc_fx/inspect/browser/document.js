@@ -41,7 +41,11 @@ function readNode(packed, row) {
 
 // Parameters and buffers: what the model holds, however the capture spells it.
 function isStored(node) {
-  return node.role === "parameter" || node.op === "get_attr" || (node.role === "input" && /(^|_)buffers_/.test(node.target));
+  return (
+    node.role === "parameter" ||
+    node.op === "get_attr" ||
+    (node.role === "input" && /(^|_)buffers_/.test(node.target))
+  );
 }
 
 // Names of the nodes that the passes made, which the model's own code has not.

@@ -20,7 +20,11 @@ function projectEdges(hierarchy, nodes) {
 function addEdge(source, target, flow) {
   const sourceLine = [source, ...ancestors(source)];
   const targetLine = [target, ...ancestors(target)];
-  while (sourceLine.length > 1 && targetLine.length > 1 && sourceLine.at(-2) === targetLine.at(-2)) {
+  while (
+    sourceLine.length > 1 &&
+    targetLine.length > 1 &&
+    sourceLine.at(-2) === targetLine.at(-2)
+  ) {
     sourceLine.pop();
     targetLine.pop();
   }

@@ -28,7 +28,9 @@ function drawEdges(layout) {
   const lines = svg("g", { class: "edges", "aria-hidden": "true" });
   for (const { points, flow, to } of layout.lines) {
     const head = to === OUT_PORT ? null : `url(#arrow-${flow})`;
-    lines.append(svg("path", { d: pathThrough(points), class: `edge ${flow}`, "marker-end": head }));
+    lines.append(
+      svg("path", { d: pathThrough(points), class: `edge ${flow}`, "marker-end": head }),
+    );
   }
   for (const port of [layout.inPort, layout.outPort]) {
     if (port) lines.append(svg("circle", { cx: port.x, cy: port.y, r: 3, class: "port" }));
@@ -69,8 +71,12 @@ function drawItem(item, box, level) {
 function newElement(item, open, level) {
   const drawn = svg("g", {
     class: `item ${item.isGroup ? "group" : item.node.role}${open ? " open" : ""}`,
-    "data-id": item.id, tabindex: -1, role: "treeitem", "aria-level": level,
-    "aria-label": spokenName(item), "aria-expanded": item.isGroup ? String(open) : null,
+    "data-id": item.id,
+    tabindex: -1,
+    role: "treeitem",
+    "aria-level": level,
+    "aria-label": spokenName(item),
+    "aria-expanded": item.isGroup ? String(open) : null,
   });
   setTint(drawn, item, view);
   return drawn;
@@ -80,7 +86,9 @@ function drawClosed(drawn, item, box) {
   const [first, second] = captionOf(item, view);
   const rounding = isRounded(item) ? box.height / 2 : 5;
   if (item.isGroup) {
-    drawn.append(svg("rect", { class: "behind", x: 4, y: 4, width: box.width, height: box.height, rx: 5 }));
+    drawn.append(
+      svg("rect", { class: "behind", x: 4, y: 4, width: box.width, height: box.height, rx: 5 }),
+    );
   }
   drawn.append(svg("rect", { class: "box", width: box.width, height: box.height, rx: rounding }));
   const indent = isRounded(item) ? 20 : 12;
@@ -95,9 +103,17 @@ function drawClosed(drawn, item, box) {
 function drawOpen(group) {
   group.inside = svg("g", { role: "group", transform: `translate(0,${HEADER})` });
   group.element.append(
-    svg("rect", { class: "box", rx: 7 }), svg("rect", { class: "title", height: HEADER - 6, rx: 7 }),
-    svg("text", { class: "name", x: 10, y: 17 }, fitText(group.label), svg("tspan", { class: "what", dx: 8 }, group.type)),
-    drawToggle(0, 12, true), group.inside);
+    svg("rect", { class: "box", rx: 7 }),
+    svg("rect", { class: "title", height: HEADER - 6, rx: 7 }),
+    svg(
+      "text",
+      { class: "name", x: 10, y: 17 },
+      fitText(group.label),
+      svg("tspan", { class: "what", dx: 8 }, group.type),
+    ),
+    drawToggle(0, 12, true),
+    group.inside,
+  );
 }
 
 // An open group's frame, as large as what it holds.
@@ -111,9 +127,13 @@ function fitOpen(group, box) {
 
 function drawToggle(x, y, open) {
   const sign = open ? `M${x - 4},${y}H${x + 4}` : `M${x - 4},${y}H${x + 4}M${x},${y - 4}V${y + 4}`;
-  return svg("g", { class: "toggle" },
+  return svg(
+    "g",
+    { class: "toggle" },
     svg("title", {}, open ? "Collapse (Enter)" : "Expand (Enter)"),
-    svg("rect", { x: x - 11, y: y - 11, width: 22, height: 22, rx: 4 }), svg("path", { d: sign }));
+    svg("rect", { x: x - 11, y: y - 11, width: 22, height: 22, rx: 4 }),
+    svg("path", { d: sign }),
+  );
 }
 
 // A strip with the kinds of the blocks inside, as wide as they are many.
@@ -122,7 +142,7 @@ function drawKinds(drawn, group, box) {
   const total = [...group.kinds.values()].reduce((sum, count) => sum + count, 0);
   let x = 5;
   for (const [kind, count] of group.kinds) {
-    const width = (box.width - 10) * count / total;
+    const width = ((box.width - 10) * count) / total;
     const strip = svg("rect", { class: "kind", x, y: box.height - 5, width, height: 4 });
     strip.style.setProperty("--tint", kindColour(kind));
     drawn.append(strip);
@@ -136,13 +156,23 @@ function spokenName(item) {
     return `${item.label} ${item.type}, ${plural(item.size, "node")}${statistics}`;
   }
   const { node } = item;
-  return [item.label, node.role, node.target, shapeText(node.shape), node.block && `block ${node.block}`].filter(Boolean).join(", ");
+  return [
+    item.label,
+    node.role,
+    node.target,
+    shapeText(node.shape),
+    node.block && `block ${node.block}`,
+  ]
+    .filter(Boolean)
+    .join(", ");
 }
 
 // Selection, matches and the one item that Tab reaches, on what is drawn already.
 function markItems() {
   const matches = drawnMatches();
-  const tabStop = view.drawn.has(view.selected) ? view.selected : view.hierarchy.root.children[0]?.id;
+  const tabStop = view.drawn.has(view.selected)
+    ? view.selected
+    : view.hierarchy.root.children[0]?.id;
   for (const [id, drawn] of view.drawn) {
     drawn.setAttribute("tabindex", id === tabStop ? 0 : -1);
     drawn.setAttribute("aria-selected", String(id === view.selected));

@@ -10,10 +10,19 @@ const FOLD = 40;
 function buildHierarchy(graph, stage, parameters) {
   const made = namesMadeByPasses(graph, stage);
   const used = new Set(stage.nodes.flatMap((node) => node.args));
-  const isIdle = (node) => node.role === "input" && !node.shape && !used.has(node.name); // a size that no node reads
-  const shown = stage.nodes.filter((node) => parameters || !(isBookkeeping(node, made) || isIdle(node)));
+  // A size that no node reads.
+  const isIdle = (node) => node.role === "input" && !node.shape && !used.has(node.name);
+  const shown = stage.nodes.filter(
+    (node) => parameters || !(isBookkeeping(node, made) || isIdle(node)),
+  );
   const root = newGroup("", null, 0);
-  const hierarchy = { root, groups: new Map([[root.id, root]]), items: new Map(), byNode: new Map(), hidden: stage.size - shown.length };
+  const hierarchy = {
+    root,
+    groups: new Map([[root.id, root]]),
+    items: new Map(),
+    byNode: new Map(),
+    hidden: stage.size - shown.length,
+  };
   const deferred = placeByModule(hierarchy, shown, made);
   placeDeferred(hierarchy, deferred, shown);
   promoteSingles(root);
@@ -25,18 +34,34 @@ function buildHierarchy(graph, stage, parameters) {
 
 // What the model holds, and the numbers of rows that the passes count: no tensor flows there.
 function isBookkeeping(node, made) {
-  return isStored(node) || (node.role === "op" && made.has(node.name) && !node.shape && !node.module);
+  return (
+    isStored(node) || (node.role === "op" && made.has(node.name) && !node.shape && !node.module)
+  );
 }
 
 function newGroup(path, parent, occurrence) {
   return {
-    id: `module:${path}#${occurrence}`, path, parent, occurrence, isGroup: true,
-    label: path.split(".").at(-1), type: "", children: [], layout: null, edges: new Map(),
+    id: `module:${path}#${occurrence}`,
+    path,
+    parent,
+    occurrence,
+    isGroup: true,
+    label: path.split(".").at(-1),
+    type: "",
+    children: [],
+    layout: null,
+    edges: new Map(),
   };
 }
 
 function addNode(hierarchy, node, group) {
-  const item = { id: `node:${node.name}`, node, parent: group, isGroup: false, label: nodeLabel(node) };
+  const item = {
+    id: `node:${node.name}`,
+    node,
+    parent: group,
+    isGroup: false,
+    label: nodeLabel(node),
+  };
   group.children.push(item);
   hierarchy.byNode.set(node.name, item);
   if (node.module && node.module === group.path) group.type ||= node.module_type;
@@ -61,7 +86,8 @@ function placeByModule(hierarchy, nodes, made) {
   const deferred = [];
   let open = hierarchy.root;
   for (const node of nodes) {
-    const follows = isStored(node) || node.role === "probe" || (made.has(node.name) && !node.module);
+    const follows =
+      isStored(node) || node.role === "probe" || (made.has(node.name) && !node.module);
     if (follows && node.role !== "output") {
       deferred.push(node);
       continue;
@@ -80,7 +106,8 @@ function isInside(path, outer) {
 
 function openGroup(hierarchy, parent, target, occurrences) {
   const rest = parent.path === "" ? target : target.slice(parent.path.length + 1);
-  const path = parent.path === "" ? rest.split(".", 1)[0] : `${parent.path}.${rest.split(".", 1)[0]}`;
+  const path =
+    parent.path === "" ? rest.split(".", 1)[0] : `${parent.path}.${rest.split(".", 1)[0]}`;
   const occurrence = occurrences.get(path) ?? 0;
   occurrences.set(path, occurrence + 1);
   const group = newGroup(path, parent, occurrence);
@@ -99,8 +126,10 @@ function placeDeferred(hierarchy, deferred, nodes) {
   const place = (node) => {
     const placed = hierarchy.byNode;
     const neighbours = [firstUser.get(node.name), ...node.args].filter((name) => placed.has(name));
-    const fromArguments = node.args.find((name) => placed.has(name) && placed.get(name).parent !== hierarchy.root);
-    const source = node.args.length === 0 ? neighbours[0] : fromArguments ?? neighbours[0];
+    const fromArguments = node.args.find(
+      (name) => placed.has(name) && placed.get(name).parent !== hierarchy.root,
+    );
+    const source = node.args.length === 0 ? neighbours[0] : (fromArguments ?? neighbours[0]);
     addNode(hierarchy, node, source === undefined ? hierarchy.root : placed.get(source).parent);
   };
   deferred.filter((node) => node.args.length > 0).forEach(place);
@@ -128,9 +157,16 @@ function foldLongGroups(group) {
   const folds = [];
   for (let start = 0; start < folded.length; start += FOLD) {
     const piece = folded.slice(start, start + FOLD);
-    const fold = { ...newGroup(group.path, group, 0), id: `${group.id}/${start}`, children: piece, edges: new Map() };
+    const fold = {
+      ...newGroup(group.path, group, 0),
+      id: `${group.id}/${start}`,
+      children: piece,
+      edges: new Map(),
+    };
     fold.label = `${start + 1} to ${start + piece.length}`;
-    piece.forEach((child) => { child.parent = fold; });
+    piece.forEach((child) => {
+      child.parent = fold;
+    });
     folds.push(fold);
   }
   group.children = [...kept, ...folds];
@@ -156,7 +192,11 @@ function summarise(hierarchy, group) {
 }
 
 function summaryOfNode(node) {
-  return { size: 1, emissions: node.role === "emission" ? 1 : 0, blocks: node.block ? [node.block] : [] };
+  return {
+    size: 1,
+    emissions: node.role === "emission" ? 1 : 0,
+    blocks: node.block ? [node.block] : [],
+  };
 }
 
 function ancestors(item) {

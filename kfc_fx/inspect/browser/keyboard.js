@@ -4,7 +4,7 @@ function connectKeyboard() {
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.target.matches("input[type=text]")) return;
-    if (event.key === "/") byId("search-input").select(), byId("search-input").focus();
+    if (event.key === "/") (byId("search-input").select(), byId("search-input").focus());
     else if (event.key === "Escape") leaveSelection();
     else return;
     event.preventDefault();
@@ -52,7 +52,9 @@ function topmost(items) {
 function closest(item, candidates) {
   const middle = ({ x, width }) => x + width / 2;
   const here = view.places.get(item.id);
-  const distance = (other) => Math.abs(middle(view.places.get(other.id)) - middle(here)) + Math.abs(view.places.get(other.id).y - here.y);
+  const distance = (other) =>
+    Math.abs(middle(view.places.get(other.id)) - middle(here)) +
+    Math.abs(view.places.get(other.id).y - here.y);
   return [...candidates].sort((a, b) => distance(a) - distance(b))[0];
 }
 

@@ -46,13 +46,18 @@ function captionOf(item, view) {
   }
   const { node } = item;
   const operation = node.role === "probe" ? "" : shortTarget(node);
-  return [fitText(item.label), fitText([operation, shapeText(node.shape)].filter(Boolean).join(" "))];
+  return [
+    fitText(item.label),
+    fitText([operation, shapeText(node.shape)].filter(Boolean).join(" ")),
+  ];
 }
 
 function shortTarget(node) {
   if (isStored(node)) return node.role === "parameter" ? "parameter" : "buffer";
   if (node.role === "input" || node.role === "output") return node.role;
-  return node.target.split(/[.:]/).at(-1);
+  const parts = node.target.split(/[.:]+/);
+  const isOverload = parts.length === 2 && !["torch", "operator", "_operator"].includes(parts[0]);
+  return node.op === "call_function" && isOverload ? parts[0] : parts.at(-1); // unflatten.int
 }
 
 // Positions of a group's children and the lines of its edges, kept until `forgetLayout`.
@@ -72,7 +77,11 @@ function computeLayout(group, view) {
   const sizes = group.children.map((child) => sizeOf(child, view));
   const order = new Map(group.children.map((child, position) => [child.id, String(position)]));
   const edges = [...group.edges.values()];
-  const ends = edges.map(({ from, to, flow }) => [order.get(from) ?? from, order.get(to) ?? to, flow === "data" ? 3 : 1]);
+  const ends = edges.map(({ from, to, flow }) => [
+    order.get(from) ?? from,
+    order.get(to) ?? to,
+    flow === "data" ? 3 : 1,
+  ]);
   const shape = JSON.stringify([sizes, ends]);
   if (!layoutsByShape.has(shape)) layoutsByShape.set(shape, positionsOf(sizes, ends));
   return readLayout(group, edges, sizes, layoutsByShape.get(shape), view);
@@ -81,21 +90,28 @@ function computeLayout(group, view) {
 // Middles of the boxes and bends of the edges; boxes go by their positions in the group.
 function positionsOf(sizes, ends) {
   const graph = new dagre.graphlib.Graph();
-  graph.setGraph({ ...BARE, rankdir: "TB", ranker: sizes.length > 80 ? "longest-path" : "network-simplex" });
+  graph.setGraph({
+    ...BARE,
+    rankdir: "TB",
+    ranker: sizes.length > 80 ? "longest-path" : "network-simplex",
+  });
   sizes.forEach((size, position) => graph.setNode(String(position), { ...size }));
   for (const [from, to, weight] of ends) {
-    for (const end of [from, to]) if (end.startsWith("port:")) graph.setNode(end, { width: 8, height: 4 });
+    for (const end of [from, to])
+      if (end.startsWith("port:")) graph.setNode(end, { width: 8, height: 4 });
     graph.setEdge(from, to, { weight });
   }
   dagre.layout(graph);
   const { width, height } = graph.graph();
-  const middle = (name) => graph.hasNode(name) ? { x: graph.node(name).x, y: graph.node(name).y } : null;
+  const middle = (name) =>
+    graph.hasNode(name) ? { x: graph.node(name).x, y: graph.node(name).y } : null;
   return {
     width: Number.isFinite(width) ? width : 0,
     height: Number.isFinite(height) ? height : 0,
     middles: sizes.map((_, position) => middle(String(position))),
     bends: ends.map(([from, to]) => graph.edge(from, to).points),
-    inPort: middle(IN_PORT), outPort: middle(OUT_PORT),
+    inPort: middle(IN_PORT),
+    outPort: middle(OUT_PORT),
   };
 }
 
@@ -103,14 +119,24 @@ function readLayout(group, edges, sizes, positions, view) {
   const { height } = positions;
   const width = Math.max(positions.width, textWidth(group.label, group.type) + 60);
   const shift = (width - positions.width) / 2; // a title wider than what is under it
-  const boxes = new Map(group.children.map((child, position) => {
-    const { x, y } = positions.middles[position];
-    const size = sizes[position];
-    return [child.id, { x: x - size.width / 2 + shift, y: y - size.height / 2, ...size }];
-  }));
+  const boxes = new Map(
+    group.children.map((child, position) => {
+      const { x, y } = positions.middles[position];
+      const size = sizes[position];
+      return [child.id, { x: x - size.width / 2 + shift, y: y - size.height / 2, ...size }];
+    }),
+  );
   const port = (middle, y) => middle && { x: middle.x + shift, y };
-  const layout = { width, height, boxes, inPort: port(positions.inPort, 0), outPort: port(positions.outPort, height) };
-  const open = new Map(group.children.filter((c) => c.isGroup && view.expanded.has(c.id)).map((c) => [c.id, c]));
+  const layout = {
+    width,
+    height,
+    boxes,
+    inPort: port(positions.inPort, 0),
+    outPort: port(positions.outPort, height),
+  };
+  const open = new Map(
+    group.children.filter((c) => c.isGroup && view.expanded.has(c.id)).map((c) => [c.id, c]),
+  );
   layout.lines = edges.map((edge, index) => {
     const bends = positions.bends[index].map(({ x, y }) => ({ x: x + shift, y }));
     return { ...edge, points: linePoints(edge, bends, layout, open) };
@@ -140,7 +166,10 @@ function pathThrough(points) {
   const last = rest.at(-1);
   let path = `M${round(first.x)},${round(first.y)}`;
   for (let index = 0; index < rest.length - 1; index += 1) {
-    const middle = { x: (rest[index].x + rest[index + 1].x) / 2, y: (rest[index].y + rest[index + 1].y) / 2 };
+    const middle = {
+      x: (rest[index].x + rest[index + 1].x) / 2,
+      y: (rest[index].y + rest[index + 1].y) / 2,
+    };
     const end = index === rest.length - 2 ? last : middle;
     path += `Q${round(rest[index].x)},${round(rest[index].y)} ${round(end.x)},${round(end.y)}`;
   }

@@ -2,9 +2,20 @@
 
 const model = readDocument();
 const view = {
-  graph: null, stage: null, hierarchy: null, expanded: new Set(), selected: null, related: new Set(),
-  found: [], results: [], result: -1, colouring: "kind", parameters: false, tab: "stage",
-  places: new Map(), drawn: new Map(),
+  graph: null,
+  stage: null,
+  hierarchy: null,
+  expanded: new Set(),
+  selected: null,
+  related: new Set(),
+  found: [],
+  results: [],
+  result: -1,
+  colouring: "kind",
+  parameters: false,
+  tab: "stage",
+  places: new Map(),
+  drawn: new Map(),
 };
 
 // Shows a stage; what is open and selected stays so where the stage has it.
@@ -33,7 +44,9 @@ function openSingles() {
   let group = view.hierarchy.root;
   while (group) {
     const inner = group.children.filter((child) => child.isGroup);
-    const nodes = group.children.filter((child) => !child.isGroup && !["input", "output"].includes(child.node.role));
+    const nodes = group.children.filter(
+      (child) => !child.isGroup && !["input", "output"].includes(child.node.role),
+    );
     group = inner.length === 1 && nodes.length === 0 ? inner[0] : null;
     if (group) view.expanded.add(group.id);
   }
@@ -56,11 +69,14 @@ function showColouring(colouring) {
 function drawHeading() {
   document.title = `${model.target} · kfc_fx inspector`;
   byId("title").textContent = model.target;
-  byId("subtitle").textContent = `kfc_fx ${model.kfc_fx} · torch ${model.torch} · captured by ${model.capture}`;
+  byId("subtitle").textContent =
+    `kfc_fx ${model.kfc_fx} · torch ${model.torch} · captured by ${model.capture}`;
 }
 
 function connectControls() {
-  byId("show-parameters").addEventListener("change", (event) => showParameters(event.target.checked));
+  byId("show-parameters").addEventListener("change", (event) =>
+    showParameters(event.target.checked),
+  );
   byId("colouring").addEventListener("change", (event) => showColouring(event.target.value));
   byId("expand-all").addEventListener("click", () => setAllExpanded(true));
   byId("collapse-all").addEventListener("click", () => setAllExpanded(false));
@@ -81,7 +97,15 @@ function start() {
   rebuild();
   markStages();
   drawTabs();
-  [connectGraph, connectViewport, connectModules, connectPanel, connectSearch, connectKeyboard, connectControls].forEach((connect) => connect());
+  [
+    connectGraph,
+    connectViewport,
+    connectModules,
+    connectPanel,
+    connectSearch,
+    connectKeyboard,
+    connectControls,
+  ].forEach((connect) => connect());
 }
 
 start();

@@ -17,12 +17,20 @@ function moduleRow(item, level) {
   const open = item.isGroup && view.expanded.has(item.id);
   const sign = item.isGroup ? (open ? "▾" : "▸") : "";
   const type = item.isGroup ? item.type : item.node.module_type;
-  const row = html("div", {
-    role: "treeitem", class: "module", tabindex: -1, "data-id": item.id,
-    "aria-level": level, "aria-expanded": item.isGroup ? String(open) : null,
-  },
-  html("span", { class: "twisty", "aria-hidden": "true" }, sign),
-  html("span", { class: "name" }, item.label), html("span", { class: "what" }, type || ""));
+  const row = html(
+    "div",
+    {
+      role: "treeitem",
+      class: "module",
+      tabindex: -1,
+      "data-id": item.id,
+      "aria-level": level,
+      "aria-expanded": item.isGroup ? String(open) : null,
+    },
+    html("span", { class: "twisty", "aria-hidden": "true" }, sign),
+    html("span", { class: "name" }, item.label),
+    html("span", { class: "what" }, type || ""),
+  );
   row.style.setProperty("--level", level);
   setTint(row, item, view);
   return row;

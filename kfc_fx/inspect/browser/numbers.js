@@ -1,6 +1,11 @@
 // Numbers and shapes as a person reads them.
 
-const PREFIXES = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]];
+const PREFIXES = [
+  [1e12, "T"],
+  [1e9, "G"],
+  [1e6, "M"],
+  [1e3, "k"],
+];
 
 function shortNumber(value) {
   if (value === null || value === undefined) return "–";
@@ -15,7 +20,9 @@ function shortNumber(value) {
 function significant(value) {
   if (Number.isInteger(value)) return String(value);
   const size = Math.abs(value);
-  return size !== 0 && (size < 1e-3 || size >= 1e6) ? value.toExponential(2) : String(Number(value.toPrecision(3)));
+  return size !== 0 && (size < 1e-3 || size >= 1e6)
+    ? value.toExponential(2)
+    : String(Number(value.toPrecision(3)));
 }
 
 function bytesText(bytes) {

@@ -1,8 +1,24 @@
 // The bottom panel: code of the stage, the parts of the update, the run; one tab each.
 
 function drawTabs() {
-  const names = ["stage", ...Object.keys(model.update ?? {}).filter((part) => model.update[part]), ...(model.run ? ["run"] : [])];
-  const tabs = names.map((name) => html("button", { type: "button", role: "tab", id: `tab-${name}`, "data-tab": name, "aria-controls": "panel" }, tabTitle(name)));
+  const names = [
+    "stage",
+    ...Object.keys(model.update ?? {}).filter((part) => model.update[part]),
+    ...(model.run ? ["run"] : []),
+  ];
+  const tabs = names.map((name) =>
+    html(
+      "button",
+      {
+        type: "button",
+        role: "tab",
+        id: `tab-${name}`,
+        "data-tab": name,
+        "aria-controls": "panel",
+      },
+      tabTitle(name),
+    ),
+  );
   byId("tabs").replaceChildren(...tabs);
   openTab("stage");
 }
@@ -26,8 +42,11 @@ function openTab(name) {
 
 function panelContent(name) {
   if (name === "run") return runPanel();
-  if (name === "stage") return codeList(view.stage.code, `Code of the stage ${view.stage.name}`, chooseStageLine);
-  return codeList(model.update[name], `Update: ${name}`, (line) => selectBlocks(updateLinks(name, model.update[name]).blocksAt[line], { line }));
+  if (name === "stage")
+    return codeList(view.stage.code, `Code of the stage ${view.stage.name}`, chooseStageLine);
+  return codeList(model.update[name], `Update: ${name}`, (line) =>
+    selectBlocks(updateLinks(name, model.update[name]).blocksAt[line], { line }),
+  );
 }
 
 function chooseStageLine(line) {
@@ -47,7 +66,11 @@ function markCode() {
 // Lines in which something is computed come first: to the first of all the source is scrolled.
 function linesOfItem(item) {
   const { lineOf } = stageLinks(view.stage);
-  const linesOf = (nodes) => nodes.map((node) => lineOf.get(node.name)).filter((line) => line !== undefined).sort((a, b) => a - b);
+  const linesOf = (nodes) =>
+    nodes
+      .map((node) => lineOf.get(node.name))
+      .filter((line) => line !== undefined)
+      .sort((a, b) => a - b);
   const nodes = nodesUnder(item);
   const isComputed = (node) => node.op !== "placeholder";
   return [...new Set([...linesOf(nodes.filter(isComputed)), ...linesOf(nodes)])];
@@ -58,9 +81,16 @@ function nodesUnder(item) {
 }
 
 function markUpdate(list, item) {
-  const blocks = item ? new Set(nodesUnder(item).map((node) => node.block).filter(Boolean)) : new Set();
+  const blocks = item
+    ? new Set(
+        nodesUnder(item)
+          .map((node) => node.block)
+          .filter(Boolean),
+      )
+    : new Set();
   const { named, sections } = updateLinks(view.tab, model.update[view.tab]);
-  const collect = (lines) => [...new Set([...blocks].flatMap((name) => lines.get(name) ?? []))].sort((a, b) => a - b);
+  const collect = (lines) =>
+    [...new Set([...blocks].flatMap((name) => lines.get(name) ?? []))].sort((a, b) => a - b);
   markLines(list, collect(named), collect(sections));
 }
 
@@ -98,6 +128,7 @@ function connectDivider() {
   });
   divider.addEventListener("pointerdown", (event) => divider.setPointerCapture(event.pointerId));
   divider.addEventListener("pointermove", (event) => {
-    if (divider.hasPointerCapture(event.pointerId)) setHeight(100 * (innerHeight - event.clientY) / innerHeight);
+    if (divider.hasPointerCapture(event.pointerId))
+      setHeight((100 * (innerHeight - event.clientY)) / innerHeight);
   });
 }

@@ -2,19 +2,41 @@
 
 const PLOT = { width: 320, height: 170, left: 52, right: 12, top: 12, bottom: 26 };
 
-// `series` is [{name, values}]; a null value is a gap. `x` holds the positions, or null for 1, 2, ...
+// `series` is [{name, values}]; a null value is a gap.
+// `x` holds the positions; without it they are 1, 2, ...
 function linePlot(title, series, { x = null, logarithmic = false, xName = "step" } = {}) {
-  const drawn = series.filter(({ values }) => values.some((value) => isDrawable(value, logarithmic)));
+  const drawn = series.filter(({ values }) =>
+    values.some((value) => isDrawable(value, logarithmic)),
+  );
   const heading = html("figcaption", {}, title);
-  if (drawn.length === 0) return html("figure", { class: "plot" }, heading, html("p", { class: "what" }, "no finite values"));
+  if (drawn.length === 0)
+    return html(
+      "figure",
+      { class: "plot" },
+      heading,
+      html("p", { class: "what" }, "no finite values"),
+    );
   const positions = x ?? drawn[0].values.map((_, index) => index + 1);
   const scales = plotScales(drawn, positions, logarithmic);
-  const picture = svg("svg", { viewBox: `0 0 ${PLOT.width} ${PLOT.height}`, role: "img", "aria-label": plotSummary(title, drawn) });
+  const picture = svg("svg", {
+    viewBox: `0 0 ${PLOT.width} ${PLOT.height}`,
+    role: "img",
+    "aria-label": plotSummary(title, drawn),
+  });
   picture.append(...axes(scales, logarithmic, xName));
   drawn.forEach((line, index) => {
-    picture.append(svg("path", { class: "line", d: linePath(line.values, positions, scales, logarithmic), "data-series": index }));
+    picture.append(
+      svg("path", {
+        class: "line",
+        d: linePath(line.values, positions, scales, logarithmic),
+        "data-series": index,
+      }),
+    );
   });
-  if (drawn.length > 1) heading.append(...drawn.map(({ name }, index) => html("span", { class: "key", "data-series": index }, name)));
+  if (drawn.length > 1)
+    heading.append(
+      ...drawn.map(({ name }, index) => html("span", { class: "key", "data-series": index }, name)),
+    );
   const readout = html("output", { class: "what", "aria-hidden": "true" });
   connectReadout(picture, readout, drawn, positions, scales);
   return html("figure", { class: "plot" }, heading, picture, readout);
@@ -25,11 +47,14 @@ function isDrawable(value, logarithmic) {
 }
 
 function plotScales(series, positions, logarithmic) {
-  const values = series.flatMap((line) => line.values).filter((value) => isDrawable(value, logarithmic));
+  const values = series
+    .flatMap((line) => line.values)
+    .filter((value) => isDrawable(value, logarithmic));
   const transform = logarithmic ? Math.log10 : (value) => value;
   let low = values.reduce((least, value) => Math.min(least, transform(value)), Infinity);
   let high = values.reduce((most, value) => Math.max(most, transform(value)), -Infinity);
-  if (high - low <= 1e-9 * Math.abs(high)) { // a constant lies in the middle
+  if (high - low <= 1e-9 * Math.abs(high)) {
+    // a constant lies in the middle
     const room = Math.abs(high) / 2 || 0.5;
     [low, high] = [low - room, high + room];
   }
@@ -38,10 +63,14 @@ function plotScales(series, positions, logarithmic) {
   const width = PLOT.width - PLOT.left - PLOT.right;
   const height = PLOT.height - PLOT.top - PLOT.bottom;
   return {
-    low, high, first, span,
-    across: (position) => PLOT.left + width * (position - first) / span,
-    up: (value) => PLOT.top + height * (high - transform(value)) / (high - low),
-    level: (fraction) => (logarithmic ? 10 ** (low + fraction * (high - low)) : low + fraction * (high - low)),
+    low,
+    high,
+    first,
+    span,
+    across: (position) => PLOT.left + (width * (position - first)) / span,
+    up: (value) => PLOT.top + (height * (high - transform(value))) / (high - low),
+    level: (fraction) =>
+      logarithmic ? 10 ** (low + fraction * (high - low)) : low + fraction * (high - low),
   };
 }
 
@@ -70,9 +99,18 @@ function axes(scales, logarithmic, xName) {
       svg("text", { x: PLOT.left - 6, y: y + 4, "text-anchor": "end" }, shortNumber(value)),
     ];
   });
-  const ends = [[scales.first, "start", PLOT.left], [scales.first + scales.span, "end", right]];
-  const numbers = ends.map(([value, anchor, x]) => svg("text", { x, y: bottom + 16, "text-anchor": anchor }, significant(value)));
-  const name = svg("text", { x: (PLOT.left + right) / 2, y: bottom + 16, "text-anchor": "middle" }, xName);
+  const ends = [
+    [scales.first, "start", PLOT.left],
+    [scales.first + scales.span, "end", right],
+  ];
+  const numbers = ends.map(([value, anchor, x]) =>
+    svg("text", { x, y: bottom + 16, "text-anchor": anchor }, significant(value)),
+  );
+  const name = svg(
+    "text",
+    { x: (PLOT.left + right) / 2, y: bottom + 16, "text-anchor": "middle" },
+    xName,
+  );
   return [...marks, ...numbers, name];
 }
 
@@ -88,11 +126,16 @@ function plotSummary(title, series) {
 function connectReadout(picture, readout, series, positions, scales) {
   picture.addEventListener("pointermove", (event) => {
     const box = picture.getBoundingClientRect();
-    const across = (event.clientX - box.left) / box.width * PLOT.width;
-    const distance = positions.map((position) => Math.abs(scales.across(position) - across));
-    const nearest = distance.indexOf(Math.min(...distance));
+    const across = ((event.clientX - box.left) / box.width) * PLOT.width;
+    const distance = (index) => Math.abs(scales.across(positions[index]) - across);
+    const nearest = positions.reduce(
+      (best, _, index) => (distance(index) < distance(best) ? index : best),
+      0,
+    );
     const values = series.map((line) => `${line.name} ${shortNumber(line.values[nearest])}`);
     readout.textContent = `${positions[nearest]}: ${values.join(", ")}`;
   });
-  picture.addEventListener("pointerleave", () => { readout.textContent = ""; });
+  picture.addEventListener("pointerleave", () => {
+    readout.textContent = "";
+  });
 }

@@ -5,14 +5,24 @@ const MOST_RESULTS = 60;
 function findMatches(query) {
   const text = query.trim().toLowerCase();
   if (text === "") return [];
-  const groups = [...view.hierarchy.items.values()].filter((item) => item.isGroup)
-    .map((item) => ({ id: item.id, title: item.path, what: item.type, text: `${item.path} ${item.type}` }));
+  const groups = [...view.hierarchy.items.values()]
+    .filter((item) => item.isGroup)
+    .map((item) => ({
+      id: item.id,
+      title: item.path,
+      what: item.type,
+      text: `${item.path} ${item.type}`,
+    }));
   const nodes = view.stage.nodes.map((node) => ({
-    id: `node:${node.name}`, name: node.name, title: node.name, what: [node.module, node.target].filter(Boolean).join(" · "),
+    id: `node:${node.name}`,
+    name: node.name,
+    title: node.name,
+    what: [node.module, node.target].filter(Boolean).join(" · "),
     text: [node.name, node.module, node.target, node.block, node.module_type].join(" "),
   }));
   const found = [...groups, ...nodes].filter((entry) => entry.text.toLowerCase().includes(text));
-  const rank = ({ title }) => (title.toLowerCase() === text ? 0 : title.toLowerCase().includes(text) ? 1 : 2);
+  const rank = ({ title }) =>
+    title.toLowerCase() === text ? 0 : title.toLowerCase().includes(text) ? 1 : 2;
   return found.sort((a, b) => rank(a) - rank(b));
 }
 
@@ -22,10 +32,24 @@ function runSearch() {
   view.found = found;
   view.results = found.slice(0, MOST_RESULTS);
   markItems();
-  const rows = view.results.map((entry, index) => html("li", { role: "option", id: `result-${index}`, "aria-selected": "false" },
-    html("span", { class: "name" }, entry.title), html("span", { class: "what" }, entry.what)));
-  if (found.length > rows.length) rows.push(html("li", { role: "presentation", class: "what" }, `and ${plural(found.length - rows.length, "other")}`));
-  if (input.value.trim() && found.length === 0) rows.push(html("li", { role: "presentation", class: "what" }, "nothing found"));
+  const rows = view.results.map((entry, index) =>
+    html(
+      "li",
+      { role: "option", id: `result-${index}`, "aria-selected": "false" },
+      html("span", { class: "name" }, entry.title),
+      html("span", { class: "what" }, entry.what),
+    ),
+  );
+  if (found.length > rows.length)
+    rows.push(
+      html(
+        "li",
+        { role: "presentation", class: "what" },
+        `and ${plural(found.length - rows.length, "other")}`,
+      ),
+    );
+  if (input.value.trim() && found.length === 0)
+    rows.push(html("li", { role: "presentation", class: "what" }, "nothing found"));
   showResults(rows);
   if (input.value.trim()) announce(`${plural(found.length, "result")}`);
 }
@@ -43,7 +67,8 @@ function drawnMatches() {
   const ids = new Set();
   for (const { id } of view.found) {
     const item = view.hierarchy.items.get(id);
-    const standIn = item && [item, ...ancestors(item)].find((candidate) => view.drawn.has(candidate.id));
+    const standIn =
+      item && [item, ...ancestors(item)].find((candidate) => view.drawn.has(candidate.id));
     if (standIn) ids.add(standIn.id);
   }
   return ids;
@@ -52,11 +77,14 @@ function drawnMatches() {
 function pointAt(index) {
   view.result = index;
   const input = byId("search-input");
-  byId("search-results").querySelectorAll("[role=option]").forEach((row, position) => {
-    row.setAttribute("aria-selected", String(position === index));
-    if (position === index) scrollInto(byId("search-results"), row);
-  });
-  if (index >= 0 && view.results.length) input.setAttribute("aria-activedescendant", `result-${index}`);
+  byId("search-results")
+    .querySelectorAll("[role=option]")
+    .forEach((row, position) => {
+      row.setAttribute("aria-selected", String(position === index));
+      if (position === index) scrollInto(byId("search-results"), row);
+    });
+  if (index >= 0 && view.results.length)
+    input.setAttribute("aria-activedescendant", `result-${index}`);
   else input.removeAttribute("aria-activedescendant");
 }
 

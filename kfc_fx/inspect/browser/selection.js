@@ -107,6 +107,9 @@ function redraw(anchor = null) {
   drawModules();
   const after = anchor && view.places.get(anchor.id);
   if (before && after) {
-    panBy((before.x + before.width / 2 - after.x - after.width / 2) * viewport.scale, (before.y - after.y) * viewport.scale);
+    panBy(
+      (before.x + before.width / 2 - after.x - after.width / 2) * viewport.scale,
+      (before.y - after.y) * viewport.scale,
+    );
   }
 }

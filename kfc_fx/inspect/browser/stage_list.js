@@ -14,9 +14,17 @@ function stageButton(graph, stage) {
   const seconds = stage.seconds ? ` · ${secondsText(stage.seconds)}` : "";
   const skipped = stage.skipped ? " · skipped" : "";
   const count = `${stage.size.toLocaleString("en")}${changes}${seconds}${skipped}`;
-  const title = `${plural(stage.size, "node")}${stage.position ? `, ${stage.created.length} created, ${stage.erased.length} erased` : ""}`;
-  const button = html("button", { type: "button", class: "stage", "data-stage": stage.name, title },
-    html("span", { class: "name" }, stage.name), html("span", { class: "what" }, count));
+  const title = [
+    plural(stage.size, "node"),
+    `${stage.created.length} created`,
+    `${stage.erased.length} erased`,
+  ].join(", ");
+  const button = html(
+    "button",
+    { type: "button", class: "stage", "data-stage": stage.name, title },
+    html("span", { class: "name" }, stage.name),
+    html("span", { class: "what" }, count),
+  );
   button.addEventListener("click", () => showStage(graph, stage));
   return button;
 }

@@ -32,7 +32,11 @@ function zoomBy(factor, point = null) {
 // Shows all of the scene, or its beginning where all of it would be too small to read.
 function fitScene(size, readable = 0) {
   const box = byId("graph").getBoundingClientRect();
-  const whole = Math.min(box.width / (size.width + 40), (box.height - LEGEND) / (size.height + 20), 1);
+  const whole = Math.min(
+    box.width / (size.width + 40),
+    (box.height - LEGEND) / (size.height + 20),
+    1,
+  );
   const scale = Math.max(whole, readable, SCALE.smallest);
   viewport.scale = scale;
   viewport.x = (box.width - size.width * scale) / 2;
@@ -48,19 +52,24 @@ function showPlace(place) {
   const top = place.y * scale + y;
   const width = Math.min(place.width * scale, box.width - 40);
   const height = Math.min(place.height * scale, box.height - 60);
-  const outside = left < 10 || top < 10 || left + width > box.width - 10 || top + height > box.height - 50;
+  const outside =
+    left < 10 || top < 10 || left + width > box.width - 10 || top + height > box.height - 50;
   if (outside) panBy((box.width - width) / 2 - left, (box.height - height) / 2 - top);
 }
 
 function connectViewport() {
   const area = byId("graph");
-  area.addEventListener("wheel", (event) => {
-    event.preventDefault();
-    const box = area.getBoundingClientRect();
-    const point = { x: event.clientX - box.left, y: event.clientY - box.top };
-    if (event.ctrlKey || event.metaKey) zoomBy(Math.exp(-event.deltaY / 200), point);
-    else panBy(-event.deltaX, -event.deltaY);
-  }, { passive: false });
+  area.addEventListener(
+    "wheel",
+    (event) => {
+      event.preventDefault();
+      const box = area.getBoundingClientRect();
+      const point = { x: event.clientX - box.left, y: event.clientY - box.top };
+      if (event.ctrlKey || event.metaKey) zoomBy(Math.exp(-event.deltaY / 200), point);
+      else panBy(-event.deltaX, -event.deltaY);
+    },
+    { passive: false },
+  );
   connectDragging(area);
   byId("zoom-in").addEventListener("click", () => zoomBy(SCALE.step));
   byId("zoom-out").addEventListener("click", () => zoomBy(1 / SCALE.step));
@@ -84,12 +93,18 @@ function connectDragging(area) {
     last = { x: event.clientX, y: event.clientY };
     panBy(moved.x, moved.y);
   });
-  const stop = () => { last = null; };
+  const stop = () => {
+    last = null;
+  };
   area.addEventListener("pointerup", stop);
   area.addEventListener("pointercancel", stop);
   // The click that ends a drag selects nothing.
-  area.addEventListener("click", (event) => {
-    if (dragged) event.stopImmediatePropagation();
-    dragged = false;
-  }, { capture: true });
+  area.addEventListener(
+    "click",
+    (event) => {
+      if (dragged) event.stopImmediatePropagation();
+      dragged = false;
+    },
+    { capture: true },
+  );
 }
