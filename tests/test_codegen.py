@@ -10,6 +10,8 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 import kfc_fx
+from kfc_fx.codegen.printer import print_function
+from kfc_fx.codegen.update_graph import UpdateGraph
 
 X = torch.randn(8, 2, 6, 6, generator=torch.Generator().manual_seed(1)).double()
 Y = torch.arange(8) % 5
@@ -116,3 +118,25 @@ def test_tracebacks_show_the_generated_line():
     function = opt._bound_engine().program.functions["apply"]
     filename = function.__code__.co_filename
     assert linecache.getline(filename, function.__code__.co_firstlineno).startswith("def apply")
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (lambda call, a, b: call(torch.sqrt, a + b), 2.0),
+        (lambda call, a, b: call(torch.cat, (a + b,)), 4.0),
+        (lambda call, a, b: call(torch.cat, (call(torch.mul, a, b),)), 3.0),
+        (lambda call, a, b: call(torch.cat, [a + b]), 4.0),
+    ],
+    ids=["sum", "tuple of one sum", "tuple of one call", "list of one sum"],
+)
+def test_what_is_too_wide_for_a_line_means_the_same(build, expected):
+    keys = {name: name * 50 for name in "ab"}
+    update = UpdateGraph("wide", "One expression, broken into lines.")
+    x = update.argument("x")
+    update.finish(update.let("y", build(update.call, x[keys["a"]], x[keys["b"]])))
+    text, _ = print_function(update)
+    namespace = {"torch": torch}
+    exec(text, namespace)
+    found = namespace["wide"]({keys["a"]: torch.ones(1), keys["b"]: torch.full((1,), 3.0)})
+    assert found.item() == expected

@@ -247,8 +247,8 @@ def _broken(
         if comment and len(line + comment) > WIDTH:
             return [pad + comment.strip(), line]
         return [line + comment]
-    if len(expression.parts) == 1 and expression.parts[0].parts:
-        inner = expression.parts[0]  # f([...]) breaks inside the list
+    inner = expression.parts[0]
+    if len(expression.parts) == 1 and inner.parts and not inner.sign:  # f([...]) breaks inside
         merged = Expression(expression.head + inner.head, inner.parts, inner.tail + expression.tail)
         return _broken(merged, indent, comment)
     if expression.sign:
@@ -258,7 +258,7 @@ def _broken(
         broken = _broken(part, indent + 4)
         broken[-1] += ","
         lines += broken
-    return [*lines, pad + expression.tail]
+    return [*lines, pad + expression.tail.removeprefix(",")]  # the comma of a tuple of one
 
 
 def _broken_infix(expression: Expression, indent: int, comment: str) -> list[str]:
