@@ -12,7 +12,7 @@ function projectEdges(hierarchy, nodes) {
       if (!source) continue;
       // A statistic leaves through its probe's gradient, against the direction of the argument.
       if (source.node.role === "probe") addEdge(user, source, "statistic");
-      else addEdge(source, user, isStored(source.node) ? "parameter" : "data");
+      else addEdge(source, user, isBookkeeping(source.node, hierarchy.made) ? "parameter" : "data");
     }
   }
 }

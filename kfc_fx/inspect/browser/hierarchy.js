@@ -18,10 +18,9 @@ function buildHierarchy(graph, stage, parameters) {
   const root = newGroup("", null, 0);
   const hierarchy = {
     root,
-    groups: new Map([[root.id, root]]),
+    made,
     items: new Map(),
     byNode: new Map(),
-    hidden: stage.size - shown.length,
   };
   const deferred = placeByModule(hierarchy, shown, made);
   placeDeferred(hierarchy, deferred, shown);
@@ -94,7 +93,7 @@ function placeByModule(hierarchy, nodes, made) {
     }
     const path = node.role === "input" || node.role === "output" ? "" : node.module || "";
     while (!isInside(path, open.path)) open = open.parent;
-    while (open.path !== path) open = openGroup(hierarchy, open, path, occurrences);
+    while (open.path !== path) open = openGroup(open, path, occurrences);
     addNode(hierarchy, node, open);
   }
   return deferred;
@@ -104,7 +103,7 @@ function isInside(path, outer) {
   return outer === "" || path === outer || path.startsWith(`${outer}.`);
 }
 
-function openGroup(hierarchy, parent, target, occurrences) {
+function openGroup(parent, target, occurrences) {
   const rest = parent.path === "" ? target : target.slice(parent.path.length + 1);
   const path =
     parent.path === "" ? rest.split(".", 1)[0] : `${parent.path}.${rest.split(".", 1)[0]}`;
@@ -113,7 +112,6 @@ function openGroup(hierarchy, parent, target, occurrences) {
   const group = newGroup(path, parent, occurrence);
   if (occurrence > 0) group.label += ` ·${occurrence + 1}`;
   parent.children.push(group);
-  hierarchy.groups.set(group.id, group);
   return group;
 }
 
