@@ -27,7 +27,7 @@ from kfc_fx.kernels.triton_multi_tensor import (
 )
 from kfc_fx.kernels.triton_row_gram import row_gram_reference
 from kfc_fx.ops import cuda_dispatch
-from kfc_fx.ops.convolution import geometry_arguments
+from kfc_fx.ops.convolution import encoded
 from kfc_fx.plan.geometry import ConvGeometry, conv_geometry
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -148,13 +148,13 @@ def check_registration(device: torch.device, tiny: bool) -> str:
     """``torch.library.opcheck`` of every op on this device, and one graph with a dynamic batch."""
     x = _values((6, 4, 7, 7), torch.float32, device)
     geometry = conv_geometry((3, 3), padding=1)
-    arguments = geometry_arguments(geometry)
+    numbers = encoded(geometry)
     library = torch.ops.kfc_fx
-    slots = library.patch_products(x, *arguments, True)
+    slots = library.patch_products(x, numbers, True)
     torch.library.opcheck(library.row_gram.default, (x, True))
-    torch.library.opcheck(library.patch_products.default, (x, *arguments, True))
-    torch.library.opcheck(library.patch_gram.default, (x, *arguments, True, "auto"))
-    torch.library.opcheck(library.assemble.default, (slots, list(x.shape[1:]), *arguments, True))
+    torch.library.opcheck(library.patch_products.default, (x, numbers, True))
+    torch.library.opcheck(library.patch_gram.default, (x, numbers, True, "auto"))
+    torch.library.opcheck(library.assemble.default, (slots, list(x.shape[1:]), numbers, True))
 
     def statistic(values: Tensor) -> Tensor:
         return ops.patch_gram(values.relu(), (3, 3), padding=1) * 2
@@ -203,7 +203,7 @@ CHECKS = (
 
 
 def _patch_gram(x: Tensor, geometry: ConvGeometry, method: str) -> Tensor:
-    return cuda_dispatch.patch_gram(x, *geometry_arguments(geometry), True, method)
+    return cuda_dispatch.patch_gram(x, encoded(geometry), True, method)
 
 
 def _modes(device: torch.device) -> list[tuple[torch.dtype, str]]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import kfc_fx
 from kfc_fx.ops import cuda_dispatch
-from kfc_fx.ops.convolution import geometry_arguments
+from kfc_fx.ops.convolution import encoded
 from kfc_fx.plan.geometry import ConvGeometry, conv_geometry
 
 REPEATS = 15
@@ -96,7 +96,7 @@ def layer_timings(
 ) -> dict[str, object]:
     """Each method and the slots alone, against ``F.unfold`` and a matmul."""
     x = torch.randn(layer.shape, device=device).to(dtype)
-    arguments = geometry_arguments(layer.geometry)
+    numbers = encoded(layer.geometry)
     row: dict[str, object] = {"layer": layer.name, "shape": layer.shape, "dtype": str(dtype)}
     plain = None
     if _unfolded_bytes(layer, x) < UNFOLDED_BYTES:
@@ -106,7 +106,7 @@ def layer_timings(
     for method in ("structured", "im2col", "auto"):
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        timing = measure(partial(cuda_dispatch.patch_gram, x, *arguments, False, method), device)
+        timing = measure(partial(cuda_dispatch.patch_gram, x, numbers, False, method), device)
         row[f"{method} ms"] = timing.median
         row[f"{method} quartiles"] = (timing.low, timing.high)
         row[f"{method} peak bytes"] = torch.cuda.max_memory_allocated(device) - before
@@ -115,7 +115,7 @@ def layer_timings(
             flops / timing.median / 1e9 / ceiling[f"matmul {dtype} TFLOP/s"]
         )
         row[f"{method} ratio"] = plain.median / timing.median if plain else None
-    slots = measure(lambda: cuda_dispatch.patch_products(x, *arguments, False), device)
+    slots = measure(lambda: cuda_dispatch.patch_products(x, numbers, False), device)
     row["slots ms"] = slots.median
     row["slots ratio"] = plain.median / slots.median if plain else None
     return row

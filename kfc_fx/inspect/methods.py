@@ -17,7 +17,7 @@ from kfc_fx.inspect.counting import Work, WorkCounter
 from kfc_fx.kernels import cpu_patch_gram, cpu_row_gram, cpu_separable_gram
 from kfc_fx.kernels.cpu_cost import Cost, estimate
 from kfc_fx.kernels.products import product_plan
-from kfc_fx.ops.convolution import geometry_from_arguments
+from kfc_fx.ops.convolution import decoded
 from kfc_fx.ops.cuda_dispatch import is_pointwise
 from kfc_fx.plan.geometry import ConvGeometry
 
@@ -70,9 +70,8 @@ class StatisticsObserver:
             }
         )
 
-    def _patch_gram(self, x: Tensor, *arguments: Any) -> Tensor:
-        *numbers, bias, method = arguments
-        geometry = geometry_from_arguments(*numbers)
+    def _patch_gram(self, x: Tensor, numbers: list[int], bias: bool, method: str) -> Tensor:
+        geometry = decoded(numbers)
         chosen = patch_method(tuple(x.shape), geometry)
         self._note("patch_gram", x, geometry.offsets, *chosen)
         return cpu_patch_gram.patch_gram(x, geometry, bias=bias, method=method)
@@ -81,8 +80,8 @@ class StatisticsObserver:
         self._note("row_gram", x, 1, "row", "rows are multiplied where they lie")
         return cpu_row_gram.row_gram(x, bias=bias)
 
-    def _separable_gram(self, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-        geometry = geometry_from_arguments(*arguments)
+    def _separable_gram(self, x: Tensor, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        geometry = decoded(numbers)
         groups = geometry.groups
         maps = (x.shape[0] * x.shape[1] // groups, groups, *x.shape[2:])
         method, why, milliseconds = patch_method(maps, geometry)

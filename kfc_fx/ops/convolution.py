@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -10,11 +11,6 @@ from torch import Tensor
 from kfc_fx.plan.geometry import ConvGeometry, IntOrInts, conv_geometry
 
 Padding = str | int | Sequence[int] | Sequence[tuple[int, int]]
-
-GEOMETRY_SCHEMA = (
-    "int[] kernel_size, int[] stride, int[] padding_before, int[] padding_after, "
-    "int[] dilation, int groups"
-)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -68,28 +64,20 @@ def _check_map(spatial: Sequence[int], geometry: ConvGeometry) -> None:
             )
 
 
-def geometry_arguments(
-    geometry: ConvGeometry,
-) -> tuple[list[int], list[int], list[int], list[int], list[int], int]:
-    """The arguments of ``GEOMETRY_SCHEMA``, in order."""
-    return (
-        list(geometry.kernel_size),
-        list(geometry.stride),
-        [before for before, _ in geometry.padding],
-        [after for _, after in geometry.padding],
-        list(geometry.dilation),
-        geometry.groups,
+def encoded(geometry: ConvGeometry) -> list[int]:
+    """A geometry as one list of numbers, which is how an op takes it: kernel sizes, strides,
+    padding before, padding after, dilations, and last the groups."""
+    before, after = ([pad[end] for pad in geometry.padding] for end in (0, 1))
+    per_axis = (geometry.kernel_size, geometry.stride, before, after, geometry.dilation)
+    return [*itertools.chain(*per_axis), geometry.groups]
+
+
+def decoded(numbers: Sequence[int]) -> ConvGeometry:
+    """The inverse of :func:`encoded`."""
+    *per_axis, groups = numbers
+    axes = len(per_axis) // 5
+    kernel_size, stride, before, after, dilation = (
+        tuple(per_axis[axes * field : axes * (field + 1)]) for field in range(5)
     )
-
-
-def geometry_from_arguments(
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding_before: Sequence[int],
-    padding_after: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> ConvGeometry:
-    """The inverse of :func:`geometry_arguments`."""
-    padding = tuple(zip(padding_before, padding_after, strict=True))
-    return ConvGeometry(tuple(kernel_size), tuple(stride), padding, tuple(dilation), groups)
+    padding = tuple(zip(before, after, strict=True))
+    return ConvGeometry(kernel_size, stride, padding, dilation, groups)

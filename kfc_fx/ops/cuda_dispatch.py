@@ -16,7 +16,7 @@ from torch import Tensor
 from kfc_fx.kernels import cpu_patch_gram
 from kfc_fx.kernels.cpu_assemble import assemble_slots, pack_slots, reach_sums
 from kfc_fx.kernels.products import product_plan
-from kfc_fx.ops.convolution import geometry_from_arguments
+from kfc_fx.ops.convolution import decoded
 from kfc_fx.ops.library import LIBRARY
 from kfc_fx.plan.geometry import ConvGeometry
 
@@ -26,19 +26,12 @@ LEAST_CAPABILITY = (8, 0)
 
 def patch_gram(
     x: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding_before: list[int],
-    padding_after: list[int],
-    dilation: list[int],
-    groups: int,
+    numbers: list[int],
     bias: bool,
     method: str,
 ) -> Tensor:
     """``kfc_fx::patch_gram`` on CUDA."""
-    geometry = geometry_from_arguments(
-        kernel_size, stride, padding_before, padding_after, dilation, groups
-    )
+    geometry = decoded(numbers)
     if not uses_triton(x):
         return cpu_patch_gram.patch_gram(x, geometry, bias=bias, method=method)
     if is_pointwise(geometry):
@@ -69,18 +62,11 @@ def row_gram(x: Tensor, bias: bool) -> Tensor:
 
 def patch_products(
     x: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding_before: list[int],
-    padding_after: list[int],
-    dilation: list[int],
-    groups: int,
+    numbers: list[int],
     bias: bool,
 ) -> Tensor:
     """``kfc_fx::patch_products`` on CUDA."""
-    geometry = geometry_from_arguments(
-        kernel_size, stride, padding_before, padding_after, dilation, groups
-    )
+    geometry = decoded(numbers)
     if not uses_triton(x):
         return cpu_patch_gram.patch_products(x, geometry, bias=bias)
     return _slots(x, geometry, bias)
@@ -89,18 +75,11 @@ def patch_products(
 def assemble(
     slots: Tensor,
     input_size: list[int],
-    kernel_size: list[int],
-    stride: list[int],
-    padding_before: list[int],
-    padding_after: list[int],
-    dilation: list[int],
-    groups: int,
+    numbers: list[int],
     bias: bool,
 ) -> Tensor:
     """``kfc_fx::assemble`` on CUDA."""
-    geometry = geometry_from_arguments(
-        kernel_size, stride, padding_before, padding_after, dilation, groups
-    )
+    geometry = decoded(numbers)
     return _assemble_slots(slots, geometry, tuple(input_size), bias)
 
 

@@ -9,19 +9,12 @@ micro-batches add up. The one scale convention of the project divides it by N la
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 
 import torch
 from torch import Tensor
 
 from kfc_fx.kernels import cpu_patch_gram
-from kfc_fx.ops.convolution import (
-    GEOMETRY_SCHEMA,
-    Padding,
-    checked_geometry,
-    geometry_arguments,
-    geometry_from_arguments,
-)
+from kfc_fx.ops.convolution import Padding, checked_geometry, decoded, encoded
 from kfc_fx.ops.library import define, statistic_dtype
 from kfc_fx.plan.geometry import IntOrInts
 
@@ -61,43 +54,32 @@ def patch_gram(
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     geometry = checked_geometry(x, kernel_size, stride, padding, dilation, groups)
-    return torch.ops.kfc_fx.patch_gram.default(x, *geometry_arguments(geometry), bias, method)
+    return torch.ops.kfc_fx.patch_gram.default(x, encoded(geometry), bias, method)
 
 
 def _on_any_device(
     x: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding_before: list[int],
-    padding_after: list[int],
-    dilation: list[int],
-    groups: int,
+    numbers: list[int],
     bias: bool,
     method: str,
 ) -> Tensor:
-    geometry = geometry_from_arguments(
-        kernel_size, stride, padding_before, padding_after, dilation, groups
-    )
+    geometry = decoded(numbers)
     return cpu_patch_gram.patch_gram(x, geometry, bias=bias, method=method)
 
 
 def _fake(
     x: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding_before: list[int],
-    padding_after: list[int],
-    dilation: list[int],
-    groups: int,
+    numbers: list[int],
     bias: bool,
     method: str,
 ) -> Tensor:
-    side = x.shape[1] // groups * prod(kernel_size) + int(bias)
-    return x.new_empty((groups, side, side), dtype=statistic_dtype(x))
+    geometry = decoded(numbers)
+    side = x.shape[1] // geometry.groups * geometry.offsets + int(bias)
+    return x.new_empty((geometry.groups, side, side), dtype=statistic_dtype(x))
 
 
 define(
-    f"patch_gram(Tensor x, {GEOMETRY_SCHEMA}, bool bias, str method) -> Tensor",
+    "patch_gram(Tensor x, int[] geometry, bool bias, str method) -> Tensor",
     _on_any_device,
     _fake,
 )

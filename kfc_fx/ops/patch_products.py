@@ -18,13 +18,7 @@ from torch import Tensor
 from kfc_fx.kernels import cpu_patch_gram
 from kfc_fx.kernels.cpu_assemble import assemble_slots
 from kfc_fx.kernels.products import ProductPlan, product_plan
-from kfc_fx.ops.convolution import (
-    GEOMETRY_SCHEMA,
-    Padding,
-    checked_geometry,
-    geometry_arguments,
-    geometry_from_arguments,
-)
+from kfc_fx.ops.convolution import Padding, checked_geometry, decoded, encoded
 from kfc_fx.ops.library import define, statistic_dtype
 from kfc_fx.plan.geometry import ConvGeometry, IntOrInts
 
@@ -54,7 +48,7 @@ def patch_products(
         ValueError: a geometry that does not fit ``x``.
     """
     geometry = checked_geometry(x, kernel_size, stride, padding, dilation, groups)
-    return torch.ops.kfc_fx.patch_products.default(x, *geometry_arguments(geometry), bias)
+    return torch.ops.kfc_fx.patch_products.default(x, encoded(geometry), bias)
 
 
 def assemble(
@@ -84,44 +78,28 @@ def assemble(
     geometry = checked_geometry(
         slots.new_empty((0, *input_size)), kernel_size, stride, padding, dilation, groups
     )
-    return torch.ops.kfc_fx.assemble.default(
-        slots, list(input_size), *geometry_arguments(geometry), bias
-    )
+    return torch.ops.kfc_fx.assemble.default(slots, list(input_size), encoded(geometry), bias)
 
 
 def _products_on_any_device(
     x: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding_before: list[int],
-    padding_after: list[int],
-    dilation: list[int],
-    groups: int,
+    numbers: list[int],
     bias: bool,
 ) -> Tensor:
-    geometry = geometry_from_arguments(
-        kernel_size, stride, padding_before, padding_after, dilation, groups
-    )
+    geometry = decoded(numbers)
     return cpu_patch_gram.patch_products(x, geometry, bias=bias)
 
 
 def _fake_products(
     x: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding_before: list[int],
-    padding_after: list[int],
-    dilation: list[int],
-    groups: int,
+    numbers: list[int],
     bias: bool,
 ) -> Tensor:
-    geometry = geometry_from_arguments(
-        kernel_size, stride, padding_before, padding_after, dilation, groups
-    )
+    geometry = decoded(numbers)
     # The number of slots depends on the map: its size is specialised, the batch is not.
     plan = product_plan(geometry, tuple(int(size) for size in x.shape[2:]))
-    numbers = plan.numbers(x.shape[1] // groups, bias)
-    return x.new_empty((groups, numbers), dtype=statistic_dtype(x))
+    count = plan.numbers(x.shape[1] // geometry.groups, bias)
+    return x.new_empty((geometry.groups, count), dtype=statistic_dtype(x))
 
 
 def _plan_of_slots(
@@ -141,47 +119,33 @@ def _plan_of_slots(
 def _assemble_on_any_device(
     slots: Tensor,
     input_size: list[int],
-    kernel_size: list[int],
-    stride: list[int],
-    padding_before: list[int],
-    padding_after: list[int],
-    dilation: list[int],
-    groups: int,
+    numbers: list[int],
     bias: bool,
 ) -> Tensor:
-    geometry = geometry_from_arguments(
-        kernel_size, stride, padding_before, padding_after, dilation, groups
-    )
+    geometry = decoded(numbers)
     plan = _plan_of_slots(slots, input_size, geometry, bias)
-    return assemble_slots(slots, plan, input_size[0] // groups, bias)
+    return assemble_slots(slots, plan, input_size[0] // geometry.groups, bias)
 
 
 def _fake_assemble(
     slots: Tensor,
     input_size: list[int],
-    kernel_size: list[int],
-    stride: list[int],
-    padding_before: list[int],
-    padding_after: list[int],
-    dilation: list[int],
-    groups: int,
+    numbers: list[int],
     bias: bool,
 ) -> Tensor:
-    geometry = geometry_from_arguments(
-        kernel_size, stride, padding_before, padding_after, dilation, groups
-    )
+    geometry = decoded(numbers)
     _plan_of_slots(slots, input_size, geometry, bias)
-    side = input_size[0] // groups * geometry.offsets + bias
-    return slots.new_empty((groups, side, side))
+    side = input_size[0] // geometry.groups * geometry.offsets + bias
+    return slots.new_empty((geometry.groups, side, side))
 
 
 define(
-    f"patch_products(Tensor x, {GEOMETRY_SCHEMA}, bool bias) -> Tensor",
+    "patch_products(Tensor x, int[] geometry, bool bias) -> Tensor",
     _products_on_any_device,
     _fake_products,
 )
 define(
-    f"assemble(Tensor slots, int[] input_size, {GEOMETRY_SCHEMA}, bool bias) -> Tensor",
+    "assemble(Tensor slots, int[] input_size, int[] geometry, bool bias) -> Tensor",
     _assemble_on_any_device,
     _fake_assemble,
 )

@@ -7,19 +7,12 @@ are formed without patches (``kernels.cpu_separable_gram``).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 
 import torch
 from torch import Tensor
 
 from kfc_fx.kernels import cpu_separable_gram
-from kfc_fx.ops.convolution import (
-    GEOMETRY_SCHEMA,
-    Padding,
-    checked_geometry,
-    geometry_arguments,
-    geometry_from_arguments,
-)
+from kfc_fx.ops.convolution import Padding, checked_geometry, decoded, encoded
 from kfc_fx.ops.library import define, statistic_dtype
 from kfc_fx.plan.geometry import IntOrInts
 
@@ -48,34 +41,24 @@ def separable_gram(
         ValueError: a geometry that does not fit ``x``.
     """
     geometry = checked_geometry(x, kernel_size, stride, padding, dilation, groups)
-    return torch.ops.kfc_fx.separable_gram.default(x, *geometry_arguments(geometry))
+    return torch.ops.kfc_fx.separable_gram.default(x, encoded(geometry))
 
 
 def _on_any_device(
     x: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding_before: list[int],
-    padding_after: list[int],
-    dilation: list[int],
-    groups: int,
+    numbers: list[int],
 ) -> tuple[Tensor, Tensor]:
-    geometry = geometry_from_arguments(
-        kernel_size, stride, padding_before, padding_after, dilation, groups
-    )
+    geometry = decoded(numbers)
     return cpu_separable_gram.separable_gram(x, geometry)
 
 
 def _fake(
     x: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding_before: list[int],
-    padding_after: list[int],
-    dilation: list[int],
-    groups: int,
+    numbers: list[int],
 ) -> tuple[Tensor, Tensor]:
-    channels, offsets = x.shape[1] // groups, prod(kernel_size)
+    geometry = decoded(numbers)
+    groups, offsets = geometry.groups, geometry.offsets
+    channels = x.shape[1] // groups
     return (
         x.new_empty((groups, channels, channels), dtype=statistic_dtype(x)),
         x.new_empty((groups, offsets, offsets), dtype=statistic_dtype(x)),
@@ -83,7 +66,7 @@ def _fake(
 
 
 define(
-    f"separable_gram(Tensor x, {GEOMETRY_SCHEMA}) -> (Tensor, Tensor)",
+    "separable_gram(Tensor x, int[] geometry) -> (Tensor, Tensor)",
     _on_any_device,
     _fake,
 )

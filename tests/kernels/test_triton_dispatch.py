@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kfc_fx.kernels.products import product_plan
 from kfc_fx.ops import cuda_dispatch
-from kfc_fx.ops.convolution import geometry_arguments
+from kfc_fx.ops.convolution import encoded
 from kfc_fx.plan.geometry import ConvGeometry, conv_geometry
 from tests.kernels.triton_oracle import (
     DEVICE,
@@ -34,7 +34,7 @@ def check(x: Tensor, geometry: ConvGeometry, *, bias: bool, method: str) -> None
         return im2col_gram_reference(values, geometry, bias=bias)
 
     with poisoned_memory():
-        result = cuda_dispatch.patch_gram(x, *geometry_arguments(geometry), bias, method)
+        result = cuda_dispatch.patch_gram(x, encoded(geometry), bias, method)
     wide = x.double()
     assert_as_accurate(result, reference(wide), reference(x.float()), reference(wide.abs()))
     assert torch.equal(result, result.mT)

@@ -7,8 +7,16 @@ import torch
 import torch._dynamo.testing
 
 from kfc_fx.ops import assemble, patch_gram, patch_products, row_gram, separable_gram
+from kfc_fx.ops.convolution import decoded, encoded
+from kfc_fx.plan.geometry import LINEAR, ConvGeometry
 
-GEOMETRY = ([3, 2], [1, 2], [1, 0], [1, 1], [1, 1], 2)
+GEOMETRY = encoded(ConvGeometry((3, 2), (1, 2), ((1, 1), (0, 1)), (1, 1), 2))
+
+
+def test_a_geometry_as_numbers():
+    assert GEOMETRY == [3, 2, 1, 2, 1, 0, 1, 1, 1, 1, 2]
+    assert decoded(GEOMETRY) == ConvGeometry((3, 2), (1, 2), ((1, 1), (0, 1)), (1, 1), 2)
+    assert decoded(encoded(LINEAR)) == LINEAR
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -17,10 +25,10 @@ def test_opcheck(dtype, bias):
     x = torch.randn(2, 4, 5, 6).to(dtype)
     ops = torch.ops.kfc_fx
     for method in ("auto", "structured", "im2col"):
-        torch.library.opcheck(ops.patch_gram, (x, *GEOMETRY, bias, method))
-    torch.library.opcheck(ops.patch_products, (x, *GEOMETRY, bias))
-    slots = ops.patch_products(x, *GEOMETRY, bias)
-    torch.library.opcheck(ops.assemble, (slots, [4, 5, 6], *GEOMETRY, bias))
+        torch.library.opcheck(ops.patch_gram, (x, GEOMETRY, bias, method))
+    torch.library.opcheck(ops.patch_products, (x, GEOMETRY, bias))
+    slots = ops.patch_products(x, GEOMETRY, bias)
+    torch.library.opcheck(ops.assemble, (slots, [4, 5, 6], GEOMETRY, bias))
     torch.library.opcheck(ops.row_gram, (x, bias))
 
 

@@ -47,8 +47,8 @@ def test_partial_traces_of_the_dense_factor(case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_opcheck(dtype):
     x = torch.randn(2, 4, 5, 6).to(dtype)
-    arguments = (x, [3, 3], [1, 2], [1, 0], [1, 1], [1, 1], 2)
-    torch.library.opcheck(torch.ops.kfc_fx.separable_gram, arguments)
+    numbers = [3, 3, 1, 2, 1, 0, 1, 1, 1, 1, 2]
+    torch.library.opcheck(torch.ops.kfc_fx.separable_gram, (x, numbers))
 
 
 def test_channels_last_and_views_give_the_same():
