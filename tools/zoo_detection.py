@@ -22,7 +22,7 @@ SIDE = 64
 class DetectorWithScores(nn.Module):
     """A detector whose output is the scores of its classes, ``"logits"``, and its losses."""
 
-    def __init__(self, detector: nn.Module) -> None:
+    def __init__(self, detector: Any) -> None:
         super().__init__()
         self.detector = detector
         self.scores: Tensor | None = None

@@ -55,7 +55,7 @@ class ZooRow:
 
 def prepare(libraries: list[str]) -> None:
     """Have the fork server import torch, the checks and ``libraries`` before the first model."""
-    modules = ["torch", "torch._dynamo", "kfc_fx.tools.zoo_process", *libraries]
+    modules = ["__main__", "torch", "torch._dynamo", "kfc_fx.tools.zoo_process", *libraries]
     multiprocessing.get_context("forkserver").set_forkserver_preload(modules)
 
 
