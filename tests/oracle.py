@@ -29,7 +29,8 @@ def layer_patches(layer: nn.Module, x: Tensor) -> Tensor:
 def _conv_patches(layer: nn.Module, x: Tensor) -> Tensor:
     ndim = len(layer.kernel_size)
     pads = _pads(layer)
-    padded = F.pad(x, [p for pair in reversed(pads) for p in pair])
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = F.pad(x[None], [p for pair in reversed(pads) for p in pair], mode=mode)[0]
     kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
     out = [
         (padded.shape[1 + d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1
