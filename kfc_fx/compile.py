@@ -106,7 +106,9 @@ class CompiledModel(nn.Module):
     ) -> None:
         own = self.__dict__
         own["original"] = model
+        training = model.training
         super().__init__()
+        model.training = training  # nn.Module's constructor sets the flag, which is the original's
         for name in _SHARED:
             own[name] = getattr(model, name)
         own["recorder"] = StatisticsRecorder(likelihood)

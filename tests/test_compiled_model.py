@@ -431,3 +431,11 @@ def test_an_error_of_the_model_is_the_models_own_and_training_goes_on():
         compiled(torch.randn(4, 3, 6, 6))
     F.cross_entropy(compiled(IMAGES), LABELS).backward()
     opt.step()
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_compiling_leaves_the_mode_as_it_was(mode):
+    model = conv_network().train(mode)
+    compiled = kfc_fx.compile(model)
+    assert compiled.training is mode
+    assert all(module.training is mode for module in model.modules())
