@@ -72,7 +72,8 @@ def _update(inspection: Inspection) -> dict[str, str]:
     if not inspection.update_source:
         return {"preamble": "", **dict.fromkeys(PARTS, "")}
     parts = split_update(inspection.update_source)
-    return {"preamble": parts.pop(""), **dict.fromkeys(PARTS, ""), **parts}
+    absent = dict.fromkeys((name for name in PARTS if name not in parts), "")
+    return {"preamble": parts.pop(""), **parts, **absent}
 
 
 def _counts(inspection: Inspection) -> dict[str, int]:

@@ -75,9 +75,11 @@ def _frames(node: fx.Node) -> Iterator[str]:
 
 @lru_cache(maxsize=1024)
 def shown_path(path: str) -> str:
-    """A path from the working directory or the import path on, whichever is nearer."""
+    """A path from where packages are installed on, or from the working directory on."""
     found = Path(path)
-    roots = [Path.cwd(), *(Path(entry).resolve() for entry in sys.path if entry)]
-    inside = [root for root in roots if found.is_relative_to(root)]
-    nearest = max(inside, key=lambda root: len(root.parts), default=None)
-    return found.relative_to(nearest).as_posix() if nearest else found.name
+    entries = [Path(entry).resolve() for entry in sys.path if entry]
+    installed = [entry for entry in entries if entry.name in ("site-packages", "dist-packages")]
+    for root in (*installed, Path.cwd(), *entries):
+        if found.is_relative_to(root):
+            return found.relative_to(root).as_posix()
+    return found.name
