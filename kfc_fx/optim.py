@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from kfc_fx.compile import CompiledModel
 from kfc_fx.curvature.diagnostics import Diagnostics
 from kfc_fx.curvature.factors import Factors
 from kfc_fx.curvature.fisher_vector import fisher_quadratic_form
+from kfc_fx.curvature.run_report import Progress, append_entry
 from kfc_fx.curvature.schedule import EARLY_STEPS, Schedule
 from kfc_fx.errors import KfcWarning, OptionError, StatisticsError, StepError
 from kfc_fx.optim_options import KFCOptions
@@ -126,6 +129,8 @@ class KFC(torch.optim.Optimizer):
         super().__init__(chosen, {"lr": lr, "weight_decay": weight_decay})
         self.schedule = Schedule(factor_interval, inverse_interval, EARLY_STEPS[scaling])
         self.diagnostics = Diagnostics(damping=damping)
+        self._last_step_ended: float | None = None
+        self._reported = Progress(0, {})
         self._token = object()
         recorder = compiled.recorder
         recorder.owner, recorder.seed, recorder.fisher = self._token, seed, self.options.fisher
@@ -169,14 +174,17 @@ class KFC(torch.optim.Optimizer):
             self._skip_step()
             return loss
         engine, diagnostics = self._bound_engine(), self.diagnostics
+        self._note_gradient_time()
         with engine.transaction(), diagnostics.transaction():
             self._use_statistics(engine)
-            report = engine.apply(gradients, self._arguments(engine), self._exact_nu)
+            with diagnostics.timed("update"):
+                report = engine.apply(gradients, self._arguments(engine), self._exact_nu)
         diagnostics.last_nu = report.get("nu")
         diagnostics.last_clip_scale = report.get("clip_scale")
         diagnostics.steps += 1
         self.compiled.recorder.take()
         self._arm()
+        self._last_step_ended = time.perf_counter()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -246,6 +254,23 @@ class KFC(torch.optim.Optimizer):
     def update_source(self) -> str:
         """Source of the generated update."""
         return self.engine.program.source
+
+    def save_report(self, path: str | Path, *, loss: float | None = None) -> None:
+        """Add to a report of the run: step, loss, rates, time by part; spectra of all factors.
+
+        Call it every so often; ``kfc-fx inspect MODEL --report PATH`` shows the report.
+
+        Args:
+            path: of a JSON file, made by the first call and added to by later ones.
+            loss: the training loss, if it is to be in the report.
+
+        Raises:
+            KfcError: the file there is no report.
+        """
+        lr = float(self.param_groups[0]["lr"])
+        self._reported = append_entry(
+            Path(path), self.diagnostics, self._reported, self.factors, lr=lr, loss=loss
+        )
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -328,14 +353,25 @@ class KFC(torch.optim.Optimizer):
         if statistics.sums:
             screened = screen(statistics, engine.spec.stacks, 1 - self.options.ema_decay)
             diagnostics.count("dropped_statistics", screened.dropped, DROPPED)
-            engine.accumulate(screened)
+            with diagnostics.timed("statistics"):
+                engine.accumulate(screened)
             diagnostics.statistics_steps += 1
         elif self.schedule.statistics_due(step):
             self._note_missed(step)
         if not engine.started or self.schedule.refresh_due(step):
-            failed = engine.refresh(self.options.damping)
+            with diagnostics.timed("refresh"):
+                failed = engine.refresh(self.options.damping)
             diagnostics.count("inverse_failures", failed, UNDECOMPOSED)
             diagnostics.refreshes += 1
+
+    def _note_gradient_time(self) -> None:
+        """Share the time since the last step between the gradient and the Fisher pass in it."""
+        recorder, seconds = self.compiled.recorder, self.diagnostics.seconds
+        fisher, recorder.seconds = recorder.seconds, 0.0
+        seconds["statistics"] += fisher  # type: ignore[assignment]
+        if self._last_step_ended is not None:
+            between = time.perf_counter() - self._last_step_ended
+            seconds["gradient"] += between - fisher  # type: ignore[assignment]
 
     def _note_missed(self, step: int) -> None:
         text = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -31,6 +32,9 @@ class Diagnostics:
     """Statistics that were not finite, by block."""
     inverse_failures: Counter[str] = field(default_factory=Counter)
     """Decompositions that failed and were replaced by the identity, by block."""
+    seconds: Counter[str] = field(default_factory=Counter)
+    """Seconds of the host so far: in "gradient" (between steps, but for the next part),
+    "statistics", "refresh" and "update". A GPU may still be at work when they end."""
     damping: float = 0.0
     last_nu: Tensor | None = field(default=None, repr=False)
     last_clip_scale: Tensor | None = field(default=None, repr=False)
@@ -44,6 +48,15 @@ class Diagnostics:
     def clip_scale(self) -> float | None:
         """Last factor by which the step was scaled, one where it was not clipped."""
         return None if self.last_clip_scale is None else float(self.last_clip_scale)
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the time of the body to one part of ``seconds``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] += time.perf_counter() - start  # type: ignore[assignment]
 
     def count(self, counter: str, blocks: Iterable[str], what: str) -> None:
         """Count by block, and warn once for each, at the line that called ``step``."""

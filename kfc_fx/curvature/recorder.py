@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -56,6 +57,8 @@ class StatisticsRecorder:
         self.seed: int | None = None
         self.owner: object = None
         """Token of the optimizer that the statistics are for: the last one made."""
+        self.seconds = 0.0
+        """Time spent in Fisher passes so far."""
         self.samples: int | None = None
         """Examples of a forward pass that statistics are estimated from; None for all."""
         self.keep_inputs = False
@@ -203,6 +206,7 @@ class _FisherPass:
         prediction, self.prediction = self.prediction, None
         if prediction is None:
             return  # a second backward pass through the same forward pass
+        start = time.perf_counter()
         cotangent = self._cotangent(prediction, cotangents[self.position])
         names = [(b, s) for b in self.record.probes for s in self.statistics_of[b]]
         probes = [probe for leaves in self.record.probes.values() for probe in leaves]
@@ -222,6 +226,7 @@ class _FisherPass:
                 before = statistics.rows.get(block, [0] * len(counts))
                 statistics.rows[block] = [sum(pair) for pair in zip(before, counts, strict=True)]
         statistics.examples += examples
+        self.recorder.seconds += time.perf_counter() - start
 
     @torch.no_grad()
     def _cotangent(self, prediction: Tensor, true_cotangent: Tensor | None) -> Tensor:
