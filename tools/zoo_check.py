@@ -156,5 +156,5 @@ def _symbolic(model: nn.Module, reset: Callable[[], None]) -> str:
 
 def one_line(error: BaseException, limit: int = 200) -> str:
     """Type and message of an error, cut to one line."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).partition(" Set TORCHDYNAMO_VERBOSE")[0]
     return f"{type(error).__name__}: {text}"[:limit]
