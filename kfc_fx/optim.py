@@ -22,7 +22,8 @@ from kfc_fx.curvature.fisher_vector import fisher_quadratic_form
 from kfc_fx.curvature.run_report import Progress, append_entry
 from kfc_fx.curvature.schedule import EARLY_STEPS, Schedule
 from kfc_fx.errors import KfcWarning, OptionError, StatisticsError, StepError
-from kfc_fx.optim_options import KFCOptions
+from kfc_fx.gradients import all_finite, named_gradients
+from kfc_fx.optim_options import KFCOptions, check_group
 
 DROPPED = "has a statistic that is not finite: it is dropped, the last good factor stays"
 UNDECOMPOSED = "has a factor that cannot be decomposed: the identity takes its place"
@@ -117,7 +118,7 @@ class KFC(torch.optim.Optimizer):
             eps=eps,
             generic=generic or ("adamw" if scaling == "adam" else "sgd"),  # type: ignore[arg-type]
         )
-        _check_group({"lr": lr, "weight_decay": weight_decay})
+        check_group({"lr": lr, "weight_decay": weight_decay})
         if factor_samples is not None and compiled.backend != "eager":
             raise OptionError(
                 f"factor_samples needs backend='eager', got {compiled.backend!r}: a compiled "
@@ -146,7 +147,7 @@ class KFC(torch.optim.Optimizer):
         """Add a group; its parameters must be the compiled model's."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        _check_group(group)
+        check_group(group)
         for parameter in group["params"]:
             if parameter not in self._binding.names:
                 raise OptionError(
@@ -169,8 +170,9 @@ class KFC(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        gradients = self._gradients()
-        if not _all_finite(gradients.values()):
+        self._check_owner()
+        gradients = named_gradients(self.param_groups, self._binding.names)
+        if not all_finite(gradients.values()):
             self._skip_step()
             return loss
         engine, diagnostics = self._bound_engine(), self.diagnostics
@@ -313,27 +315,9 @@ class KFC(torch.optim.Optimizer):
 
     # -- one step ------------------------------------------------------------------------
 
-    def _gradients(self) -> dict[str, Tensor]:
+    def _check_owner(self) -> None:
         if self.compiled.recorder.owner is not self._token:
             raise StepError("another KFC was made for this compiled model; step that one")
-        gradients = {
-            self._binding.names[p]: p.grad
-            for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        }
-        if not gradients:
-            raise StepError(
-                "no parameter has a gradient: call loss.backward() before opt.step(), with a loss "
-                "computed from the output of the compiled model"
-            )
-        for name, gradient in gradients.items():
-            if gradient.is_sparse:
-                raise StepError(
-                    f"the gradient of {name} is sparse, which KFC does not take: make its layer "
-                    "with sparse=False"
-                )
-        return gradients
 
     def _skip_step(self) -> None:
         self.diagnostics.skipped_steps += 1
@@ -425,21 +409,6 @@ class KFC(torch.optim.Optimizer):
     def _arm(self) -> None:
         """Let the next forward pass emit, if statistics are due at the next step."""
         self.compiled.recorder.armed = self.schedule.statistics_due(self.diagnostics.steps)
-
-
-def _check_group(group: Mapping[str, Any]) -> None:
-    for name in ("lr", "weight_decay"):
-        if not float(group[name]) >= 0:
-            raise OptionError(f"{name} must not be negative, got {group[name]!r}")
-
-
-def _all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether all entries are finite; one synchronisation for each device."""
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for tensor in tensors:
-        by_device.setdefault(tensor.device, []).append(tensor)
-    norms = [torch._foreach_norm(group, float("inf")) for group in by_device.values()]
-    return all(bool(torch.stack(group).isfinite().all()) for group in norms)
 
 
 def _copy_into(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from kfc_fx.codegen.options import Clip, GenericRule, Scaling
 from kfc_fx.curvature.recorder import Fisher
@@ -70,6 +71,13 @@ class KFCOptions:
     def clipping(self) -> Clip:
         """What ν is computed from; "none" where nothing is clipped."""
         return self.clip_by if self.scaling == "inverse" and self.clip is not None else "none"
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raise :class:`OptionError` for a parameter group with a rate below zero."""
+    for name in ("lr", "weight_decay"):
+        if not float(group[name]) >= 0:
+            raise OptionError(f"{name} must not be negative, got {group[name]!r}")
 
 
 def _one_of(name: str, value: object, known: tuple[str, ...]) -> None:

@@ -19,7 +19,17 @@ MAY_IMPORT = {
     "compile": {"errors", "plan", "capture", "rewrite", "curvature"},
     "optim_options": {"errors", "plan", "curvature", "codegen"},
     "binding": {"errors", "plan", "codegen", "compile", "optim_options"},
-    "optim": {"errors", "plan", "curvature", "codegen", "compile", "optim_options", "binding"},
+    "gradients": {"errors"},
+    "optim": {
+        "errors",
+        "plan",
+        "curvature",
+        "codegen",
+        "compile",
+        "optim_options",
+        "binding",
+        "gradients",
+    },
 }
 
 

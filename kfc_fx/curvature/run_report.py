@@ -98,7 +98,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _spectrum(factor: Tensor) -> Tensor:
-    """Eigenvalues of ``[groups, D, D]``, or of a diagonal ``[groups, 1, D]``, ``[groups, D, 1]``."""
+    """Eigenvalues of ``[groups, D, D]``, or of a diagonal factor."""
     factor = factor.detach().double().cpu()
     diagonal = factor.shape[1] != factor.shape[2]
     return factor.flatten() if diagonal else torch.linalg.eigvalsh(factor).flatten()

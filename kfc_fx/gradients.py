@@ -1,0 +1,48 @@
+"""Gradients of one step by parameter name, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfc_fx.errors import StepError
+
+
+def named_gradients(
+    groups: Sequence[Mapping[str, Any]], names: Mapping[Tensor, str]
+) -> dict[str, Tensor]:
+    """The gradients that there are, by parameter name.
+
+    Args:
+        groups: parameter groups of an optimizer.
+        names: parameter to name.
+
+    Raises:
+        StepError: no parameter has a gradient, or one is sparse.
+    """
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    gradients = {names[p]: p.grad for p in parameters if p.grad is not None}
+    if not gradients:
+        raise StepError(
+            "no parameter has a gradient: call loss.backward() before opt.step(), with a loss "
+            "computed from the output of the compiled model"
+        )
+    for name, gradient in gradients.items():
+        if gradient.is_sparse:
+            raise StepError(
+                f"the gradient of {name} is sparse, which KFC does not take: make its layer with "
+                "sparse=False"
+            )
+    return gradients
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all entries are finite; one synchronisation for each device."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        by_device.setdefault(tensor.device, []).append(tensor)
+    norms = [torch._foreach_norm(group, float("inf")) for group in by_device.values()]
+    return all(bool(torch.stack(group).isfinite().all()) for group in norms)
