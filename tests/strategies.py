@@ -171,8 +171,9 @@ def _batch_norm(b: _Builder) -> None:
 
 
 def _group_norm(b: _Builder) -> None:
-    groups = b.choose(*(g for g in (1, b.channels) if b.channels % g == 0))
-    b.apply(f"x = {b.layer(f'nn.GroupNorm({groups}, {b.channels})')}(x)")
+    groups = b.choose(1, b.channels)
+    if b.channels // groups * prod(b.spatial) > 1:  # type: ignore[operator]  # torch's own limit
+        b.apply(f"x = {b.layer(f'nn.GroupNorm({groups}, {b.channels})')}(x)")
 
 
 def _activation_in_place(b: _Builder) -> None:
