@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Group
 from rich.text import Text
 
 from kfc_fx.codegen.options import Scaling
@@ -188,7 +187,7 @@ def _show_proof(inspection: Inspection, document: Mapping[str, Any], options: Vi
         show_json({"update": document["update"], "proof": found}, options.save)
     else:
         shown = update_view(document, options.part)
-        show(Group(shown, Text(), proof_view(proof)), options.save)
+        show(Text("\n\n").join([shown, proof_view(proof)]), options.save)
     return not proof.different
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
+from rich.text import Text
 
 from kfc_fx.tools.failures import CommandError
 
@@ -78,4 +79,4 @@ def write(path: Path, text: str) -> None:
 
 def _is_wide(shown: RenderableType) -> bool:
     """Whether it is laid out in columns; code is left to wrap where the terminal does."""
-    return not isinstance(shown, str) and type(shown).__name__ != "Text"
+    return not isinstance(shown, str | Text)

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.syntax import Syntax
 from rich.text import Text
 
@@ -20,7 +20,9 @@ STYLES = {"+": "green", "-": "red", "@": "cyan"}
 
 def highlighted(code: str) -> Text:
     """Python source in the colours of the terminal."""
-    return HIGHLIGHT.highlight(code)
+    text = HIGHLIGHT.highlight(code)
+    text.rstrip()
+    return text
 
 
 def find_stage(graph: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -37,19 +39,19 @@ def find_stage(graph: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return graph["stages"][names.index(name)]
 
 
-def graph_view(document: Mapping[str, Any], stage: str) -> RenderableType:
+def graph_view(document: Mapping[str, Any], stage: str) -> Text:
     """One stage of every graph; lines of nodes that its pass created are green."""
     several = len(document["graphs"]) > 1
-    parts: list[RenderableType] = []
+    parts: list[Text] = []
     for graph in document["graphs"]:
         found = find_stage(graph, stage)
         parts += [Text(f"# graph {graph['index']}", style="bold")] if several else []
         parts.append(_coloured(found["code"], f"{CREATED}{stage}"))
-    return Group(*parts)
+    return Text("\n").join(parts)
 
 
 def _coloured(code: str, mark: str) -> Text:
-    text = highlighted(code.rstrip("\n"))
+    text = highlighted(code)
     start = 0
     for line in code.splitlines(keepends=True):
         if line.rstrip().endswith(mark):
@@ -60,7 +62,7 @@ def _coloured(code: str, mark: str) -> Text:
     return text
 
 
-def diff_view(document: Mapping[str, Any], first: str, second: str) -> RenderableType:
+def diff_view(document: Mapping[str, Any], first: str, second: str) -> Text:
     """Unified diff from one stage to another, of every graph."""
     parts: list[Text] = []
     for graph in document["graphs"]:
@@ -70,7 +72,7 @@ def diff_view(document: Mapping[str, Any], first: str, second: str) -> Renderabl
         )
         coloured = [Text(line, style=STYLES.get(line[:1], "")) for line in lines]
         parts += coloured or [Text(f"graph {graph['index']}: {first} and {second} are the same")]
-    return Group(*parts)
+    return Text("\n").join(parts)
 
 
 def _without_marks(code: str) -> Sequence[str]:

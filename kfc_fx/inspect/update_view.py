@@ -29,14 +29,14 @@ def update_view(document: Mapping[str, Any], part: str | None = None) -> Text:
     if part is None:
         if not whole_update(update):
             raise TargetError("no parameter of the model has a block, so there is no update")
-        return highlighted(whole_update(update).rstrip("\n"))
+        return highlighted(whole_update(update))
     known = [name for name, text in update.items() if name != "preamble" and text]
     if part not in known:
         raise TargetError(
             f"unknown part {part!r}{did_you_mean(part, known)}; there are: "
             f"{', '.join(known) or 'none'}"
         )
-    return highlighted(update[part].rstrip("\n"))
+    return highlighted(update[part])
 
 
 def proof_view(proof: Proof) -> Text:
