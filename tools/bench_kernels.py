@@ -12,6 +12,7 @@ import torch
 import typer
 from rich import box
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from kfc_fx.tools.bench_measure import (
@@ -67,20 +68,14 @@ def measure(shape: ConvShape, dtype: torch.dtype, device: str) -> ShapeResult:
     return ShapeResult(shape.network, shape.label, x.nbytes, result.nbytes, measurements)
 
 
-def bench_kernels(
-    *, dtype: str = "float32", device: str = "cpu", quick: bool = False, network: str = ""
-) -> list[ShapeResult]:
-    """Measure all shapes, or a few of them.
+def chosen_shapes(device: str, *, quick: bool = False, network: str = "") -> list[ConvShape]:
+    """The shapes to measure: every distinct layer, or with ``quick`` a few of every kind.
 
     Args:
-        dtype: a key of ``DTYPES``.
-        device: where to measure.
-        quick: a few shapes of every kind in place of every distinct layer.
         network: only shapes of networks whose name contains this.
     """
     shapes = quick_shapes(device) if quick else benchmark_shapes(device)
-    chosen = [s for s in shapes if network.lower() in s.network.lower() and _fits(s)]
-    return [measure(shape, DTYPES[dtype], device) for shape in chosen]
+    return [s for s in shapes if network.lower() in s.network.lower() and _fits(s)]
 
 
 def _fits(shape: ConvShape) -> bool:
@@ -161,9 +156,12 @@ def kernels(
     if threads:
         torch.set_num_threads(threads)
     settings = {"dtype": dtype, "device": device, "quick": quick, "network": network}
-    results = bench_kernels(dtype=dtype, device=device, quick=quick, network=network)
-    if not results:
+    shapes = chosen_shapes(device, quick=quick, network=network)
+    if not shapes:
         raise typer.BadParameter(f"no network of the benchmark has {network!r} in its name")
-    Console(width=160).print(results_table(results, f"Patch Gram, {dtype}, {device}"))
-    if json_path is not None:
-        json_path.write_text(json.dumps(report(results, **settings), indent=2) + "\n")
+    console, results = Console(width=160), []
+    for shape in track(shapes, "measuring", console=console, transient=True):
+        results.append(measure(shape, DTYPES[dtype], device))
+        if json_path is not None:  # after each shape: what was measured outlives an interruption
+            json_path.write_text(json.dumps(report(results, **settings), indent=1) + "\n")
+    console.print(results_table(results, f"Patch Gram, {dtype}, {device}"))
