@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from html import escape
 from typing import Any
 
 import torch
@@ -361,6 +362,11 @@ class CompiledModel(nn.Module):
         if self._graphs:
             state = f"{len(self._graphs)} graphs, {len(self.plan.blocks)} blocks"
         return f"CompiledModel({type(self.original).__name__}: {state}; {options})"
+
+    def _repr_html_(self) -> str:
+        """The short summary, and the plan once there is one, for notebooks."""
+        summary = f"<p><code>{escape(repr(self))}</code></p>"
+        return summary + (self.plan._repr_html_() if self._graphs else "")
 
 
 def _rebuild(model: nn.Module, options: dict[str, Any]) -> CompiledModel:

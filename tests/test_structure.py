@@ -31,6 +31,7 @@ MAY_IMPORT = {
         "gradients",
     },
 }
+MAY_IMPORT["inspect"] = {*MAY_IMPORT, "kernels", "inspect"}  # and tools alone imports it
 
 
 def imported_parts(path: Path) -> set[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from kfc_fx.binding import Group, learning_rates
 from kfc_fx.codegen.engine import SavedState, UpdateEngine
@@ -65,8 +65,9 @@ def update_work(
     statistics = _statistics(engine.spec)
     accumulate = counted_call(counter, lambda: engine.accumulate(statistics))
     refresh = engine.program.functions["refresh"]
-    damping = (options.damping,) if spec.scaling == "inverse" else ()
-    refreshed = counted_call(counter, lambda: refresh(engine.state, *damping))
+    given = {"state": engine.state, "damping": options.damping}
+    taken = {name: given[name] for name in argument_names(engine.program.graphs["refresh"])}
+    refreshed = counted_call(counter, lambda: refresh(**taken))
     gradients = {name: torch.empty_like(without_data[name]) for name in spec.parameters}
     arguments = _arguments(engine.spec, options, groups)
     applied = counted_call(
@@ -74,6 +75,11 @@ def update_work(
         lambda: engine.apply(gradients, arguments, lambda _: torch.empty((), device="meta")),
     )
     return UpdateWork(accumulate, refreshed, applied)
+
+
+def argument_names(module: fx.GraphModule) -> list[str]:
+    """Names of the arguments of a generated function."""
+    return [str(node.target) for node in module.graph.nodes if node.op == "placeholder"]
 
 
 def _statistics(spec: UpdateSpec) -> ScreenedStatistics:

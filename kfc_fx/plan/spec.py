@@ -8,6 +8,7 @@ from typing import Literal
 
 from kfc_fx.errors import KfcError
 from kfc_fx.plan.geometry import ConvGeometry
+from kfc_fx.plan.html import table_html
 
 BlockKind = Literal[
     "linear",
@@ -217,3 +218,17 @@ class CurvaturePlan:
         lines += [f"  generic  {g.name} {list(g.shape)}: {g.reason}" for g in self.generic]
         lines += [f"  frozen   {name}" for name in self.frozen]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """The account as a table, for notebooks."""
+        rows: list[tuple[object, ...]] = [
+            (b.name or "(root)", b.kind, f"{b.columns}²", f"{b.rows}²", b.groups, "")
+            for b in self.blocks
+        ]
+        rows += [(g.name, "generic", "", "", "", g.reason) for g in self.generic]
+        rows += [(name, "frozen", "", "", "", "") for name in self.frozen]
+        caption = (
+            f"{len(self.blocks)} blocks, {len(self.generic)} generic parameters, "
+            f"{len(self.frozen)} frozen"
+        )
+        return table_html(caption, ("layer", "kind", "Ω", "Γ", "groups", "reason"), rows)
