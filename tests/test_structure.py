@@ -10,12 +10,13 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
     "errors": set(),
+    "artifacts": set(),
     "plan": {"errors", "plan"},
     "capture": {"errors", "plan", "capture"},
     "ops": {"errors", "plan", "ops", "kernels"},
-    "rewrite": {"errors", "plan", "capture", "ops", "rewrite"},
+    "rewrite": {"errors", "artifacts", "plan", "capture", "ops", "rewrite"},
     "curvature": {"errors", "plan", "ops", "curvature"},
-    "codegen": {"errors", "plan", "curvature", "codegen"},
+    "codegen": {"errors", "artifacts", "plan", "curvature", "codegen"},
     "compile": {"errors", "plan", "capture", "rewrite", "curvature"},
     "optim_options": {"errors", "plan", "curvature", "codegen"},
     "binding": {"errors", "plan", "codegen", "compile", "optim_options"},

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
+from kfc_fx.artifacts import record_artifact
 from kfc_fx.codegen.layout import StackSpec
 from kfc_fx.codegen.options import UpdateSpec
 from kfc_fx.codegen.program import generate
@@ -65,22 +67,25 @@ class UpdateEngine:
     def program_for(self, spec: UpdateSpec) -> UpdateProgram:
         """The program of a spec, generated once."""
         if spec not in self._programs:
-            self._programs[spec] = generate(spec)
+            self._programs[spec] = program = generate(spec)
+            record_artifact("update", lambda: program.source)
         return self._programs[spec]
 
     def accumulate(self, statistics: ScreenedStatistics) -> None:
         """New statistics into the EMA of the factors."""
-        self.state |= self.program.functions["accumulate"](
-            statistics.sums, statistics.examples, statistics.rows, statistics.rate, self.state
-        )
+        with record_function("kfc_fx::accumulate"):
+            self.state |= self.program.functions["accumulate"](
+                statistics.sums, statistics.examples, statistics.rows, statistics.rate, self.state
+            )
 
     def refresh(self, damping: float) -> list[str]:
         """Factors into inverses or bases; returns the blocks for which that failed."""
         functions = self.program.functions
-        if self.spec.scaling == "inverse":
-            fresh, failed = functions["refresh"](self.state, damping)
-        else:
-            fresh, failed = functions["refresh" if self.started else "start"](self.state)
+        with record_function("kfc_fx::refresh"):
+            if self.spec.scaling == "inverse":
+                fresh, failed = functions["refresh"](self.state, damping)
+            else:
+                fresh, failed = functions["refresh" if self.started else "start"](self.state)
         self.state |= fresh
         self.started = True
         return self._failed_blocks(failed)
@@ -119,7 +124,8 @@ class UpdateEngine:
             )
             given["nu"] = nu_of(views)
         names = [n.target for n in program.graphs["apply"].graph.nodes if n.op == "placeholder"]
-        result = program.functions["apply"](**{str(name): given[str(name)] for name in names})
+        with record_function("kfc_fx::apply"):
+            result = program.functions["apply"](**{str(name): given[str(name)] for name in names})
         return self._commit(spec, result)
 
     @contextmanager

@@ -10,7 +10,7 @@ nothing but pure functions.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -65,6 +65,7 @@ def emit_linear_factors(
     diagonal_output: bool = False,
     projections: tuple[int, int, int] = (0, 1, 1),
     reduce: bool = False,
+    block: str = "",
 ) -> Tensor:
     """Identity on ``y`` that emits the Ω of ``x`` and the Γ of the cotangent of ``y``.
 
@@ -80,7 +81,7 @@ def emit_linear_factors(
         reduce: average x and sum the cotangent over all dimensions but the first and last.
     """
     rule = LinearRule(bias, diagonal_input, diagonal_output, *projections, reduce=reduce)
-    return _emit(y, rule, (omega_probe, gamma_probe), x)
+    return _emit(block, y, rule, (omega_probe, gamma_probe), x)
 
 
 def emit_factors(
@@ -95,6 +96,7 @@ def emit_factors(
     dilation: Sequence[int],
     groups: int,
     bias: bool,
+    block: str = "",
 ) -> Tensor:
     """Identity on ``y`` that emits the dense Ω of a convolution's input and its Γ.
 
@@ -105,7 +107,7 @@ def emit_factors(
         gamma_probe: ``[groups, C_out/groups, C_out/groups]``.
     """
     geometry = _geometry(kernel_size, stride, padding, dilation, groups)
-    return _emit(y, ConvRule(geometry, bias), (omega_probe, gamma_probe), x)
+    return _emit(block, y, ConvRule(geometry, bias), (omega_probe, gamma_probe), x)
 
 
 def emit_separable_factors(
@@ -120,6 +122,7 @@ def emit_separable_factors(
     padding: Pads,
     dilation: Sequence[int],
     groups: int,
+    block: str = "",
 ) -> Tensor:
     """As :func:`emit_factors`, with the two partial traces of Ω in place of Ω.
 
@@ -128,7 +131,7 @@ def emit_separable_factors(
         offset_probe: ``[groups, |Δ|, |Δ|]``, the trace over channels.
     """
     rule = ConvRule(_geometry(kernel_size, stride, padding, dilation, groups), False, True)
-    return _emit(y, rule, (channel_probe, offset_probe, gamma_probe), x)
+    return _emit(block, y, rule, (channel_probe, offset_probe, gamma_probe), x)
 
 
 def emit_transposed_factors(
@@ -142,6 +145,7 @@ def emit_transposed_factors(
     padding: Pads,
     dilation: Sequence[int],
     groups: int,
+    block: str = "",
 ) -> Tensor:
     """Identity on ``y`` that emits the factors of a transposed convolution.
 
@@ -152,7 +156,7 @@ def emit_transposed_factors(
         gamma_probe: ``[groups, R, R]``, ``R = C_out/groups * |Δ|``: patches of the cotangent.
     """
     rule = ConvTransposeRule(_geometry(kernel_size, stride, padding, dilation, groups))
-    return _emit(y, rule, (omega_probe, gamma_probe), x)
+    return _emit(block, y, rule, (omega_probe, gamma_probe), x)
 
 
 def emit_embedding_factors(
@@ -162,6 +166,7 @@ def emit_embedding_factors(
     gamma_probe: Tensor,
     *,
     padding_idx: int | None,
+    block: str = "",
 ) -> Tensor:
     """Identity on ``y`` that emits the factors of an embedding.
 
@@ -172,7 +177,7 @@ def emit_embedding_factors(
         gamma_probe: ``[1, E, E]``.
     """
     rule = EmbeddingRule(omega_probe.shape[-1], padding_idx)
-    return _emit(y, rule, (omega_probe, gamma_probe), indices)
+    return _emit(block, y, rule, (omega_probe, gamma_probe), indices)
 
 
 def emit_scale_shift_factors(
@@ -186,6 +191,7 @@ def emit_scale_shift_factors(
     bias: bool,
     groups: int = 1,
     eps: float | None = None,
+    block: str = "",
 ) -> Tensor:
     """Identity on ``y`` that emits the factor of a norm layer's scale and shift.
 
@@ -198,7 +204,7 @@ def emit_scale_shift_factors(
         norm, shape, groups, eps: which norm, and its arguments.
     """
     rule = ScaleShiftRule(norm, tuple(shape), bias, groups, eps)
-    return _emit(y, rule, (omega_probe, gamma_probe), x, *running)
+    return _emit(block, y, rule, (omega_probe, gamma_probe), x, *running)
 
 
 EMISSIONS = (
@@ -212,17 +218,20 @@ EMISSIONS = (
 """Every emission, as it stands in a graph."""
 
 
-def _emit(y: Tensor, rule: EmissionRule, probes: tuple[Tensor, ...], *inputs: Tensor) -> Tensor:
-    return _Emission.apply(y, rule, len(probes), *probes, *inputs)
+def _emit(
+    block: str, y: Tensor, rule: EmissionRule, probes: tuple[Tensor, ...], *inputs: Tensor
+) -> Tensor:
+    return _Emission.apply(y, rule, block, len(probes), *probes, *inputs)
 
 
 class _Emission(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, y: Tensor, rule: EmissionRule, probes: int, *tensors: Tensor
+        ctx: Any, y: Tensor, rule: EmissionRule, block: str, probes: int, *tensors: Tensor
     ) -> Tensor:
         ctx.save_for_backward(*tensors[probes:])
-        ctx.rule, ctx.probes, ctx.others = rule, probes, len(tensors) - probes
+        ctx.rule, ctx.block = rule, block
+        ctx.probes, ctx.others = probes, len(tensors) - probes
         # An alias, not a view: no copy, and an in-place op may follow. `mark_dirty` would do
         # the same but for an output that is itself a view, as F.linear's on a 3-d input is.
         return y.detach()
@@ -230,19 +239,27 @@ class _Emission(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if not (_fisher_passes or _is_traced(cotangent)):
-            return cotangent, None, None, *(None,) * (ctx.probes + ctx.others)
+            return cotangent, None, None, None, *(None,) * (ctx.probes + ctx.others)
         x, *others = ctx.saved_tensors
         x, g, scale = _part(x, cotangent, ctx.rule.spatial)
-        statistics = ctx.rule.statistics(x, g, *others)
+        with _profiler_range(ctx.block, cotangent):
+            statistics = ctx.rule.statistics(x, g, *others)
         if scale != 1:
             statistics = tuple(statistic * scale for statistic in statistics)
-        return cotangent, None, None, *statistics, *(None,) * ctx.others
+        return cotangent, None, None, None, *statistics, *(None,) * ctx.others
 
 
 def _is_traced(cotangent: Tensor) -> bool:
     """Whether AOTAutograd traces the backward pass: it must see the statistics, which the compiled
     one then computes. Before torch 2.12 ``is_compiling`` is False there."""
     return torch.compiler.is_compiling() or detect_fake_mode([cotangent]) is not None
+
+
+def _profiler_range(block: str, cotangent: Tensor) -> AbstractContextManager[object]:
+    """A range of torch.profiler that names the block, but in no traced graph."""
+    if _is_traced(cotangent):
+        return nullcontext()
+    return torch.profiler.record_function(f"kfc_fx::statistics {block}")
 
 
 def _part(x: Tensor, g: Tensor, spatial: int) -> tuple[Tensor, Tensor, float]:

@@ -156,7 +156,7 @@ def _emission_node(
     probes = [present[block.name, statistic] for statistic in statistic_shapes(block, forms)]
     others = [nodes[name] for name in site.norm.running] if site.norm else []
     arguments = (node, nodes[site.input_node], *probes, *others)
-    return graph.call_function(function, arguments, options)
+    return graph.call_function(function, arguments, {**options, "block": block.name})
 
 
 def _emission(

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 
 from torch import fx
 
+from kfc_fx.artifacts import record_artifact
 from kfc_fx.capture.graph import Stage, copy_graph
 from kfc_fx.errors import KfcError
 
@@ -51,7 +52,9 @@ def run_passes(module: fx.GraphModule, passes: Sequence[tuple[str, GraphPass]]) 
         started = time.perf_counter()
         if not skipped:
             _run(name, graph_pass, module, before)
-        stages.append(Stage(name, module, time.perf_counter() - started, skipped))
+        stage = Stage(name, module, time.perf_counter() - started, skipped)
+        record_artifact(name, lambda made=stage: made.code)  # type: ignore[misc]
+        stages.append(stage)
     return stages
 
 
