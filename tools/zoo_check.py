@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -121,18 +122,17 @@ def _coverage(compiled: CompiledModel) -> tuple[float, dict[str, int]]:
     held = sum(sizes[name] for block in plan.blocks for name in block.parameters)
     generic: dict[str, int] = {}
     for spec in plan.generic:
-        reason = " ".join(_without_names(spec.reason))
+        reason = without_names(spec.reason)
         generic[reason] = generic.get(reason, 0) + sizes[spec.name]
     ordered = sorted(generic.items(), key=lambda item: -item[1])
     return held / max(1, sum(sizes.values())), dict(ordered[:5])
 
 
-def _without_names(reason: str) -> Iterator[str]:
-    """The words of a reason without node names and module paths, which differ by layer."""
-    words = reason.split(" at ")[0].split()
-    for before, word in zip(["", *words], words, strict=False):
-        if before != "node" and "." not in word:
-            yield word
+def without_names(reason: str) -> str:
+    """A reason without node names and module paths, which differ by layer."""
+    reason = re.sub(r"node \S+ \(([^)]*)\)", r"\1", reason)
+    reason = re.sub(r" at [\w.]* ?\(\w*\)", "", reason)
+    return re.sub(r"(block for it) \(.*\)", r"\1", reason)
 
 
 def _graph_breaks() -> dict[str, int]:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from kfc_fx.tools import zoo, zoo_process
 from kfc_fx.tools.cli import app
 from kfc_fx.tools.zoo_case import ModelCase
-from kfc_fx.tools.zoo_check import check_case
+from kfc_fx.tools.zoo_check import check_case, without_names
 from kfc_fx.tools.zoo_compare import CheckError, relative_difference
 from kfc_fx.tools.zoo_models import entries_of, find_entry
 from kfc_fx.tools.zoo_process import Limits, ZooRow
@@ -145,6 +145,29 @@ def test_wide_statistics_are_judged_too(monkeypatch):
     assert list(check_statistics({"layer": {"omega": bad}})) == [
         "omega of layer has a negative eigenvalue"
     ]
+
+
+@pytest.mark.parametrize(
+    ("reason", "short"),
+    [
+        (
+            "used by node embedding_1 (embedding) at model.wpe (Embedding): no examples",
+            "used by embedding: no examples",
+        ),
+        ("also used by node view (call_method view)", "also used by call_method view"),
+        (
+            "tied between calls of different kinds: embedding at wte (Embedding) and linear at  (Net)",
+            "tied between calls of different kinds: embedding and linear",
+        ),
+        (
+            "bias of a layer without a block for it (a.weight)",
+            "bias of a layer without a block for it",
+        ),
+        ("not used in any captured graph", "not used in any captured graph"),
+    ],
+)
+def test_reasons_are_told_without_names(reason, short):
+    assert without_names(reason) == short
 
 
 def test_differences_count_shapes_and_infinities():
