@@ -17,6 +17,7 @@ from kfc_fx.inspect.graph_view import diff_view, find_stage, graph_view, passes_
 from kfc_fx.inspect.inputs import InputSpec, guess_inputs, parse_input
 from kfc_fx.inspect.inspection import CAPTURES, Inspection, InspectionOptions, inspect_model
 from kfc_fx.inspect.plan_view import plan_view
+from kfc_fx.inspect.run_view import read_report, run_view, save_plots
 from kfc_fx.inspect.summary_view import summary_view
 from kfc_fx.inspect.target import Subject, load_checkpoint, parse_arguments, resolve_target
 from kfc_fx.inspect.update_text import prove_update
@@ -24,7 +25,7 @@ from kfc_fx.inspect.update_view import proof_view, update_view, whole_update
 from kfc_fx.tools.failures import CommandError, one_line_failures, unknown_name
 from kfc_fx.tools.terminal import show, show_json, show_text
 
-VIEWS = ("summary", "plan", "graph", "update", "passes", "dot", "json", "html")
+VIEWS = ("summary", "plan", "graph", "update", "passes", "dot", "json", "html", "run")
 DIFFERENT_EXIT_CODE = 1
 
 
@@ -39,6 +40,7 @@ class ViewOptions:
     run: bool
     as_json: bool
     save: Path | None
+    report: Path | None
 
 
 def inspect(
@@ -63,7 +65,7 @@ def inspect(
         bool, typer.Option("--eval", help="Put the model into evaluation mode.")
     ] = False,
     view: Annotated[
-        str, typer.Option(help="summary, plan, graph, update, passes, dot, json or html.")
+        str, typer.Option(help="summary, plan, graph, update, passes, dot, json, html or run.")
     ] = "summary",
     stage: Annotated[
         str, typer.Option(help="Of the graph: captured, canonical, probes, emissions or emitting.")
@@ -80,6 +82,13 @@ def inspect(
             "--run", help="Step once by the printed update and once by the engine, and compare."
         ),
     ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="What opt.save_report wrote: --view html shows it too, --view run alone, as plots "
+            "with --save FILE.png."
+        ),
+    ] = None,
     scaling: Annotated[Scaling, typer.Option(help="KFC's scaling.")] = "adam",
     input_factor: Annotated[str, typer.Option(help="auto, dense or separable.")] = "auto",
     stop_after: Annotated[
@@ -96,7 +105,7 @@ def inspect(
     code that will run.
     """
     with one_line_failures(debug=debug):
-        options = ViewOptions(view, stage, diff, part, run, as_json, save)
+        options = ViewOptions(view, stage, diff, part, run, as_json, save, report)
         _check_names(options, capture)
         subject = resolve_target(target, parse_arguments(model_arg or []))
         if checkpoint is not None:
@@ -124,6 +133,8 @@ def _check_names(options: ViewOptions, capture: str) -> None:
         "--part": (options.part is not None, "update"),
         "--run": (options.run, "update"),
     }
+    if options.view == "run" and options.report is None:
+        raise CommandError("--view run needs --report FILE, which opt.save_report writes")
     for flag, (given, view) in wanted.items():
         if given and options.view != view:
             raise CommandError(f"{flag} belongs to --view {view}; the view is {options.view}")
@@ -154,6 +165,11 @@ def _left_out(
 def _show(inspection: Inspection, options: ViewOptions) -> bool:
     """Show one view; whether what it proves is so."""
     document = build_document(inspection)
+    if options.report is not None:
+        document["run"] = read_report(options.report)
+    if options.view == "run" and options.save is not None and options.save.suffix == ".png":
+        save_plots(document["run"], options.save)
+        return True
     if options.view == "update" and options.run:
         return _show_proof(inspection, document, options)
     if options.as_json or options.view == "json":
@@ -176,7 +192,12 @@ def _text_view(document: Mapping[str, Any], options: ViewOptions) -> Any:
         return graph_view(document, options.stage)
     if options.view == "update":
         return update_view(document, options.part)
-    views = {"summary": summary_view, "plan": plan_view, "passes": passes_view}
+    views = {
+        "summary": summary_view,
+        "plan": plan_view,
+        "passes": passes_view,
+        "run": run_view,
+    }
     return views[options.view](document)
 
 
