@@ -240,6 +240,7 @@ def test_a_weight_whose_rows_are_read_in_pieces():
         lambda w: w.split(3),
         lambda w: torch.split(w, [3, 3]),
         lambda w: (w[:3], w[3:]),
+        lambda w: w.split(3, dim=0),
     ]
     for cut in cuts:
         net = Pieces(cut)
@@ -247,5 +248,11 @@ def test_a_weight_whose_rows_are_read_in_pieces():
         assert compiled.plan.block("").projections == 2
         torch.testing.assert_close(factors[""].omega[0], x.T @ x / 6)
         torch.testing.assert_close(factors[""].omega[1], x.T @ x / 6)
-    compiled, _ = first_factors(Pieces(lambda w: (w[::2], w[1::2])), x, y)
-    assert compiled.plan.generic[0].name == "weight"
+    others = [
+        lambda w: (w[::2], w[1::2]),
+        lambda w: w.split(split_size=3),
+        lambda w: torch.chunk(input=w, chunks=2),
+    ]
+    for cut in others:
+        compiled, _ = first_factors(Pieces(cut), x, y)
+        assert compiled.plan.generic[0].name == "weight"

@@ -108,7 +108,7 @@ def _rows(source: fx.Node, index: object) -> Rows | None:
 
 def _pieces(node: fx.Node) -> list[Rows] | None:
     """Rows of each piece, if a node splits a tensor along its first dimension."""
-    if node.target not in SPLITS:
+    if node.target not in SPLITS or len(node.args) < 2:
         return None
     source, size, *axis = node.args
     shape = shape_of(source)
