@@ -144,16 +144,11 @@ def _parameter_arguments(
 ) -> list[tuple[int | None, str]]:
     """(position among the direct arguments or None, parameter name) for each use by a node."""
     found: list[tuple[int | None, str]] = []
-    for position, argument in enumerate(node.args):
-        direct = isinstance(argument, fx.Node)
-
-        def note(used: fx.Node, at: int | None = position if direct else None) -> fx.Node:
-            if used.name in parameters:
-                found.append((at, parameters[used.name]))
-            return used
-
-        map_arg(argument, note)
-    map_arg(node.kwargs, lambda used: note(used, None))
+    for position, argument in [*enumerate(node.args), (None, node.kwargs)]:
+        used: list[fx.Node] = []
+        map_arg(argument, used.append)
+        at = position if isinstance(argument, fx.Node) else None
+        found += [(at, parameters[n.name]) for n in used if n.name in parameters]
     return found
 
 
