@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from kfc_fx.tools.zoo_case import ModelCase, ZooEntry, smallest_image_case
 
-IMAGES = (64, 96, 128, 160, 192, 224, 256, 299, 331)
+IMAGES = (64, 96, 128, 160, 192, 224, 240, 256, 299, 331)
 """Sides that a model is tried on, in this order."""
 
 FAMILIES = {
@@ -116,6 +117,13 @@ FAMILIES = {
 }
 """Module of timm to its model with the fewest parameters (timm 1.0.31)."""
 
+REDUCED = {
+    "deepseek_vit_412m": {"depth": 2},
+    "gemma4_vit_167m": {"depth": 2},
+    "qwen3_vit_88m": {"depth": 2},
+}
+"""Depth of the families whose smallest model is a large one of many equal layers."""
+
 
 def entries() -> Iterator[ZooEntry]:
     """One entry per module of timm that registers models; a module that is not in the table is
@@ -128,12 +136,14 @@ def entries() -> Iterator[ZooEntry]:
 
 
 def _case(name: str) -> ModelCase:
-    return smallest_image_case(partial(_model, name), IMAGES)
+    case = smallest_image_case(partial(_model, name), IMAGES)
+    reduced = "".join(f", {option} {value}" for option, value in REDUCED.get(name, {}).items())
+    return replace(case, size=case.size + reduced)
 
 
 def _model(name: str, size: int) -> nn.Module:
     """The model for images of one size, if it is built for a size at all."""
-    options: dict[str, Any] = {"pretrained": False}
+    options: dict[str, Any] = {"pretrained": False, **REDUCED.get(name, {})}
     try:
         return timm.create_model(name, img_size=size, **options)
     except TypeError:
