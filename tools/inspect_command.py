@@ -11,7 +11,7 @@ import typer
 from rich.text import Text
 
 from kfc_fx.codegen.options import Scaling
-from kfc_fx.inspect.document import build_document
+from kfc_fx.inspect.document import build_document, code_document
 from kfc_fx.inspect.dot import dot_text
 from kfc_fx.inspect.graph_view import diff_view, find_stage, graph_view, passes_view
 from kfc_fx.inspect.inputs import InputSpec, guess_inputs, parse_input
@@ -26,6 +26,8 @@ from kfc_fx.tools.failures import CommandError, one_line_failures, unknown_name
 from kfc_fx.tools.terminal import show, show_json, show_text
 
 VIEWS = ("summary", "plan", "graph", "update", "passes", "dot", "json", "html", "run")
+CODE_VIEWS = ("graph", "update", "passes", "dot")
+"""Views of code, which need no counting of its work."""
 DIFFERENT_EXIT_CODE = 1
 
 
@@ -164,7 +166,8 @@ def _left_out(
 
 def _show(inspection: Inspection, options: ViewOptions) -> bool:
     """Show one view; whether what it proves is so."""
-    document = build_document(inspection)
+    build = code_document if options.view in CODE_VIEWS else build_document
+    document = build(inspection)
     if options.report is not None:
         document["run"] = read_report(options.report)
     if options.view == "run" and options.save is not None and options.save.suffix == ".png":

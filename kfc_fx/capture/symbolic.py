@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from kfc_fx.errors import CaptureError
@@ -56,7 +56,7 @@ def refuse_to_run(*_: Any, **__: Any) -> Any:
 def _keep_shapes(module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
     """Run the graph on fake tensors and keep each node's value as its example."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    parameters = {
+    parameters: dict[str, Tensor] = {
         name: mode.from_tensor(value)
         for name, value in [*module.named_parameters(), *module.named_buffers()]
     }
@@ -71,7 +71,7 @@ def _keep_shapes(module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
 
 
 class _ShapeRecorder(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, fakes: dict[str, FakeTensor]) -> None:
+    def __init__(self, module: fx.GraphModule, fakes: dict[str, Tensor]) -> None:
         super().__init__(module)
         self.fakes = fakes
 
@@ -104,8 +104,8 @@ def _spell_layer(module: fx.GraphModule, node: fx.Node) -> None:
         for name, value in [*layer._parameters.items(), *layer._buffers.items()]:
             attributes[name] = None
             if value is not None:
-                attributes[name] = module.graph.get_attr(f"{node.target}.{name}")
-                attributes[name].meta = dict(node.meta)
+                held = attributes[name] = module.graph.get_attr(f"{node.target}.{name}")
+                held.meta = dict(node.meta)
     found = spelling(layer, node.args[0], attributes)
     if found is None:
         return

@@ -6,7 +6,7 @@ and their emissions for the inputs of the capture, and the generated functions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,8 @@ def _is_probe(argument: Any) -> bool:
 
 def gradient_work(graph: CapturedGraph) -> Work:
     """Forward and backward pass of the plain graph, with the gradients of its parameters."""
-    return _passes(graph.stages[0].module.graph, graph.stages[0].module, wanted=_trained)
+    forward, backward = _passes(graph.stages[0].module, _trained)
+    return forward + backward
 
 
 def fisher_work(graph: CapturedGraph) -> Work:
@@ -76,32 +77,33 @@ def fisher_work(graph: CapturedGraph) -> Work:
     module = graph.stages[-1].module
     if not any(map(_is_probe, module.graph.nodes)):
         return Work()
-    both = _passes(module.graph, module, wanted=lambda value, node: _is_probe(node))
-    forward = _passes(module.graph, module, wanted=None)
-    return Work(both.flops - forward.flops, both.bytes - forward.bytes)
+    return _passes(module, lambda _, node: _is_probe(node))[1]
 
 
-def _trained(value: Any, _: fx.Node) -> bool:
+def _trained(value: Any, _: fx.Node | None) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def _passes(graph: fx.Graph, module: fx.GraphModule, *, wanted: Any) -> Work:
+def _passes(
+    module: fx.GraphModule, wanted: Callable[[Any, fx.Node | None], bool]
+) -> tuple[Work, Work]:
     """The work of a forward pass, and of the gradients of the inputs that are ``wanted``."""
     mode, counter = FakeTensorMode(allow_non_fake_inputs=True), WorkCounter()
     with mode:
-        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         inputs = [_fake(node) for node in placeholders]
         attributes = _fake_attributes(module, mode)
-        pairs = [*zip(inputs, placeholders, strict=True), *attributes.values()]
-        leaves = [value for value, node in pairs if wanted and wanted(value, node)]
+        pairs = [*zip(inputs, placeholders, strict=True), *((a, None) for a in attributes.values())]
+        leaves = [value for value, node in pairs if wanted(value, node)]
         for value, _ in pairs:
             if isinstance(value, Tensor) and value.is_floating_point():
                 value.requires_grad_(any(value is leaf for leaf in leaves))
-        with counter, torch.enable_grad(), fisher_pass():
-            known = {name: value for name, (value, _) in attributes.items()}
-            outputs = _Interpreter(module, known).run(*inputs)
-            _backward(outputs, leaves)
-    return counter.work
+        outputs: list[Any] = []
+        with torch.enable_grad(), fisher_pass():
+            run = _Interpreter(module, attributes).run
+            forward = counted_call(counter, lambda: outputs.append(run(*inputs)))
+            backward = counted_call(counter, lambda: _backward(outputs, leaves))
+    return forward, backward
 
 
 def _backward(outputs: Any, leaves: Sequence[Tensor]) -> None:
@@ -114,19 +116,17 @@ def _fake(node: fx.Node) -> Any:
     """A value like the placeholder's example, with numbers for dynamic sizes."""
     shape, value = shape_of(node), example_of(node)
     if _is_probe(node):
-        return torch.empty(()).expand(shape)
+        return torch.empty(()).expand(node.meta["shape"])
     if shape is None:
         return concrete(value) if isinstance(value, torch.SymInt) else value
     fake = torch.empty(shape, dtype=value.dtype, device=value.device)  # type: ignore[attr-defined]
     return fake.requires_grad_(value.requires_grad)  # type: ignore[attr-defined]
 
 
-def _fake_attributes(
-    module: fx.GraphModule, mode: FakeTensorMode
-) -> dict[str, tuple[Tensor, fx.Node | None]]:
+def _fake_attributes(module: fx.GraphModule, mode: FakeTensorMode) -> dict[str, Tensor]:
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return {
-        name: (mode.from_tensor(value).detach().requires_grad_(value.requires_grad), None)
+        name: mode.from_tensor(value).detach().requires_grad_(value.requires_grad)
         for name, value in tensors.items()
     }
 

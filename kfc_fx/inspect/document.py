@@ -50,6 +50,20 @@ def build_document(inspection: Inspection) -> dict[str, Any]:
     """The document of an inspection; every number in it is counted, not estimated by hand."""
     blocks = block_entries(inspection)
     costs, uncounted = _step_costs(inspection, blocks)
+    code = code_document(inspection)
+    return {
+        **code,
+        "summary": {**_counts(inspection), **_memory(inspection), **costs},
+        "warnings": [*code["warnings"], *uncounted],
+        "blocks": blocks,
+        "generic": generic_entries(inspection),
+        "frozen": list(inspection.plan.frozen),
+        "run": None,
+    }
+
+
+def code_document(inspection: Inspection) -> dict[str, Any]:
+    """The part of the document that needs no counting: graphs and update."""
     return {
         "schema": SCHEMA,
         "kfc_fx": version("kfc_fx"),
@@ -57,14 +71,9 @@ def build_document(inspection: Inspection) -> dict[str, Any]:
         "target": inspection.target,
         "capture": inspection.options.capture,
         "inputs": [{"shape": list(i.shape), "dtype": i.dtype} for i in inspection.inputs],
-        "summary": {**_counts(inspection), **_memory(inspection), **costs},
-        "warnings": [*warnings_of(inspection), *uncounted],
-        "blocks": blocks,
-        "generic": generic_entries(inspection),
-        "frozen": list(inspection.plan.frozen),
+        "warnings": warnings_of(inspection),
         "graphs": graph_entries(inspection),
         "update": _update(inspection),
-        "run": None,
     }
 
 

@@ -124,17 +124,19 @@ class _Printer:
             return f"float('{value}')"
         if isinstance(value, torch.device):
             return f"torch.{value!r}"
-        return self.name(value) if callable(value) and hasattr(value, "__name__") else repr(value)
+        is_named = callable(value) and getattr(value, "__name__", None)
+        return self.name(value) if is_named else repr(value)
 
     def name(self, function: Any) -> str:
         """A function as an importable name; what it needs goes into :attr:`imports`."""
         if isinstance(function, torch._ops.OpOverload):
             return f"torch.ops.{function}"
-        name = getattr(function, "__qualname__", function.__name__)
+        short: str = function.__name__
+        name: str = getattr(function, "__qualname__", short)
         for prefix, namespace in (("torch", torch), ("torch.nn.functional", F)):
-            if getattr(namespace, function.__name__, None) is function:
+            if getattr(namespace, short, None) is function:
                 self.imports.add(prefix)
-                return f"{prefix}.{function.__name__}"
+                return f"{prefix}.{short}"
         module = getattr(function, "__module__", None) or "builtins"
         if module in ("builtins", "_operator"):
             self.imports.add("operator")

@@ -134,7 +134,9 @@ def _takes(model: nn.Module, spec: InputSpec) -> bool:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with without_logs(), mode, torch.no_grad():
-        fakes = {name: mode.from_tensor(tensor) for name, tensor in state.items()}
+        fakes: dict[str, Tensor] = {
+            name: mode.from_tensor(tensor) for name, tensor in state.items()
+        }
         example = torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
         try:
             torch.func.functional_call(model, fakes, (example,))

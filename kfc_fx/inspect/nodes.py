@@ -27,7 +27,7 @@ def example_of(node: fx.Node) -> object:
 def concrete(size: Any) -> int:
     """A size as a number: of a dynamic one, what the inputs of the capture had."""
     if isinstance(size, torch.SymInt):
-        return int(size.node.hint)
+        return int(size.node.hint)  # type: ignore[arg-type]
     return int(size)
 
 
