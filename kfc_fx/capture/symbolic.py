@@ -83,37 +83,34 @@ class _ShapeRecorder(fx.Interpreter):
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self.fakes.get(target, super().get_attr(target, args, kwargs))
 
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        module = self.fetch_attr(target)
-        own = {
-            name.removeprefix(f"{target}."): value
-            for name, value in self.fakes.items()
-            if name.startswith(f"{target}.")
-        }
-        return torch.func.functional_call(module, own, args, kwargs)
-
 
 def _spell_layer(module: fx.GraphModule, node: fx.Node) -> None:
-    """A call of a layer's module as the call of the function that the layer applies."""
+    """A call of a layer's module as a call of a function that takes its parameters.
+
+    Of the layers below it is the function that they apply; of others that hold parameters,
+    ``functional_call``, so that no use of a parameter is hidden inside of a module.
+    """
     layer = module.get_submodule(str(node.target))
-    spelling = next((spell for kind, spell in LAYERS.items() if type(layer) is kind), None)
-    if spelling is None or len(node.args) != 1 or node.kwargs:
-        return
-    attributes: dict[str, fx.Node | None] = {}
-    with module.graph.inserting_before(node):
-        for name, value in [*layer._parameters.items(), *layer._buffers.items()]:
-            attributes[name] = None
-            if value is not None:
-                held = attributes[name] = module.graph.get_attr(f"{node.target}.{name}")
-                held.meta = dict(node.meta)
-    found = spelling(layer, node.args[0], attributes)
-    if found is None:
-        return
+    graph, path = module.graph, str(node.target)
+    with graph.inserting_before(node):
+        held = [*layer.named_parameters(), *layer.named_buffers()]
+        attributes: dict[str, Any] = {name: graph.get_attr(f"{path}.{name}") for name, _ in held}
+        for attribute in attributes.values():
+            attribute.meta = dict(node.meta)
+        if type(layer) in LAYERS and len(node.args) == 1 and not node.kwargs:
+            own = {**dict.fromkeys([*layer._parameters, *layer._buffers]), **attributes}
+            spelled = LAYERS[type(layer)](layer, node.args[0], own)
+        elif attributes:
+            called = (graph.get_attr(path), (attributes,), node.args, dict(node.kwargs))
+            spelled = torch.func.functional_call, called
+        else:
+            return
     node.op = "call_function"
-    node.target, node.args = found
+    node.target, node.args = spelled
+    node.kwargs = {}
     for attribute in attributes.values():
-        if attribute is not None and not attribute.users:
-            module.graph.erase_node(attribute)
+        if not attribute.users:
+            graph.erase_node(attribute)
 
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -124,11 +121,12 @@ def _linear(_: Any, x: Any, own: Attributes) -> Call:
     return F.linear, (x, own["weight"], own["bias"])
 
 
-def _convolution(layer: Any, x: Any, own: Attributes) -> Call | None:
+def _convolution(layer: Any, x: Any, own: Attributes) -> Call:
+    function, padding = getattr(torch, f"conv{len(layer.kernel_size)}d"), layer.padding
     if layer.padding_mode != "zeros":
-        return None
-    function = getattr(torch, f"conv{len(layer.kernel_size)}d")
-    numbers = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        pads = list(layer._reversed_padding_repeated_twice)
+        x, padding = x.graph.call_function(F.pad, (x, pads, layer.padding_mode)), 0
+    numbers = (layer.stride, padding, layer.dilation, layer.groups)
     return function, (x, own["weight"], own["bias"], *numbers)
 
 
@@ -157,7 +155,7 @@ def _group_norm(layer: Any, x: Any, own: Attributes) -> Call:
     return F.group_norm, (x, layer.num_groups, own["weight"], own["bias"], layer.eps)
 
 
-LAYERS: dict[type[nn.Module], Callable[[Any, Any, Attributes], Call | None]] = {
+LAYERS: dict[type[nn.Module], Callable[[Any, Any, Attributes], Call]] = {
     nn.Linear: _linear,
     nn.Embedding: _embedding,
     nn.LayerNorm: _layer_norm,
@@ -166,7 +164,7 @@ LAYERS: dict[type[nn.Module], Callable[[Any, Any, Attributes], Call | None]] = {
     **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _transposed),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _batch_norm),
 }
-"""Layers whose call is spelled out, by exact type; other modules stay calls."""
+"""Layers whose call is spelled as a function of the matcher's, by exact type."""
 
 
 def _first_line(error: Exception) -> str:

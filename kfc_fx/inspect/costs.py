@@ -31,6 +31,15 @@ class SiteCost:
     calls: tuple[OpCall, ...]
 
 
+@dataclass(frozen=True)
+class PassWork:
+    """The work of a forward and a backward pass, and operators whose operations are unknown."""
+
+    forward: Work
+    backward: Work
+    uncounted: frozenset[str]
+
+
 def site_costs(graph: CapturedGraph) -> list[SiteCost]:
     """The work of every emission of a graph, each run by itself."""
     nodes = graph.stages[-1].module.graph.nodes
@@ -66,10 +75,9 @@ def _is_probe(argument: Any) -> bool:
     return isinstance(argument, fx.Node) and "kfc_probe" in argument.meta
 
 
-def gradient_work(graph: CapturedGraph) -> Work:
+def gradient_work(graph: CapturedGraph) -> PassWork:
     """Forward and backward pass of the plain graph, with the gradients of its parameters."""
-    forward, backward = _passes(graph.stages[0].module, _trained)
-    return forward + backward
+    return _passes(graph.stages[0].module, _trained)
 
 
 def fisher_work(graph: CapturedGraph) -> Work:
@@ -77,16 +85,14 @@ def fisher_work(graph: CapturedGraph) -> Work:
     module = graph.stages[-1].module
     if not any(map(_is_probe, module.graph.nodes)):
         return Work()
-    return _passes(module, lambda _, node: _is_probe(node))[1]
+    return _passes(module, lambda _, node: _is_probe(node)).backward
 
 
 def _trained(value: Any, _: fx.Node | None) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def _passes(
-    module: fx.GraphModule, wanted: Callable[[Any, fx.Node | None], bool]
-) -> tuple[Work, Work]:
+def _passes(module: fx.GraphModule, wanted: Callable[[Any, fx.Node | None], bool]) -> PassWork:
     """The work of a forward pass, and of the gradients of the inputs that are ``wanted``."""
     mode, counter = FakeTensorMode(allow_non_fake_inputs=True), WorkCounter()
     with mode:
@@ -103,7 +109,7 @@ def _passes(
             run = _Interpreter(module, attributes).run
             forward = counted_call(counter, lambda: outputs.append(run(*inputs)))
             backward = counted_call(counter, lambda: _backward(outputs, leaves))
-    return forward, backward
+    return PassWork(forward, backward, frozenset(counter.uncounted))
 
 
 def _backward(outputs: Any, leaves: Sequence[Tensor]) -> None:

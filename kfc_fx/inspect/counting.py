@@ -7,6 +7,7 @@ Bytes are what each call reads and writes; views move none.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -42,6 +43,8 @@ class WorkCounter(TorchDispatchMode):
     def __init__(self, implementations: dict[object, Callable[..., Any]] | None = None) -> None:
         super().__init__()
         self.work = Work()
+        self.uncounted: set[str] = set()
+        """Operators that may hold products and whose operations are not counted."""
         self._implementations = implementations or {}
 
     def __torch_dispatch__(
@@ -56,6 +59,8 @@ class WorkCounter(TorchDispatchMode):
             return WITHOUT_DATA[func](*args)
         result = func(*args, **kwargs)
         flops = _flops(func, args, kwargs, result)
+        if func.namespace not in COUNTED_NAMESPACES or FUSED.search(func._opname):
+            self.uncounted.add(str(func._overloadpacket))
         self.work += Work(flops, _bytes(func, args, kwargs, result))
         return result
 
@@ -108,6 +113,10 @@ DECOMPOSITIONS: dict[object, Callable[[int, int], float]] = {
     aten.cholesky_inverse: lambda side, _: 2 * side**3 / 3,
 }
 """Operations by rows and columns, from Golub & Van Loan (sections 8.3, 5.2, 4.2)."""
+
+COUNTED_NAMESPACES = ("aten", "prim", "prims", "kfc_fx")
+FUSED = re.compile(r"rnn|lstm|gru")
+"""Recurrent layers as one operator."""
 
 SAME_WORK = {
     aten.addmm_: aten.addmm,

@@ -134,13 +134,16 @@ def _step_costs(
         accumulate = work.accumulate
         costs |= _named("refresh", work.refresh) | _named("update", work.apply)
     try:
-        gradient = sum((gradient_work(graph) for graph in inspection.graphs), Work())
+        passes = [gradient_work(graph) for graph in inspection.graphs]
         fisher = sum((fisher_work(graph) for graph in inspection.graphs), Work())
     except Exception as error:  # an operator without a fake implementation, or that needs data
         first_line = str(error).strip().partition("\n")[0]
         return costs, [f"the work of the graphs cannot be counted: {first_line}"]
+    gradient = sum((p.forward + p.backward for p in passes), Work())
     statistics = fisher + factors + accumulate
-    return _named("gradient", gradient) | _named("statistics", statistics) | costs, []
+    unknown = sorted(frozenset().union(*(p.uncounted for p in passes)))
+    warning = [f"FLOPs inside of {', '.join(unknown)} are not counted"] if unknown else []
+    return _named("gradient", gradient) | _named("statistics", statistics) | costs, warning
 
 
 def _named(name: str, work: Work) -> dict[str, int]:

@@ -37,8 +37,29 @@ def traced(model, *inputs):
 def test_the_gradient_of_a_perceptron():
     graph = traced(perceptron(), torch.randn(N, INSIDE))
     layers = 2 * N * INSIDE * HIDDEN, 2 * N * HIDDEN * OUTSIDE
-    # forward, gradients of both weights, and of the second layer's input
-    assert gradient_work(graph).flops == 2 * sum(layers) + layers[1]
+    found = gradient_work(graph)
+    assert found.forward.flops == sum(layers)
+    # gradients of both weights, and of the second layer's input
+    assert found.backward.flops == sum(layers) + layers[1]
+    assert not found.uncounted
+
+
+def test_a_fused_recurrent_layer_is_told_to_be_uncounted():
+    model = nn.Sequential(nn.Linear(4, 4), Last(nn.LSTM(4, 4, batch_first=True)))
+    found = build_document(inspect_model(model, "recurrent", [parse_input("2x3x4")]))
+    (warning,) = [w for w in found["warnings"] if "not counted" in w]
+    assert "rnn" in warning or "lstm" in warning
+
+
+class Last(nn.Module):
+    """The output of a recurrent layer, without its state."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)[0]
 
 
 def test_the_fisher_pass_of_a_perceptron_computes_no_weight_gradient():

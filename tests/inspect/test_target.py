@@ -11,6 +11,7 @@ from torch import nn
 
 from kfc_fx.errors import CaptureError, TargetError
 from kfc_fx.inspect.document import build_document
+from kfc_fx.inspect.graph_text import print_graph
 from kfc_fx.inspect.inputs import InputSpec, guess_inputs, parse_input
 from kfc_fx.inspect.inspection import InspectionOptions, inspect_model
 from kfc_fx.inspect.target import Subject, load_checkpoint, parse_arguments, resolve_target
@@ -273,3 +274,32 @@ def test_a_branch_on_a_value_is_refused_by_symbolic_capture_alone():
     with pytest.raises(CaptureError, match="capture by dynamo takes any Python"):
         inspect_model(Branching(), "Branching", inputs, InspectionOptions("symbolic"))
     assert inspect_model(Branching(), "Branching", inputs).plan.blocks
+
+
+class Hidden(nn.Module):
+    """Layers whose modules ``symbolic_trace`` does not enter."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular")
+        self.recurrent = nn.LSTM(4, 5, batch_first=True)
+        self.attention = nn.MultiheadAttention(5, 1, batch_first=True)
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x):
+        x = self.recurrent(self.conv(x).flatten(2).transpose(1, 2))[0]
+        return self.head(self.attention(x, x, x)[0])
+
+
+def test_a_symbolic_capture_hides_no_use_of_a_parameter():
+    inputs = [parse_input("2x2x4x4")]
+    found = inspect_model(Hidden(), "Hidden", inputs, InspectionOptions("symbolic"))
+    assert [block.name for block in found.plan.blocks] == ["conv", "head"]
+    reasons = {generic.name: generic.reason for generic in found.plan.generic}
+    assert len(reasons) == 8
+    assert all("functional_call" in reason for reason in reasons.values())
+    assert "at recurrent (LSTM)" in reasons["recurrent.weight_ih_l0"]
+    namespace = {}
+    exec(print_graph(found.graphs[0].stages[0].module, "captured"), namespace)
+    model, x = found.compiled.original, inputs[0].example()
+    assert torch.equal(namespace["forward"](model, x), model(x))
