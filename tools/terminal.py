@@ -15,7 +15,7 @@ from kfc_fx.tools.failures import CommandError
 
 PIPED_WIDTH = 1000
 """A pipe has no width; a row of a table stays on one line there, for grep."""
-LEAST_WIDTH = 120
+LEAST_WIDTH = 140
 """On a narrower terminal tables keep this width, and the terminal breaks their lines."""
 
 
@@ -45,9 +45,8 @@ def show(shown: RenderableType, save: Path | None) -> None:
         print(plain_text(shown), end="")
         return
     if _is_wide(shown):
-        console.print(shown, width=max(console.width, LEAST_WIDTH))
-    else:
-        console.print(shown, soft_wrap=True)
+        console = Console(highlight=False, width=max(console.width, LEAST_WIDTH))
+    console.print(shown, soft_wrap=not _is_wide(shown))
 
 
 def show_json(document: Mapping[str, Any], save: Path | None) -> None:

@@ -29,6 +29,7 @@ def plain_table(*columns: str, right: tuple[str, ...] = ()) -> Table:
             justify="right" if column in right else "left",
             overflow="fold",
             no_wrap=column not in FLEXIBLE,
+            min_width=FLEXIBLE_WIDTH if column in FLEXIBLE else None,
         )
     return table
 
@@ -71,8 +72,9 @@ def _parameters(document: Mapping[str, Any]) -> Table:
 
 
 BATCH = "for this input; a gradient and a statistics step grow with the batch, the others do not"
-FLEXIBLE = ("why", "reason", "geometry")
+FLEXIBLE = ("why", "reason")
 """Columns that give way on a narrow terminal."""
+FLEXIBLE_WIDTH = 32
 NUMERIC = ("tensors", "numbers", "share", "FLOPs", "bytes", "against gradient", "Ω", "Γ", "|T|")
 
 

@@ -47,6 +47,12 @@ def test_a_pipe_gets_plain_text_and_a_terminal_colours(view):
     assert ESCAPE in coloured
 
 
+def test_a_table_keeps_its_columns_on_a_narrow_terminal():
+    shown = looked_at("--view", "plan", FORCE_COLOR="1", NO_COLOR="1", COLUMNS="60", TERM="xterm")
+    assert "3x3 padding 1" in shown
+    assert len(shown.splitlines()) < 20
+
+
 @pytest.mark.parametrize("view", ["graph", "update"])
 def test_no_color_is_respected_on_a_terminal(view):
     on = {"FORCE_COLOR": "1", "NO_COLOR": "1", "TERM": "xterm-256color"}
