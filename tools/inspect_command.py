@@ -93,6 +93,12 @@ def inspect(
     ] = None,
     scaling: Annotated[Scaling, typer.Option(help="KFC's scaling.")] = "adam",
     input_factor: Annotated[str, typer.Option(help="auto, dense or separable.")] = "auto",
+    weight_sharing: Annotated[
+        str, typer.Option(help="Of linear layers over tokens or pixels: expand or reduce.")
+    ] = "expand",
+    norm_layers: Annotated[
+        bool, typer.Option(help="Give the scale and shift of norms a block.")
+    ] = True,
     stop_after: Annotated[
         str | None, typer.Option(help="Leave out all passes after this one.")
     ] = None,
@@ -113,9 +119,11 @@ def inspect(
         if checkpoint is not None:
             load_checkpoint(subject.model, checkpoint)
         if evaluate:
-            subject.model.eval()
+            _evaluate(subject)
         specs, notes = _inputs(subject, inputs or [])
-        compiling = InspectionOptions(capture, scaling=scaling, input_factor=input_factor)
+        compiling = InspectionOptions(
+            capture, frozenset(), scaling, input_factor, norm_layers, weight_sharing
+        )
         inspection = inspect_model(subject.model, target, specs, compiling, notes)
         left_out = _left_out(inspection, stop_after, disable or [])
         if left_out:
@@ -123,6 +131,12 @@ def inspect(
             inspection = inspect_model(subject.model, target, specs, compiling, notes)
         if not _show(inspection, options):
             raise typer.Exit(DIFFERENT_EXIT_CODE)
+
+
+def _evaluate(subject: Subject) -> None:
+    if subject.example_inputs is not None:
+        raise CommandError(f"--eval: {subject.target} is saved in the mode that it was exported in")
+    subject.model.eval()
 
 
 def _check_names(options: ViewOptions, capture: str) -> None:

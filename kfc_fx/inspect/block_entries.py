@@ -72,6 +72,7 @@ def _entry(
         "flops": sum(cost.work.flops for cost in costs),
         "bytes_moved": sum(cost.work.bytes for cost in costs),
         "uses": block.uses,
+        "sharing": block.sharing,
     }
 
 

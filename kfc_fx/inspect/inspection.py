@@ -35,6 +35,21 @@ class InspectionOptions:
     scaling: str = "adam"
     input_factor: str = "auto"
     norm_layers: bool = True
+    weight_sharing: str = "expand"
+
+    def compile(self, model: nn.Module) -> CompiledModel:
+        """Compile a model, not captured yet."""
+        return compile(
+            model,
+            norm_layers=self.norm_layers,
+            weight_sharing=self.weight_sharing,  # type: ignore[arg-type]
+        )
+
+    def optimizer(self, compiled: CompiledModel, seed: int | None = None) -> KFC:
+        """The optimizer whose update is looked at."""
+        return KFC(
+            compiled, lr=0.01, scaling=self.scaling, input_factor=self.input_factor, seed=seed
+        )
 
 
 @dataclass(frozen=True)
@@ -100,8 +115,8 @@ def inspect_model(
         CaptureError, KfcError: it cannot be captured, or a pass fails.
     """
     options = options or InspectionOptions()
-    compiled = compile(model, norm_layers=options.norm_layers)
-    optimizer = KFC(compiled, lr=0.01, scaling=options.scaling, input_factor=options.input_factor)
+    compiled = options.compile(model)
+    optimizer = options.optimizer(compiled)
     with without_passes(options.without):
         _capture(compiled, inputs, options.capture)
         graphs = compiled.graphs

@@ -41,7 +41,7 @@ def _blocks(document: Mapping[str, Any]) -> Table:
         uses = f" used {block['uses']} times" if block["uses"] > 1 else ""
         table.add_row(
             Text(block["name"] or "(root)"),
-            block["kind"] + uses,
+            block["kind"] + (" reduce" if block["sharing"] == "reduce" else "") + uses,
             block["geometry"],
             str(block["locations"]),
             side_text(block["columns"], block["groups"]),

@@ -133,7 +133,8 @@ def _module(name: str) -> ModuleType:
         if missing != name and not name.startswith(f"{missing}."):
             raise TargetError(f"importing {name!r} fails: {error}") from error
         raise TargetError(
-            f"there is no module {missing!r}{did_you_mean(missing, _siblings(missing))}"
+            f"there is no module {missing!r}{did_you_mean(missing, _siblings(missing))}; "
+            "is its package installed?"
         ) from error
     except Exception as error:
         raise _import_failure(name, error) from error

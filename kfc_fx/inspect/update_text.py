@@ -14,10 +14,8 @@ from torch.utils import _pytree as pytree
 
 from kfc_fx.codegen.options import UpdateSpec
 from kfc_fx.codegen.source import UpdateProgram
-from kfc_fx.compile import compile
 from kfc_fx.errors import TargetError
 from kfc_fx.inspect.inspection import Inspection
-from kfc_fx.optim import KFC
 
 PARTS = ("start", "accumulate", "refresh", "apply")
 SEED = 0
@@ -84,10 +82,9 @@ def _step(
 ) -> dict[str, Tensor]:
     """Parameters of a copy of the model after a step by ``functions``, or by the engine's own."""
     torch.manual_seed(SEED)
-    compiled = compile(
-        copy.deepcopy(inspection.compiled.original), norm_layers=inspection.options.norm_layers
-    )
-    optimizer = _same_optimizer(inspection, compiled)
+    options = inspection.options
+    compiled = options.compile(copy.deepcopy(inspection.compiled.original))
+    optimizer = options.optimizer(compiled, SEED)
     outputs = pytree.tree_leaves(compiled(*(spec.example() for spec in inspection.inputs)))
     floats = [o for o in outputs if isinstance(o, Tensor) and o.is_floating_point()]
     torch.stack([output.float().square().mean() for output in floats]).sum().backward()
@@ -102,10 +99,3 @@ def _step(
         engine.program_for = printed  # type: ignore[method-assign]
     optimizer.step()
     return {name: p.detach() for name, p in compiled.original.named_parameters()}
-
-
-def _same_optimizer(inspection: Inspection, compiled: Any) -> KFC:
-    options = inspection.options
-    return KFC(
-        compiled, lr=0.01, scaling=options.scaling, input_factor=options.input_factor, seed=SEED
-    )

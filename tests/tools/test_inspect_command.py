@@ -178,6 +178,23 @@ def test_checkpoint_evaluation_and_arguments(tmp_path):
     assert any("evaluation mode" in warning for warning in found["warnings"])
 
 
+def test_the_options_of_compile_shape_the_plan():
+    shown = looked_at("--view", "plan", "--no-norm-layers")
+    assert "norm_layers=False" in shown
+    tokens = ["tests.inspect.small_networks:GroupedNet", "--input", "4x4x8x8"]
+    result = invoke(*tokens, "--view", "plan", "--json", "--weight-sharing", "reduce")
+    blocks = {block["name"]: block for block in json.loads(result.stdout)["blocks"]}
+    assert blocks["tokens"]["sharing"] == "reduce"
+    assert "linear reduce" in invoke(*tokens, "--view", "plan", "--weight-sharing", "reduce").stdout
+
+
+@pytest.mark.parametrize("command", ["inspect", "doctor"])
+def test_the_commands_explain_themselves(command):
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+
+
 def test_a_guessed_input_is_told():
     result = invoke(CONV_NET[0])
     assert result.exit_code == 0
@@ -213,6 +230,7 @@ def test_a_guessed_input_is_told():
         (["--run"], "--run belongs to --view update"),
         (["--diff", "captured", "probes"], "--diff belongs to --view graph"),
         (["--input-factor", "dens"], "input_factor must be one of auto, dense, separable"),
+        (["--weight-sharing", "redcue"], "weight_sharing must be one of expand, reduce"),
         (["--view", "update", "--run", "--capture", "symbolic"], "needs --capture dynamo"),
         (["--input", "4x3x6x6", "--input", "4x3x6x6"], "does not run on 4x2x6x6 4x3x6x6"),
         (["--checkpoint", "nothing.pt"], "checkpoint nothing.pt"),
@@ -236,6 +254,15 @@ def test_what_is_wrong_is_told_in_one_line(arguments, message):
 )
 def test_a_wrong_target_is_told_in_one_line(target, message):
     assert message in refused(target)
+
+
+def test_a_saved_program_keeps_its_mode_and_proves_its_update(tmp_path):
+    path = str(tmp_path / "net.pt2")
+    torch.export.save(torch.export.export(ConvNet(), (torch.randn(4, 2, 6, 6),)), path)
+    assert "saved in the mode that it was exported in" in refused(path, "--eval")
+    result = invoke(path, "--view", "update", "--run", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["proof"] == {"parameters": 10, "different": []}
 
 
 def test_debug_lets_the_traceback_through():
