@@ -161,7 +161,32 @@ def the_compiler_is_reproducible(drawn: DrawnNetwork) -> None:
         assert own.isfinite().all()
 
 
+def front_ends_agree(drawn: DrawnNetwork) -> None:
+    """The plan by symbolic tracing is that by dynamo, wherever the former can follow.
+
+    It keeps attention modules and padding modes other than zeros closed, as calls of modules.
+    """
+    net, x = drawn.build(), drawn.example(EXAMPLES)
+    by_dynamo = kfc_fx.compile(net).trace(x)
+    compiled = kfc_fx.compile(net)
+    try:
+        symbolic = compiled.trace_symbolic(x)
+    except kfc_fx.CaptureError:
+        return
+    nodes = compiled.graphs[0].stage("captured").graph.nodes
+    called = [n.args[0] for n in nodes if n.target is torch.func.functional_call]
+    closed = [type(net.get_submodule(str(module.target))) for module in called]
+    if closed:
+        known = (nn.MultiheadAttention, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        assert all(issubclass(kind, known) for kind in closed), closed
+        return
+    assert symbolic.blocks == by_dynamo.blocks
+    assert [g.name for g in symbolic.generic] == [g.name for g in by_dynamo.generic]
+    assert symbolic.frozen == by_dynamo.frozen
+
+
 PROPERTIES = (
+    front_ends_agree,
     results_stay_the_same,
     factors_equal_the_oracle,
     the_compiler_is_reproducible,

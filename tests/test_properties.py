@@ -42,6 +42,12 @@ def test_the_compiler_is_reproducible(drawn):
 
 
 @FIXED
+@given(networks())
+def test_front_ends_agree(drawn):
+    properties.front_ends_agree(drawn)
+
+
+@FIXED
 @given(networks(coupled=False, random=False))
 def test_batches_add_up(drawn):
     properties.batches_add_up(drawn)

@@ -155,11 +155,16 @@ def _group_norm(layer: Any, x: Any, own: Attributes) -> Call:
     return F.group_norm, (x, layer.num_groups, own["weight"], own["bias"], layer.eps)
 
 
+def _rms_norm(layer: Any, x: Any, own: Attributes) -> Call:
+    return F.rms_norm, (x, layer.normalized_shape, own["weight"], layer.eps)
+
+
 LAYERS: dict[type[nn.Module], Callable[[Any, Any, Attributes], Call]] = {
     nn.Linear: _linear,
     nn.Embedding: _embedding,
     nn.LayerNorm: _layer_norm,
     nn.GroupNorm: _group_norm,
+    nn.RMSNorm: _rms_norm,
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution),
     **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _transposed),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _batch_norm),
