@@ -167,7 +167,7 @@ def source_location(node: fx.Node) -> str:
         return ""
     path, module_type = list(stack.values())[-1]
     kind = module_type if isinstance(module_type, str) else module_type.__name__
-    return f"{module_path(path)} ({kind.rsplit('.', 1)[-1]})"
+    return f"{module_path(path) or 'the model itself'} ({kind.rsplit('.', 1)[-1]})"
 
 
 def module_path(path: str) -> str:
