@@ -75,7 +75,9 @@ def test_a_pass_that_raises_names_the_passes_before_it():
         raise ValueError("corrupted")
 
     module = traced().graphs[0].stage("captured")
-    with pytest.raises(kfc_fx.KfcError, match=r"'second' failed: ValueError: corrupted.*before it: first"):
+    with pytest.raises(
+        kfc_fx.KfcError, match=r"'second' failed: ValueError: corrupted.*before it: first"
+    ):
         run_passes(module, [("first", lambda m: False), ("second", broken)])
 
 
