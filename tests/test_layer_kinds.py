@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kfc_fx
-from kfc_fx.plan import forms
+from kfc_fx.plan import spec
 from tests.oracle import categorical_cotangent, exact_factors
 
 TRANSPOSED = [
@@ -209,13 +209,14 @@ def test_an_embedding_tied_to_the_output_layer_has_one_named_outcome():
 @pytest.mark.parametrize("side", ["input", "output"])
 @pytest.mark.parametrize("scaling", ["adam", "inverse"])
 def test_a_wide_side_has_a_diagonal_factor(side, scaling, monkeypatch):
-    monkeypatch.setattr(forms, "FACTOR_LIMIT", 6)
+    monkeypatch.setattr(spec, "FACTOR_LIMIT", 6)
     torch.manual_seed(0)
     sizes = (8, 5) if side == "input" else (4, 8)
     net = nn.Sequential(nn.Linear(*sizes), *head(sizes[1])).double()
     x, y = torch.randn(6, sizes[0]).double(), torch.randint(5, (6,))
-    monkeypatch.setattr(forms, "FACTOR_LIMIT", 6 if side == "input" else 7)
-    _, factors = first_factors(net, x, y)
+    monkeypatch.setattr(spec, "FACTOR_LIMIT", 6 if side == "input" else 7)
+    compiled, factors = first_factors(net, x, y)
+    assert f"{'Ω 9' if side == 'input' else 'Γ 8'} diagonal" in str(compiled.plan)
     omega, gamma = exact_factors(net, net[0], x, categorical_cotangent(y))
     if side == "input":
         torch.testing.assert_close(factors["0"].omega, omega[0].diagonal())

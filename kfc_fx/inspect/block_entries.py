@@ -12,9 +12,9 @@ from kfc_fx.inspect.inspection import Inspection
 from kfc_fx.inspect.methods import OpCall
 from kfc_fx.inspect.nodes import shape_of
 from kfc_fx.inspect.update_costs import factor_bytes, state_bytes
-from kfc_fx.plan.forms import DENSE_LIMIT, FACTOR_LIMIT, FactorForms
+from kfc_fx.plan.forms import DENSE_LIMIT, FactorForms
 from kfc_fx.plan.geometry import ConvGeometry
-from kfc_fx.plan.spec import BlockSpec, SiteSpec
+from kfc_fx.plan.spec import FACTOR_LIMIT, BlockSpec, SiteSpec
 
 WITHOUT_OPS = {"embedding": "counts", "scale_shift": "moments"}
 """Method of kinds whose Ω takes no statistics op; those of diagonal factors are squares."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from kfc_fx.errors import OptionError
+from kfc_fx.plan import spec
 from kfc_fx.plan.spec import BlockSpec
 
 InputFactor = Literal["dense", "separable", "diagonal"]
@@ -15,10 +16,6 @@ InputFactorOption = Literal["auto", "dense", "separable"]
 DENSE_LIMIT = 1024
 """With "auto", a convolution whose dense Ω is wider than this takes a separable factor: the
 eigendecomposition of a wider side costs more than the steps between two refreshes."""
-
-FACTOR_LIMIT = 8192
-"""Widest side of a dense factor. One of this side takes 256 MiB in float32, its decomposition
-minutes; beyond it a factor is diagonal."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +35,8 @@ def check_input_factor(option: str) -> None:
 
 def factor_forms(block: BlockSpec, option: InputFactorOption = "auto") -> FactorForms:
     """The forms that ``block`` takes."""
-    wide = block.kind == "linear" and block.rows > FACTOR_LIMIT
-    wide |= block.kind == "scale_shift"  # Γ is one number, which needs no basis
-    return FactorForms(_input_form(block, option), "diagonal" if wide else "dense")
+    diagonal = block.has_diagonal_output or block.kind == "scale_shift"  # Γ is one number there
+    return FactorForms(_input_form(block, option), "diagonal" if diagonal else "dense")
 
 
 def too_wide(block: BlockSpec) -> str | None:
@@ -51,18 +47,18 @@ def too_wide(block: BlockSpec) -> str | None:
     if block.kind == "embedding":
         del sides["Ω"]
     for factor, side in sides.items():
-        if side > FACTOR_LIMIT:
-            return f"{factor} has side {side}, which exceeds the limit of {FACTOR_LIMIT}"
+        if side > spec.FACTOR_LIMIT:
+            return f"{factor} has side {side}, which exceeds the limit of {spec.FACTOR_LIMIT}"
     return None
 
 
 def _input_form(block: BlockSpec, option: InputFactorOption) -> InputFactor:
-    if block.kind == "embedding":
+    if block.has_diagonal_input:
         return "diagonal"
     if block.offsets == 1:
-        return "diagonal" if block.columns > FACTOR_LIMIT else "dense"
+        return "dense"
     if option == "dense":
-        return "dense" if block.columns <= FACTOR_LIMIT else "separable"
+        return "dense" if block.columns <= spec.FACTOR_LIMIT else "separable"
     if option == "separable" or block.columns > DENSE_LIMIT:
         return "separable"
     return "dense"

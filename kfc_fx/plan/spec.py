@@ -23,6 +23,11 @@ BlockKind = Literal[
 ]
 
 
+FACTOR_LIMIT = 8192
+"""Widest side of a dense factor. One of this side takes 256 MiB in float32, its decomposition
+minutes; beyond it a factor of a linear layer is diagonal."""
+
+
 @dataclass(frozen=True)
 class ParameterSpec:
     """A parameter of the model: dotted name, shape, and whether it is trained."""
@@ -167,6 +172,17 @@ class BlockSpec:
         """Side of the dense Ω: channels times offsets, plus one with a bias."""
         return self.channels * self.offsets + (self.bias is not None)
 
+    @property
+    def has_diagonal_input(self) -> bool:
+        """Whether Ω is diagonal, as an embedding's is, or kept so, as a wide linear layer's."""
+        wide = self.kind == "linear" and self.columns > FACTOR_LIMIT
+        return wide or self.kind == "embedding"
+
+    @property
+    def has_diagonal_output(self) -> bool:
+        """Whether Γ is kept diagonal, as that of a wide linear layer is."""
+        return self.kind == "linear" and self.rows > FACTOR_LIMIT
+
     def span(self, site: SiteSpec) -> tuple[int, int]:
         """The groups ``[start, stop)`` that one of the block's sites computes."""
         if site.rows is None:
@@ -213,7 +229,9 @@ class CurvaturePlan:
             times = f" x{b.groups} groups" if b.groups > 1 else ""
             uses = f", used {b.uses} times" if b.uses > 1 else ""
             shared = ", reduce" if b.sharing == "reduce" else ""
-            sides = f"Ω {b.columns}², Γ {b.rows}²"
+            omega = f"Ω {b.columns}" + (" diagonal" if b.has_diagonal_input else "²")
+            gamma = f"Γ {b.rows}" + (" diagonal" if b.has_diagonal_output else "²")
+            sides = f"{omega}, {gamma}"
             lines.append(f"  block    {b.name}: {b.kind}, {sides}{times}{uses}{shared}")
         lines += [f"  generic  {g.name} {list(g.shape)}: {g.reason}" for g in self.generic]
         lines += [f"  frozen   {name}" for name in self.frozen]
