@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,32 @@ def make(
     """A compiled network and a KFC with a fixed seed for it."""
     compiled = kfc_fx.compile(conv_network() if net is None else net, norm_layers=norm_layers)
     return compiled, kfc_fx.KFC(compiled, **{"lr": 0.01, "seed": 3, **options})
+
+
+def first_factors(
+    net: nn.Module, x: Tensor, y: Tensor, **options: object
+) -> tuple[kfc_fx.CompiledModel, Mapping[str, kfc_fx.Factors]]:
+    """A compiled network and the factors of one batch, with its true targets."""
+    compiled = kfc_fx.compile(net)
+    opt = kfc_fx.KFC(compiled, lr=0.0, **{"fisher": "empirical", **options})
+    F.cross_entropy(compiled(x), y).backward()
+    opt.step()
+    return compiled, opt.factors
+
+
+def losses(
+    compiled: kfc_fx.CompiledModel, opt: torch.optim.Optimizer, x: Tensor, y: Tensor, steps: int
+) -> list[float]:
+    """Train on one batch; the loss before each step."""
+    seen = []
+    for _ in range(steps):
+        torch.manual_seed(1)
+        loss = F.cross_entropy(compiled(x), y)
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        seen.append(loss.item())
+    return seen
 
 
 def backward(model: nn.Module, x: Tensor = IMAGES, y: Tensor = LABELS) -> Tensor:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kfc_fx
-from tests.networks import backward
+from tests.networks import backward, first_factors, losses
 
 WIDTH, HEADS = 8, 2
 
@@ -65,14 +65,6 @@ class WrittenOut(nn.Module):
         )
         attended = F.scaled_dot_product_attention(q, k, v)
         return self.head(self.out(attended.transpose(1, 2).flatten(2)).mean(1))
-
-
-def first_factors(net, x, y):
-    compiled = kfc_fx.compile(net)
-    opt = kfc_fx.KFC(compiled, lr=0.0, fisher="empirical")
-    F.cross_entropy(compiled(x), y).backward()
-    opt.step()
-    return compiled, opt.factors
 
 
 CASES = {
@@ -182,14 +174,8 @@ def test_transformer_layers(norm_first):
     compiled = kfc_fx.compile(net, strict=True)
     opt = kfc_fx.KFC(compiled, lr=0.01)
     x, y = torch.randn(6, 3, WIDTH), torch.randint(5, (6,))
-    losses = []
-    for _ in range(15):
-        loss = F.cross_entropy(compiled(x), y)
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] / 2
+    seen = losses(compiled, opt, x, y, 15)
+    assert seen[-1] < seen[0] / 2
     assert compiled.plan.generic == ()
     names = {block.name for block in compiled.plan.blocks}
     for index in range(2):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kfc_fx
+from tests.networks import first_factors
 from tests.oracle import categorical_cotangent, exact_factors
 
 CONVS = [
@@ -33,14 +34,6 @@ def conv_net(options: dict) -> nn.Sequential:
     return nn.Sequential(conv, nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(width, 5)).double()
 
 
-def first_factors(net: nn.Module, x: torch.Tensor, y: torch.Tensor, **options):
-    compiled = kfc_fx.compile(net)
-    opt = kfc_fx.KFC(compiled, lr=0.0, fisher="empirical", input_factor="dense", **options)
-    F.cross_entropy(compiled(x), y).backward()
-    opt.step()
-    return opt.factors
-
-
 @pytest.mark.parametrize(
     "options", CONVS, ids=lambda o: "-".join(f"{k[0]}{v}" for k, v in o.items())
 )
@@ -48,7 +41,7 @@ def test_conv_factors_are_per_example_sums(options):
     torch.manual_seed(0)
     net = conv_net(options)
     x, y = torch.randn(6, 2, 7, 6).double(), torch.randint(5, (6,))
-    factors = first_factors(net, x, y)
+    factors = first_factors(net, x, y)[1]
     for name, layer in (("0", net[0]), ("3", net[3])):
         omega, gamma = exact_factors(net, layer, x, categorical_cotangent(y))
         torch.testing.assert_close(factors[name].omega.reshape(omega.shape), omega)
@@ -58,7 +51,7 @@ def test_conv_factors_are_per_example_sums(options):
 def test_grouped_conv_has_a_leading_group_dimension():
     torch.manual_seed(0)
     net = conv_net({"kernel_size": 3, "groups": 2})
-    factors = first_factors(net, torch.randn(4, 2, 7, 6).double(), torch.randint(5, (4,)))
+    factors = first_factors(net, torch.randn(4, 2, 7, 6).double(), torch.randint(5, (4,)))[1]
     assert factors["0"].omega.shape == (2, 10, 10)
     assert factors["0"].gamma.shape == (2, 2, 2)
     assert factors["3"].omega.dim() == 2
@@ -124,7 +117,7 @@ def test_linear_factors_are_per_example_sums(bias, tokens):
     size = 3 * max(1, torch.tensor(tokens).prod().item() if tokens else 1)
     net = nn.Sequential(nn.Linear(4, 3, bias=bias), nn.Tanh(), pool, nn.Linear(size, 5)).double()
     x, y = torch.randn(6, *tokens, 4).double(), torch.randint(5, (6,))
-    factors = first_factors(net, x, y)
+    factors = first_factors(net, x, y)[1]
     omega, gamma = exact_factors(net, net[0], x, categorical_cotangent(y))
     torch.testing.assert_close(factors["0"].omega, omega[0])
     torch.testing.assert_close(factors["0"].gamma, gamma[0])
@@ -144,7 +137,7 @@ def test_a_layer_used_twice_has_the_statistics_of_both_uses():
     torch.manual_seed(0)
     net = UsedTwice().double()
     x, y = torch.randn(5, 4).double(), torch.randint(3, (5,))
-    factors = first_factors(net, x, y)
+    factors = first_factors(net, x, y)[1]
     omega, gamma = exact_factors(net, net.shared, x, categorical_cotangent(y))
     torch.testing.assert_close(factors["shared"].omega, omega[0])
     torch.testing.assert_close(factors["shared"].gamma, gamma[0])

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import kfc_fx
 from kfc_fx.plan import spec
+from tests.networks import first_factors, losses
 from tests.oracle import categorical_cotangent, exact_factors
 
 TRANSPOSED = [
@@ -26,14 +27,6 @@ TRANSPOSED = [
         ((3, 2), (2, 1), (1, 0), 1, (1, 0), 1),
     ]
 ]
-
-
-def first_factors(net: nn.Module, x: torch.Tensor, y: torch.Tensor):
-    compiled = kfc_fx.compile(net)
-    opt = kfc_fx.KFC(compiled, lr=0.0, fisher="empirical", input_factor="dense")
-    F.cross_entropy(compiled(x), y).backward()
-    opt.step()
-    return compiled, opt.factors
 
 
 def head(width: int) -> nn.Sequential:
@@ -172,14 +165,8 @@ def test_embedding(padding_idx, scaling):
     before = net[0].weight.detach().clone()
     compiled = kfc_fx.compile(net)
     opt = kfc_fx.KFC(compiled, lr=0.05, scaling=scaling)
-    losses = []
-    for _ in range(20):
-        loss = F.cross_entropy(compiled(x), y)
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] / 2
+    seen = losses(compiled, opt, x, y, 20)
+    assert seen[-1] < seen[0] / 2
     absent = sorted(set(range(7)) - set(x.flatten().tolist()))
     still = absent + ([padding_idx] if padding_idx is not None else [])
     torch.testing.assert_close(net[0].weight[still], before[still], rtol=0, atol=0)
@@ -226,14 +213,8 @@ def test_a_wide_side_has_a_diagonal_factor(side, scaling, monkeypatch):
         torch.testing.assert_close(factors["0"].gamma, gamma[0].diagonal())
     compiled = kfc_fx.compile(net)
     opt = kfc_fx.KFC(compiled, lr=0.05, scaling=scaling, factor_interval=2, inverse_interval=4)
-    losses = []
-    for _ in range(20):
-        loss = F.cross_entropy(compiled(x), y)
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] / 2
+    seen = losses(compiled, opt, x, y, 20)
+    assert seen[-1] < seen[0] / 2
 
 
 PADDING_MODES = list(itertools.product(("zeros", "reflect", "replicate", "circular"), (1, 2)))

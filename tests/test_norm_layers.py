@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import kfc_fx
 from kfc_fx.curvature.eigenbasis import eigendecomposition
+from tests.networks import first_factors, losses
 from tests.oracle import categorical_cotangent
 
 
@@ -57,14 +58,6 @@ def exact_fisher(net, parameters, x, y):
     return total / len(x)
 
 
-def first_factors(net, x, y):
-    compiled = kfc_fx.compile(net)
-    opt = kfc_fx.KFC(compiled, lr=0.0, fisher="empirical")
-    F.cross_entropy(compiled(x), y).backward()
-    opt.step()
-    return compiled, opt.factors
-
-
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_factor_is_the_exact_fisher_matrix(name):
     torch.manual_seed(0)
@@ -111,14 +104,8 @@ def test_they_train(scaling):
     x, y = torch.randn(6, 3, 4).double(), torch.randint(5, (6,))
     compiled = kfc_fx.compile(net)
     opt = kfc_fx.KFC(compiled, lr=0.05, scaling=scaling, clip=None, factor_interval=2)
-    losses = []
-    for _ in range(30):
-        loss = F.cross_entropy(compiled(x), y)
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.1
+    seen = losses(compiled, opt, x, y, 30)
+    assert seen[-1] < seen[0] - 0.1
 
 
 def test_without_blocks_on_request():
