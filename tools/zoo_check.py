@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -60,6 +61,7 @@ def check_case(case: ModelCase) -> CaseReport:
             what it has to be.
     """
     model = case.model
+    breaks_before = Counter(torch._dynamo.utils.counters["graph_break"])
     reset = starting_state(model)
     plain = observe(model, case, reset)
     compiled = kfc_fx.compile(model, likelihood=case.likelihood)
@@ -78,7 +80,7 @@ def check_case(case: ModelCase) -> CaseReport:
         generic=generic,
         capture_seconds=round(capture_seconds, 2),
         graphs=compiled.revision,
-        graph_breaks=_graph_breaks(),
+        graph_breaks=_graph_breaks(breaks_before),
         bit_equal=max(worst, armed_worst) == 0,
         largest_difference=max(worst, armed_worst),
         statistics=sum(len(of_block) for of_block in sums.values()),
@@ -135,10 +137,11 @@ def without_names(reason: str) -> str:
     return re.sub(r"(block for it) \(.*\)", r"\1", reason)
 
 
-def _graph_breaks() -> dict[str, int]:
-    """What dynamo counted in this process, by the first line of its reason."""
+def _graph_breaks(before: Counter[str]) -> dict[str, int]:
+    """What dynamo has counted since, by the first line of its reason."""
     found: dict[str, int] = {}
-    for reason, count in torch._dynamo.utils.counters["graph_break"].items():
+    since = Counter(torch._dynamo.utils.counters["graph_break"]) - before
+    for reason, count in since.items():
         line = str(reason).strip().splitlines()[0]
         found[line] = found.get(line, 0) + count
     return found
