@@ -19,7 +19,7 @@ from kfc_fx.plan.geometry import ConvGeometry
 
 def patch_gram(x: Tensor, geometry: ConvGeometry, *, bias: bool, method: str) -> Tensor:
     """``x``: ``[N, C, *spatial]`` -> ``[G, D, D]``; methods as in ``kfc_fx.ops.patch_gram``."""
-    if method != "structured" and _is_pointwise(geometry):  # patches are the rows themselves
+    if method != "structured" and geometry.is_pointwise:  # patches are the rows themselves
         return row_gram(x.movedim(1, -1), bias=bias).unsqueeze(0)
     x, geometry = with_two_axes(x, geometry)
     plan = product_plan(geometry, tuple(x.shape[2:]))
@@ -29,12 +29,6 @@ def patch_gram(x: Tensor, geometry: ConvGeometry, *, bias: bool, method: str) ->
         return _im2col(x, plan, geometry, bias)
     slots = patch_products(x, geometry, bias=bias)
     return assemble_slots(slots, plan, x.shape[1] // geometry.groups, bias)
-
-
-def _is_pointwise(geometry: ConvGeometry) -> bool:
-    padded = any(map(any, geometry.padding))
-    strided = any(step != 1 for step in geometry.stride)
-    return geometry.offsets == 1 and geometry.groups == 1 and not (padded or strided)
 
 
 def _im2col(x: Tensor, plan: ProductPlan, geometry: ConvGeometry, bias: bool) -> Tensor:

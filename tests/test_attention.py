@@ -242,3 +242,20 @@ def test_a_weight_whose_rows_are_read_in_pieces():
     for cut in others:
         compiled, _ = first_factors(Pieces(cut), x, y)
         assert compiled.plan.generic[0].name == "weight"
+
+
+def test_a_bias_that_is_cut_alone_leaves_the_weight_its_block():
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3))
+            self.bias = nn.Parameter(torch.randn(6))
+            self.head = nn.Linear(3, 5)
+
+        def forward(self, x):
+            return self.head(torch.addmm(self.bias[:3], x, self.weight).tanh())
+
+    x, y = torch.randn(6, 4), torch.randint(5, (6,))
+    compiled, factors = first_factors(Cut(), x, y)
+    assert [g.name for g in compiled.plan.generic] == ["bias"]
+    torch.testing.assert_close(factors[""].omega, x.T @ x / 6)

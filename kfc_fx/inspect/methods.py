@@ -18,7 +18,6 @@ from kfc_fx.kernels import cpu_patch_gram, cpu_row_gram, cpu_separable_gram
 from kfc_fx.kernels.cpu_cost import Cost, estimate
 from kfc_fx.kernels.products import product_plan
 from kfc_fx.ops.convolution import decoded
-from kfc_fx.ops.cuda_dispatch import is_pointwise
 from kfc_fx.plan.geometry import ConvGeometry
 
 ops = torch.ops.kfc_fx
@@ -39,7 +38,7 @@ class OpCall:
 
 def patch_method(shape: tuple[int, ...], geometry: ConvGeometry) -> tuple[str, str, float | None]:
     """Method, reason and estimated milliseconds of a patch Gram of ``[N, C, *spatial]``."""
-    if is_pointwise(geometry):
+    if geometry.is_pointwise:
         return "row", "patches are the pixels themselves, multiplied where they lie", None
     probe = torch.empty(shape, device="meta")
     lifted, within = cpu_patch_gram.with_two_axes(probe, geometry)

@@ -34,7 +34,7 @@ def patch_gram(
     geometry = decoded(numbers)
     if not uses_triton(x):
         return cpu_patch_gram.patch_gram(x, geometry, bias=bias, method=method)
-    if is_pointwise(geometry):
+    if geometry.is_pointwise:
         from kfc_fx.kernels.triton_row_gram import row_gram as triton_row_gram
 
         return triton_row_gram(x.movedim(1, -1), bias=bias).unsqueeze(0)
@@ -86,16 +86,6 @@ def assemble(
 def uses_triton(x: Tensor) -> bool:
     """Whether the Triton kernels take ``x``: its dtype, and the device that holds it."""
     return x.dtype in TRITON_DTYPES and _device_compiles(x.device.type, x.device.index or 0)
-
-
-def is_pointwise(geometry: ConvGeometry) -> bool:
-    """Whether the patches are the pixels themselves, so that a row Gram is the answer."""
-    return (
-        geometry.groups == 1
-        and geometry.offsets == 1
-        and all(step == 1 for step in geometry.stride)
-        and all(pad == (0, 0) for pad in geometry.padding)
-    )
 
 
 @cache

@@ -6,8 +6,8 @@ and locations, in the order of ``plan.forms.statistic_shapes``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ class ConvRule:
         """See :class:`EmissionRule`."""
         gamma = _pixel_gram(g, self.geometry)
         if self.separable:
-            return *_separable(x, self.geometry), gamma
+            return *separable_gram(x, **_options(self.geometry)), gamma
         return _patch_gram(x, self.geometry, self.bias), gamma
 
 
@@ -140,26 +140,12 @@ def _pixel_gram(x: Tensor, geometry: ConvGeometry) -> Tensor:
 
 
 def _patch_gram(x: Tensor, geometry: ConvGeometry, bias: bool) -> Tensor:
-    return patch_gram(
-        x,
-        geometry.kernel_size,
-        stride=geometry.stride,
-        padding=geometry.padding,
-        dilation=geometry.dilation,
-        groups=geometry.groups,
-        bias=bias,
-    )
+    return patch_gram(x, **_options(geometry), bias=bias)
 
 
-def _separable(x: Tensor, geometry: ConvGeometry) -> tuple[Tensor, Tensor]:
-    return separable_gram(
-        x,
-        geometry.kernel_size,
-        stride=geometry.stride,
-        padding=geometry.padding,
-        dilation=geometry.dilation,
-        groups=geometry.groups,
-    )
+def _options(geometry: ConvGeometry) -> dict[str, Any]:
+    """The arguments of a statistics op that say the geometry; they have its fields' names."""
+    return {field.name: getattr(geometry, field.name) for field in fields(geometry)}
 
 
 def _covered(

@@ -36,6 +36,13 @@ class ConvGeometry:
         """Number of kernel offsets, |Δ|."""
         return prod(self.kernel_size)
 
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether the patches are the pixels themselves, so that their Gram is that of rows."""
+        padded = any(map(any, self.padding))
+        strided = any(step != 1 for step in self.stride)
+        return self.offsets == 1 and self.groups == 1 and not (padded or strided)
+
     def output_size(self, input_size: Sequence[int]) -> tuple[int, ...]:
         """Spatial size of the output for a spatial input size; never below zero."""
         return tuple(

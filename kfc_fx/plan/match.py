@@ -116,7 +116,8 @@ def _applied_layer(node: fx.Node, parameters: Mapping[str, str]) -> LayerCall | 
     if bias is None or bias.base.name not in parameters or bias.rows == weight.rows:
         return call
     # A bias that is cut in another way than the weight is a parameter of its own.
-    return replace(call, bias=None, positions=frozenset((1,)))
+    others = frozenset(p for p in call.positions if node.args[p] is not call.bias)
+    return replace(call, bias=None, positions=others)
 
 
 def _site(node: fx.Node, call: LayerCall, parameters: Mapping[str, str]) -> SiteSpec:

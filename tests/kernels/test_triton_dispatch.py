@@ -63,8 +63,8 @@ def test_assembly_puts_every_slot_in_its_place(groups: int, bias: bool) -> None:
 
 
 def test_pointwise_convolutions_are_row_grams() -> None:
-    assert cuda_dispatch.is_pointwise(conv_geometry((1, 1)))
-    assert not cuda_dispatch.is_pointwise(conv_geometry((1, 1), stride=2))
+    assert conv_geometry((1, 1)).is_pointwise
+    assert not conv_geometry((1, 1), stride=2).is_pointwise
     check(random_values((3, 9, 4, 5), torch.float32, 0), conv_geometry((1, 1)), bias=True,
           method="auto")  # fmt: skip
 
