@@ -11,10 +11,10 @@ from torch import Tensor
 from kfc_fx.codegen.engine import SavedState, UpdateEngine
 from kfc_fx.codegen.layout import stack_blocks
 from kfc_fx.codegen.options import GenericParameter, UpdateSpec
+from kfc_fx.codegen.scaling import VECTOR_RULES
 from kfc_fx.compile import CompiledModel
 from kfc_fx.errors import OptionError
 from kfc_fx.optim_options import KFCOptions
-from kfc_fx.plan.forms import factor_forms
 from kfc_fx.plan.spec import BlockSpec, CurvaturePlan
 
 ORTHOGONAL_ITERATION_FROM = 128
@@ -67,7 +67,8 @@ class Binding:
         """Rates as the generated code takes them, rebuilt only when one has changed."""
         key = (id(engine), tuple(float(group["lr"]) for group in groups))
         if self._rates[0] != key:
-            self._rates = (key, learning_rates(engine.spec, self.by_name(groups)))
+            ratio = self._options.generic_ratio
+            self._rates = (key, learning_rates(engine.spec, self.by_name(groups), ratio))
         return self._rates[1]
 
     def saved(self) -> SavedState:
@@ -100,30 +101,37 @@ def update_spec(
         OptionError: the plan has no block to precondition, or a group splits a block.
     """
     plan = compiled.plan
-    blocks = [block for block in plan.blocks if block.weight in groups]
-    _check_blocks(plan, blocks, groups)
+    options.check_patterns([block.name for block in plan.blocks])
+    held = [block for block in plan.blocks if block.weight in groups]
+    _check_blocks(plan, held, groups)
+    choices = {block: choice for block in held if (choice := options.choice_of(block))}
+    if not choices:
+        raise OptionError(
+            f"there is nothing to precondition: no layer among {len(held)} blocks takes scaling "
+            f"{options.scaling!r}, which is for matrices whose sides are not too wide; use 'adam'"
+        )
 
     def placement(block: BlockSpec) -> tuple[str, str, bool]:
         weight = parameters[block.weight]
         dtype = torch.promote_types(weight.dtype, torch.float32)
         return str(weight.device), str(dtype).removeprefix("torch."), dtype != weight.dtype
 
-    in_blocks = {name for block in blocks for name in block.parameters}
+    in_blocks = {name for block in choices for name in block.parameters}
+    scalings = {choice.scaling for choice in choices.values()}
+    kept: list[Any] = [s for s in options.scalings if s in scalings and options.momentum_of(s)]
+    kept += ["generic"] * (options.generic_momentum > 0)
     return UpdateSpec(
         title=type(compiled.original).__name__,
-        scaling=options.scaling,
-        stacks=stack_blocks(
-            blocks, lambda block: factor_forms(block, options.input_factor), placement
-        ),
+        stacks=stack_blocks(list(choices), choices.__getitem__, placement),
         generic=tuple(
             GenericParameter(name, tuple(p.shape))
             for name, p in parameters.items()
             if name in groups and name not in in_blocks and p.requires_grad
         ),
-        generic_rule=options.generic,
-        momentum=options.momentum > 0,
+        generic_rule=options.generic_rule,
+        momentum=tuple(kept),
         weight_decay=any(group["weight_decay"] for group in groups.values()),
-        clip=options.clipping,
+        clip=options.clipping if scalings & set(VECTOR_RULES) else "none",
         average=options.average is not None,
         partial=False,
         orthogonal_iteration_from=ORTHOGONAL_ITERATION_FROM,
@@ -147,8 +155,14 @@ def _check_blocks(
             )
 
 
-def learning_rates(spec: UpdateSpec, groups: Mapping[str, Group]) -> dict[str, Any]:
+def learning_rates(
+    spec: UpdateSpec, groups: Mapping[str, Group], generic_ratio: float
+) -> dict[str, Any]:
     """``lr`` argument of the generated update: by stack ``[depth, 1, 1]``, and a list for generic.
+
+    Args:
+        groups: parameter group by parameter name.
+        generic_ratio: learning rate of generic parameters relative to their group's.
 
     Raises:
         OptionError: weight and bias of one layer have different rates.
@@ -166,5 +180,22 @@ def learning_rates(spec: UpdateSpec, groups: Mapping[str, Group]) -> dict[str, A
             column += [weight_rate] * block.groups
         dtype = getattr(torch, stack.dtype)
         rates[stack.key] = torch.tensor(column, dtype=dtype, device=stack.device)[:, None, None]
-    rates["generic"] = {p.name: float(groups[p.name]["lr"]) for p in spec.generic}
+    rates["generic"] = {p.name: generic_ratio * float(groups[p.name]["lr"]) for p in spec.generic}
     return rates
+
+
+def option_arguments(spec: UpdateSpec, options: KFCOptions) -> dict[str, Any]:
+    """Options as arguments of the generated code, by the names that it may have for them."""
+    arguments: dict[str, Any] = {
+        "generic_momentum": options.generic_momentum,
+        "clip": options.clip,
+    }
+    for scaling in spec.scalings:
+        own = {
+            "momentum": options.momentum_of(scaling),
+            "damping": options.damping_of(scaling),
+            "second_moment_decay": options.second_moment_decay,
+            "eps": options.eps,
+        }
+        arguments |= {spec.option(name, scaling): value for name, value in own.items()}
+    return arguments

@@ -23,16 +23,18 @@ from kfc_fx.capture.dynamo import (
 )
 from kfc_fx.capture.graph import CapturedGraph, Stage, copy_graph
 from kfc_fx.capture.symbolic import refuse_to_run, symbolic_graph
+from kfc_fx.curvature.inputs import batch_size
 from kfc_fx.curvature.likelihood import CotangentFunction, Likelihood, resolve_likelihood
 from kfc_fx.curvature.recorder import StatisticsRecorder
 from kfc_fx.errors import CaptureError, CoverageError
 from kfc_fx.plan.coverage import build_plan
-from kfc_fx.plan.forms import InputFactorOption, factor_forms, statistic_shapes
+from kfc_fx.plan.forms import FactorForms, factor_forms, statistic_shapes
 from kfc_fx.plan.match import match_uses
 from kfc_fx.plan.sharing import SharingOption, check_sharing
-from kfc_fx.plan.spec import CurvaturePlan, ParameterSpec
+from kfc_fx.plan.spec import BlockSpec, CurvaturePlan, ParameterSpec
 from kfc_fx.rewrite.emission import Emitters, emission_order, emitting_stages
 from kfc_fx.rewrite.pipeline import run_passes
+from kfc_fx.rewrite.row_counts import counts_of_spans
 
 
 def compile(
@@ -79,6 +81,8 @@ def compile(
     return CompiledModel(model, resolved, backend, strict, norm_layers, weight_sharing)
 
 
+FormsOf = Callable[[BlockSpec], FactorForms | None]
+
 _SHARED = (
     "_parameters",
     "_buffers",
@@ -122,7 +126,7 @@ class CompiledModel(nn.Module):
         }
         own["_graphs"] = []
         own["_plan"] = None
-        own["_input_factor"] = "auto"
+        own["_forms_of"] = factor_forms
         own["_forward"] = compile_forward(model, self._handle_graph)
 
     # -- the model's calls ---------------------------------------------------------------
@@ -137,7 +141,7 @@ class CompiledModel(nn.Module):
             recorder.last_inputs = (args, kwargs)
         if not (recorder.armed and torch.is_grad_enabled()):
             return self._forward(*args, **kwargs)
-        with recorder.forward_pass() as record:
+        with recorder.forward_pass(batch_size((args, kwargs))) as record:
             output = self._forward(*args, **kwargs)
         return recorder.tap(output, record, self._statistics_of())
 
@@ -179,7 +183,7 @@ class CompiledModel(nn.Module):
         """
         mark_batch_dynamic(args, kwargs)
         with _state_preserved(self.original), torch.enable_grad():
-            with self.recorder.forward_pass() as record:
+            with self.recorder.forward_pass(batch_size((args, kwargs))) as record:
                 output = self._forward(*args, **kwargs)
             self.recorder.collect(output, record, self._statistics_of())
 
@@ -225,13 +229,14 @@ class CompiledModel(nn.Module):
         return self._options["backend"]
 
     @property
-    def input_factor(self) -> InputFactorOption:
-        """Option for the form of input factors; the optimizer sets it."""
-        return self.__dict__["_input_factor"]
+    def forms_of(self) -> FormsOf:
+        """The forms of a block's factors, None for a block that emits none; an optimizer sets
+        it."""
+        return self.__dict__["_forms_of"]
 
-    @input_factor.setter
-    def input_factor(self, option: InputFactorOption) -> None:
-        self.__dict__["_input_factor"] = option
+    @forms_of.setter
+    def forms_of(self, choose: FormsOf) -> None:
+        self.__dict__["_forms_of"] = choose
 
     def _parameter_specs(self) -> list[ParameterSpec]:
         return [
@@ -240,10 +245,8 @@ class CompiledModel(nn.Module):
         ]
 
     def _emitters(self) -> Emitters:
-        return {
-            block.weight: (block, factor_forms(block, self.input_factor))
-            for block in self.plan.blocks
-        }
+        chosen = ((block, self.forms_of(block)) for block in self.plan.blocks)
+        return {block.weight: (block, forms) for block, forms in chosen if forms is not None}
 
     def _statistics_of(self) -> dict[str, list[str]]:
         return {b.name: list(statistic_shapes(b, form)) for b, form in self._emitters().values()}
@@ -282,13 +285,19 @@ class CompiledModel(nn.Module):
         gated = self._options["backend"] != "eager"
         probes: list[Tensor] = []
         for weight in order:
+            if emitters[weight][1].output == "absent":
+                continue
             parameter = self.original.get_parameter(weight)
             probes += self.recorder.probes_for(*emitters[weight], parameter, gated=gated)
-        outputs, rows = self._emitting(graph)(*inputs, *probes)
+        outputs, rows, *returned = self._emitting(graph)(*inputs, *probes)
         sites = [site for site in graph.uses.sites if site.weight in emitters]
         blocks = [emitters[site.weight][0] for site in sites]
         spans = [block.span(site) for block, site in zip(blocks, sites, strict=True)]
-        self.recorder.note_rows(blocks, spans, rows)
+        self.recorder.note_rows(*counts_of_spans(blocks, spans, rows))
+        alone = [emitters[s.weight] for s in sites if emitters[s.weight][1].output == "absent"]
+        for (block, forms), values in zip(alone, *returned or [()], strict=True):
+            names = statistic_shapes(block, forms)
+            self.recorder.note_inputs(block, dict(zip(names, values, strict=True)))
         return outputs
 
     def _emitting(self, graph: CapturedGraph) -> Callable[..., Any]:
@@ -340,7 +349,7 @@ class CompiledModel(nn.Module):
         return getattr(self.__dict__["original"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("training", "input_factor") or "_forward" not in self.__dict__:
+        if name in ("training", "forms_of") or "_forward" not in self.__dict__:
             object.__setattr__(self, name, value)
         else:
             setattr(self.original, name, value)

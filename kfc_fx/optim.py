@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfc_fx.binding import Binding
+from kfc_fx.binding import Binding, option_arguments
 from kfc_fx.codegen.engine import SavedState, UpdateEngine
 from kfc_fx.codegen.statistics import screen
 from kfc_fx.compile import CompiledModel
@@ -20,7 +20,7 @@ from kfc_fx.curvature.diagnostics import Diagnostics
 from kfc_fx.curvature.factors import Factors
 from kfc_fx.curvature.fisher_vector import fisher_quadratic_form
 from kfc_fx.curvature.run_report import Progress, append_entry
-from kfc_fx.curvature.schedule import EARLY_STEPS, Schedule
+from kfc_fx.curvature.schedule import Schedule, early_steps
 from kfc_fx.errors import KfcWarning, OptionError, StatisticsError, StepError
 from kfc_fx.gradients import all_finite, named_gradients
 from kfc_fx.optim_options import KFCOptions, check_group
@@ -77,8 +77,8 @@ class KFC(torch.optim.Optimizer):
         *,
         lr: float,
         scaling: str = "adam",
-        momentum: float = 0.9,
-        damping: float = 1e-2,
+        momentum: float | None = None,
+        damping: float | None = None,
         weight_decay: float = 0.0,
         ema_decay: float = 0.95,
         factor_interval: int = 5,
@@ -93,6 +93,8 @@ class KFC(torch.optim.Optimizer):
         second_moment_decay: float = 0.95,
         eps: float = 1e-8,
         generic: str | None = None,
+        generic_lr_ratio: float | None = None,
+        blocks: Mapping[str, Mapping[str, Any]] | None = None,
         seed: int | None = None,
     ) -> None:
         if not isinstance(compiled, CompiledModel):
@@ -116,7 +118,9 @@ class KFC(torch.optim.Optimizer):
             input_factor=input_factor,  # type: ignore[arg-type]
             second_moment_decay=second_moment_decay,
             eps=eps,
-            generic=generic or ("adamw" if scaling == "adam" else "sgd"),  # type: ignore[arg-type]
+            generic=generic,  # type: ignore[arg-type]
+            generic_lr_ratio=generic_lr_ratio,
+            blocks=blocks or {},
         )
         check_group({"lr": lr, "weight_decay": weight_decay})
         if factor_samples is not None and compiled.backend != "eager":
@@ -128,8 +132,10 @@ class KFC(torch.optim.Optimizer):
         self._binding = Binding(compiled, self.options)
         chosen = list(compiled.original.parameters() if params is None else params)
         super().__init__(chosen, {"lr": lr, "weight_decay": weight_decay})
-        self.schedule = Schedule(factor_interval, inverse_interval, EARLY_STEPS[scaling])
-        self.diagnostics = Diagnostics(damping=damping)
+        self.schedule = Schedule(
+            factor_interval, inverse_interval, early_steps(self.options.scalings)
+        )
+        self.diagnostics = Diagnostics(damping=self.options.damping_of(self.options.scaling))
         self._last_step_ended: float | None = None
         self._reported = Progress(0, {})
         self._token = object()
@@ -138,7 +144,7 @@ class KFC(torch.optim.Optimizer):
         recorder.samples = factor_samples
         recorder.take()
         recorder.keep_inputs = self.options.clipping == "exact"
-        compiled.input_factor = self.options.input_factor
+        compiled.forms_of = self.options.forms_of
         recorder.armed = self.schedule.statistics_due(0)
 
     # -- torch.optim.Optimizer -------------------------------------------------------------
@@ -344,7 +350,7 @@ class KFC(torch.optim.Optimizer):
             self._note_missed(step)
         if not engine.started or self.schedule.refresh_due(step):
             with diagnostics.timed("refresh"):
-                failed = engine.refresh(self.options.damping)
+                failed = engine.refresh(option_arguments(engine.spec, self.options))
             diagnostics.count("inverse_failures", failed, UNDECOMPOSED)
             diagnostics.refreshes += 1
 
@@ -373,11 +379,8 @@ class KFC(torch.optim.Optimizer):
         options = self.options
         arguments: dict[str, Any] = {
             "lr": self._binding.learning_rates(engine, self.param_groups),
-            "momentum": options.momentum,
             "step": self.diagnostics.steps + 1,
-            "second_moment_decay": options.second_moment_decay,
-            "eps": options.eps,
-            "clip": options.clip,
+            **option_arguments(engine.spec, options),
         }
         if engine.spec.weight_decay:
             arguments["shrink"] = {
@@ -404,7 +407,7 @@ class KFC(torch.optim.Optimizer):
             self.options.clip_samples,
         )
         squares = torch.stack([v.square().sum() for v in vectors.values()]).sum()
-        return quadratic + self.options.damping * squares
+        return quadratic + self.options.clip_damping * squares
 
     def _arm(self) -> None:
         """Let the next forward pass emit, if statistics are due at the next step."""

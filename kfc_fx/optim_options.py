@@ -2,23 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, get_args
 
-from kfc_fx.codegen.options import Clip, GenericRule, Scaling
+from kfc_fx.codegen.layout import BlockChoice, Scaling
+from kfc_fx.codegen.options import Clip, GenericRule
+from kfc_fx.codegen.scaling import VECTOR_RULES
 from kfc_fx.curvature.recorder import Fisher
 from kfc_fx.errors import OptionError
-from kfc_fx.plan.forms import InputFactorOption, check_input_factor
+from kfc_fx.plan.forms import (
+    FactorForms,
+    InputFactorOption,
+    check_input_factor,
+    factor_forms,
+    takes_matrix_step,
+)
+from kfc_fx.plan.spec import BlockSpec
+
+GENERIC_MOMENTUM = 0.9
+"""Of generic parameters, unless a momentum is given: torch.optim.AdamW's default."""
+
+
+@dataclass(frozen=True)
+class ScalingDefaults:
+    """Options whose meaning, and so whose default, depends on the scaling."""
+
+    momentum: float
+    damping: float
+    generic: GenericRule
+    generic_lr_ratio: float
+
+
+DEFAULTS: dict[Scaling, ScalingDefaults] = {
+    "adam": ScalingDefaults(0.9, 1e-2, "adamw", 1.0),
+    "spectral": ScalingDefaults(0.95, 0.3, "adamw", 0.1),
+    "eigen": ScalingDefaults(0.9, 1e-2, "sgd", 1.0),
+    "inverse": ScalingDefaults(0.9, 1e-2, "sgd", 1.0),
+}
+
+BLOCK_OPTIONS = ("scaling", "input_factor")
+"""What ``blocks=`` may set."""
 
 
 @dataclass(frozen=True)
 class KFCOptions:
-    """Everything of :class:`kfc_fx.KFC` that is not per parameter group."""
+    """Everything of :class:`kfc_fx.KFC` that is not per parameter group.
+
+    ``None`` for ``momentum``, ``damping``, ``generic`` and ``generic_lr_ratio`` takes the default
+    of the scaling.
+    """
 
     scaling: Scaling
-    momentum: float
-    damping: float
+    momentum: float | None
+    damping: float | None
     ema_decay: float
     factor_interval: int
     factor_samples: int | None
@@ -31,20 +70,23 @@ class KFCOptions:
     input_factor: InputFactorOption
     second_moment_decay: float
     eps: float
-    generic: GenericRule
+    generic: GenericRule | None
+    generic_lr_ratio: float | None
+    blocks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, known in (
             ("scaling", get_args(Scaling)),
             ("fisher", get_args(Fisher)),
-            ("generic", get_args(GenericRule)),
             ("clip_by", ("factors", "exact")),
         ):
             _one_of(name, getattr(self, name), known)
+        if self.generic is not None:
+            _one_of("generic", self.generic, get_args(GenericRule))
         check_input_factor(self.input_factor)
         for name in ("momentum", "ema_decay", "second_moment_decay"):
             value = getattr(self, name)
-            if not 0 <= value < 1:
+            if value is not None and not 0 <= value < 1:
                 raise OptionError(f"{name} must be in [0, 1), got {value!r}")
         for name in ("factor_interval", "inverse_interval"):
             value = getattr(self, name)
@@ -52,8 +94,9 @@ class KFCOptions:
                 raise OptionError(
                     f"{name} must be a whole number of steps, at least 1; got {value!r}"
                 )
-        if not (self.damping > 0 or (self.damping == 0 and self.scaling == "inverse")):
-            raise OptionError(f"damping must be positive, got {self.damping!r}")
+        damping = self.damping
+        if damping is not None and not (damping > 0 or (damping == 0 and self._all("inverse"))):
+            raise OptionError(f"damping must be positive, got {damping!r}")
         for name in ("clip", "average", "clip_samples"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -66,11 +109,100 @@ class KFCOptions:
             )
         if not self.eps > 0:
             raise OptionError(f"eps must be positive, got {self.eps!r}")
+        ratio = self.generic_lr_ratio
+        if ratio is not None and not ratio >= 0:
+            raise OptionError(f"generic_lr_ratio must not be negative, got {ratio!r}")
+        self._check_blocks()
+
+    def _check_blocks(self) -> None:
+        for pattern, chosen in self.blocks.items():
+            for name, value in chosen.items():
+                _one_of(f"an option in blocks[{pattern!r}]", name, BLOCK_OPTIONS)
+                if name == "scaling":
+                    _one_of(f"scaling in blocks[{pattern!r}]", value, get_args(Scaling))
+                else:
+                    check_input_factor(value)
+
+    def _all(self, scaling: Scaling) -> bool:
+        return self.scalings == (scaling,)
+
+    @property
+    def scalings(self) -> tuple[Scaling, ...]:
+        """Those that some block may take, the general one first."""
+        special = [chosen["scaling"] for chosen in self.blocks.values() if "scaling" in chosen]
+        return tuple(dict.fromkeys([self.scaling, *special]))
+
+    # -- by block ----------------------------------------------------------------------------
+
+    def choice_of(self, block: BlockSpec) -> BlockChoice | None:
+        """Scaling and forms of a block; None where its scaling does not fit it and its parameters
+        are generic: "spectral" is for matrices, neither tables of embeddings nor norms, and not
+        for sides so wide that a factor would be diagonal."""
+        scaling: Scaling = self._chosen(block.name, "scaling")
+        forms = factor_forms(block, self._chosen(block.name, "input_factor"))
+        if scaling != "spectral":
+            return BlockChoice(scaling, forms)
+        if not takes_matrix_step(block):
+            return None
+        return BlockChoice(scaling, FactorForms(forms.input, "absent"))
+
+    def forms_of(self, block: BlockSpec) -> FactorForms | None:
+        """Forms of a block's factors; None for a block that is generic, which needs none."""
+        choice = self.choice_of(block)
+        return choice.forms if choice else None
+
+    def check_patterns(self, names: Sequence[str]) -> None:
+        """Raise :class:`OptionError` for a pattern of ``blocks`` that no block's name matches."""
+        for pattern in self.blocks:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
+                hint = f"; the nearest name is {near[0]!r}" if near else ""
+                raise OptionError(f"blocks: no block matches {pattern!r}{hint}")
+
+    def _chosen(self, block: str, option: str) -> Any:
+        found = [
+            chosen[option]
+            for pattern, chosen in self.blocks.items()
+            if option in chosen and fnmatchcase(block, pattern)
+        ]
+        return found[-1] if found else getattr(self, option)
+
+    # -- by scaling --------------------------------------------------------------------------
+
+    def momentum_of(self, scaling: Scaling) -> float:
+        """Decay of the momentum of a scaling's blocks."""
+        return DEFAULTS[scaling].momentum if self.momentum is None else self.momentum
+
+    def damping_of(self, scaling: Scaling) -> float:
+        """Damping of a scaling's blocks."""
+        return DEFAULTS[scaling].damping if self.damping is None else self.damping
+
+    @property
+    def generic_momentum(self) -> float:
+        """Decay of the momentum of generic parameters."""
+        return GENERIC_MOMENTUM if self.momentum is None else self.momentum
+
+    @property
+    def generic_rule(self) -> GenericRule:
+        """Rule for generic parameters."""
+        return self.generic or DEFAULTS[self.scaling].generic
+
+    @property
+    def generic_ratio(self) -> float:
+        """Learning rate of generic parameters relative to that of blocks."""
+        ratio = self.generic_lr_ratio
+        return DEFAULTS[self.scaling].generic_lr_ratio if ratio is None else ratio
 
     @property
     def clipping(self) -> Clip:
         """What ν is computed from; "none" where nothing is clipped."""
-        return self.clip_by if self.scaling == "inverse" and self.clip is not None else "none"
+        clips = self.clip is not None and any(s in VECTOR_RULES for s in self.scalings)
+        return self.clip_by if clips else "none"
+
+    @property
+    def clip_damping(self) -> float:
+        """λ of ν = vᵀFv + λ vᵀv: the damping of the scalings that it clips."""
+        return self.damping_of("inverse" if "inverse" in self.scalings else "eigen")
 
 
 def check_group(group: Mapping[str, Any]) -> None:

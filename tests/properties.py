@@ -13,6 +13,7 @@ import kfc_fx
 from kfc_fx.capture.canonicalise import canonicalise
 from kfc_fx.capture.graph import copy_graph
 from kfc_fx.compile import CompiledModel
+from kfc_fx.plan.forms import factor_forms
 from tests.oracle import layer_patches, output_rows
 from tests.strategies import CLASSES, DrawnNetwork
 
@@ -30,7 +31,7 @@ def armed(net: nn.Module) -> CompiledModel:
     """A compiled network whose next forward pass takes statistics of the true targets."""
     compiled = kfc_fx.compile(net)
     compiled.recorder.fisher = "empirical"
-    compiled.input_factor = "dense"
+    compiled.forms_of = lambda block: factor_forms(block, "dense")
     compiled.recorder.armed = True
     return compiled
 

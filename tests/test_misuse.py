@@ -120,7 +120,7 @@ def test_the_last_optimizer_made_owns_the_model():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scaling": "shampoo"}, "scaling must be one of adam, inverse"),
+        ({"scaling": "shampoo"}, "scaling must be one of adam, spectral, eigen, inverse"),
         ({"fisher": "true"}, "fisher must be one of sampled, empirical"),
         ({"generic": "lion"}, "generic must be one of adamw, sgd"),
         ({"clip_by": "norm"}, "clip_by must be one of factors, exact"),

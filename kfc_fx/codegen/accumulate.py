@@ -35,7 +35,7 @@ def accumulate_graph(spec: UpdateSpec) -> UpdateGraph:
             )
         mass = state[f"mass_{key}"]
         result[f"mass_{key}"] = mass + rate[key] * (1 - mass)
-        if stack.forms.input == "separable" and stack.bias:
+        if stack.has_bias_apart:
             result[f"locations_{key}"] = update.call(
                 torch.lerp, state[f"locations_{key}"], rows[key] / examples, rate[key]
             )

@@ -78,14 +78,17 @@ class UpdateEngine:
                 statistics.sums, statistics.examples, statistics.rows, statistics.rate, self.state
             )
 
-    def refresh(self, damping: float) -> list[str]:
-        """Factors into inverses or bases; returns the blocks for which that failed."""
+    def refresh(self, arguments: Mapping[str, Any]) -> list[str]:
+        """Factors into inverses, bases or whitening matrices; returns the blocks for which that
+        failed.
+
+        Args:
+            arguments: values for the generated function's arguments besides the state.
+        """
         functions = self.program.functions
+        name = "start" if "start" in functions and not self.started else "refresh"
         with record_function("kfc_fx::refresh"):
-            if self.spec.scaling == "inverse":
-                fresh, failed = functions["refresh"](self.state, damping)
-            else:
-                fresh, failed = functions["refresh" if self.started else "start"](self.state)
+            fresh, failed = self._call(self.program, name, {**arguments, "state": self.state})
         self.state |= fresh
         self.started = True
         return self._failed_blocks(failed)
@@ -118,15 +121,13 @@ class UpdateEngine:
         if spec.partial:
             gradients, given["active"] = self._filled(gradients)
             given["gradients"] = gradients
+        moments: dict[str, Tensor] = {}
         if spec.clip == "exact":
-            given["v"], views = program.functions["precondition"](
-                gradients, self.state, given["lr"]
-            )
+            given["v"], views, moments = self._call(program, "precondition", given)
             given["nu"] = nu_of(views)
-        names = [n.target for n in program.graphs["apply"].graph.nodes if n.op == "placeholder"]
         with record_function("kfc_fx::apply"):
-            result = program.functions["apply"](**{str(name): given[str(name)] for name in names})
-        return self._commit(spec, result)
+            result = self._call(program, "apply", given)
+        return self._commit(spec, {**moments, **result})
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -168,10 +169,8 @@ class UpdateEngine:
             return None if value is None else value[start:stop] / mass
 
         mass = self.state[f"mass_{stack.key}"][start:stop].clamp(min=1e-12)
-        gamma = corrected("gamma")
-        assert gamma is not None
         return Factors(
-            gamma,
+            output=corrected("gamma"),
             dense=corrected("omega"),
             channel=corrected("channel"),
             offset=corrected("offset"),
@@ -179,6 +178,13 @@ class UpdateEngine:
         )
 
     # -- one step ------------------------------------------------------------------------
+
+    @staticmethod
+    def _call(program: UpdateProgram, function: str, given: Mapping[str, Any]) -> Any:
+        """Call a generated function with those of the given values that it takes."""
+        nodes = program.graphs[function].graph.nodes
+        names = [str(node.target) for node in nodes if node.op == "placeholder"]
+        return program.functions[function](**{name: given[name] for name in names})
 
     def _present(self, gradients: Mapping[str, Tensor]) -> UpdateSpec:
         """The spec for the parameters that have a gradient in this step."""

@@ -6,71 +6,59 @@ import operator
 
 import torch
 
-from kfc_fx.codegen.options import UpdateSpec
-from kfc_fx.codegen.update_graph import UpdateGraph, Value
+from kfc_fx.codegen.context import Context
+from kfc_fx.codegen.update_graph import Value
 
 ADAMW_SECOND_MOMENT_DECAY = 0.999
 ADAMW_EPS = 1e-8
 """Both torch.optim.AdamW's defaults."""
 
 
-def generic_steps(
-    update: UpdateGraph,
-    spec: UpdateSpec,
-    arguments: dict[str, Value],
-    result: dict[str, Value],
-) -> Value:
+def generic_steps(context: Context) -> Value:
     """Steps to subtract from the generic parameters, a list in the order of the spec.
 
-    New state goes into ``result``.
+    New state goes into the result.
     """
+    update, spec, arguments = context.update, context.spec, context.arguments
     count = len(spec.generic)
     rule = {"adamw": "AdamW", "sgd": "SGD"}[spec.generic_rule]
     update.section(f"{count} generic {'parameter' if count == 1 else 'parameters'}: {rule}")
     named = [arguments["gradients"][parameter.name] for parameter in spec.generic]
     gradients = update.named_list("generic_gradients", named)
     direction = _adamw if spec.generic_rule == "adamw" else _sgd
-    descent = direction(update, spec, arguments, gradients, result)
+    descent = direction(context, gradients)
     steps = update.call(torch._foreach_mul, descent, arguments["lr"]["generic"])
     return update.let("generic_steps", steps)
 
 
-def _adamw(
-    update: UpdateGraph,
-    spec: UpdateSpec,
-    arguments: dict[str, Value],
-    gradients: Value,
-    result: dict[str, Value],
-) -> Value:
+def _adamw(context: Context, gradients: Value) -> Value:
     """``m̂ / (sqrt(v̂) + ε)`` (Loshchilov & Hutter 2019, algorithm 2)."""
+    update, arguments = context.update, context.arguments
     state, step, decay = arguments["state"], arguments["step"], ADAMW_SECOND_MOMENT_DECAY
     corrected = gradients
-    if spec.momentum:
-        momentum = arguments["momentum"]
+    if "generic" in context.spec.momentum:
+        momentum = arguments["generic_momentum"]
         m = update.call(torch._foreach_lerp, state["generic_m"], gradients, 1 - momentum)
-        result["generic_m"] = m = update.let("generic_m", m)
+        context.result["generic_m"] = m = update.let("generic_m", m)
         corrected = update.call(torch._foreach_div, m, 1 - momentum**step)
     squares = update.call(torch._foreach_mul, gradients, gradients)
     v = update.call(
         torch._foreach_lerp, state["generic_v"], squares, update.call(operator.sub, 1, decay)
     )
-    result["generic_v"] = v = update.let("generic_v", v)
+    context.result["generic_v"] = v = update.let("generic_v", v)
     root = update.call(torch._foreach_sqrt, update.call(torch._foreach_div, v, 1 - decay**step))
     scale = update.let("generic_scale", update.call(torch._foreach_add, root, ADAMW_EPS))
     return update.call(torch._foreach_div, corrected, scale)
 
 
-def _sgd(
-    update: UpdateGraph,
-    spec: UpdateSpec,
-    arguments: dict[str, Value],
-    gradients: Value,
-    result: dict[str, Value],
-) -> Value:
+def _sgd(context: Context, gradients: Value) -> Value:
     """``p ← momentum p + ∇`` as in torch.optim.SGD."""
-    if not spec.momentum:
+    update, arguments = context.update, context.arguments
+    if "generic" not in context.spec.momentum:
         return gradients
-    moved = update.call(torch._foreach_mul, arguments["state"]["generic_m"], arguments["momentum"])
+    moved = update.call(
+        torch._foreach_mul, arguments["state"]["generic_m"], arguments["generic_momentum"]
+    )
     added = update.call(torch._foreach_add, moved, gradients)
-    result["generic_m"] = added = update.let("generic_m", added)
+    context.result["generic_m"] = added = update.let("generic_m", added)
     return added

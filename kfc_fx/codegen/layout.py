@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from kfc_fx.plan.forms import FactorForms, statistic_shapes
 from kfc_fx.plan.spec import BlockSpec
+
+Scaling = Literal["adam", "spectral", "eigen", "inverse"]
+"""How a gradient is scaled by the factors of its block."""
+
+
+@dataclass(frozen=True)
+class BlockChoice:
+    """What the options say of a block."""
+
+    scaling: Scaling
+    forms: FactorForms
 
 
 @dataclass(frozen=True)
@@ -20,6 +32,7 @@ class StackSpec:
     """
 
     key: str
+    scaling: Scaling
     forms: FactorForms
     blocks: tuple[BlockSpec, ...]
     device: str
@@ -65,6 +78,11 @@ class StackSpec:
         return {name: s for name, s in self.factor_shapes.items() if name not in diagonal}
 
     @property
+    def has_bias_apart(self) -> bool:
+        """Whether Ω keeps the entry of the bias column, |T|, apart from its other factors."""
+        return self.forms.input == "separable" and self.bias
+
+    @property
     def matrix_shape(self) -> tuple[int, int, int]:
         """Stacked shape of ``[W b]`` and of everything shaped like the gradient."""
         return self.depth, self.first.rows, self.first.columns
@@ -72,27 +90,27 @@ class StackSpec:
 
 def stack_blocks(
     blocks: Sequence[BlockSpec],
-    forms_of: Callable[[BlockSpec], FactorForms],
+    choice_of: Callable[[BlockSpec], BlockChoice],
     placement_of: Callable[[BlockSpec], tuple[str, str, bool]],
 ) -> tuple[StackSpec, ...]:
-    """Group blocks by shape, form, device and dtype, in the order of their first member.
+    """Group blocks by shape, scaling, form, device and dtype, in the order of their first member.
 
     Args:
         placement_of: block to (device, dtype, converts) of its state.
     """
-    members: dict[tuple[object, ...], list[BlockSpec]] = {}
+    members: dict[tuple[BlockChoice, object], list[BlockSpec]] = {}
     for block in blocks:
-        forms = forms_of(block)
+        choice, placement = choice_of(block), placement_of(block)
         shape = (block.rows, block.channels, block.offsets, block.bias is not None)
-        if forms.input != "separable":
+        if choice.forms.input != "separable":
             shape = (block.rows, block.columns, 0, False)
-        members.setdefault((forms, shape, block.bias is None, *placement_of(block)), []).append(
-            block
-        )
+        kind = (choice, (shape, block.bias is None, placement))
+        members.setdefault(kind, []).append(block)
     stacks: list[StackSpec] = []
-    for (forms, _, _, *placement), group in members.items():  # type: ignore[assignment]
-        key = _unused_key(_shape_key(group[0], forms), stacks)  # type: ignore[arg-type]
-        stacks.append(StackSpec(key, forms, tuple(group), *placement))  # type: ignore[arg-type]
+    for (choice, _), group in members.items():
+        key = _unused_key(_shape_key(group[0], choice.forms), stacks)
+        placement = placement_of(group[0])
+        stacks.append(StackSpec(key, choice.scaling, choice.forms, tuple(group), *placement))
     return tuple(stacks)
 
 

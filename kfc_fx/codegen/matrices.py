@@ -78,10 +78,11 @@ def rotate_input(
 
     Args:
         bases: ``omega``, or ``channel`` and ``offset`` whose product Q_Δ ⊗ Q_C is applied to all
-            columns but the bias.
+            columns but the bias, which is multiplied by ``bias`` where that is given. Of a
+            diagonal factor, none or its weights.
     """
     if stack.forms.input == "diagonal":
-        return matrix
+        return matrix * bases["omega"] if "omega" in bases else matrix
     if stack.forms.input == "dense":
         return matrix @ (_attribute(bases["omega"], "mT") if back else bases["omega"])
     block = stack.first
@@ -100,7 +101,9 @@ def rotate_input(
     turned = update.let(f"turned_{stack.key}", turned, flat_shape)
     turned = turned.unflatten(1, (block.rows, block.offsets)).flatten(2)
     if stack.bias:
-        return update.call(torch.cat, [turned, matrix[:, :, width:]], 2)
+        last = matrix[:, :, width:]
+        last = last * bases["bias"] if "bias" in bases else last
+        return update.call(torch.cat, [turned, last], 2)
     return turned
 
 

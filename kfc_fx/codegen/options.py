@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from kfc_fx.codegen.layout import StackSpec
+from kfc_fx.codegen.layout import Scaling, StackSpec
 
-Scaling = Literal["adam", "inverse"]
 GenericRule = Literal["adamw", "sgd"]
 Clip = Literal["none", "factors", "exact"]
 
@@ -25,11 +24,11 @@ class UpdateSpec:
     """All that the text of an update depends on."""
 
     title: str
-    scaling: Scaling
     stacks: tuple[StackSpec, ...]
     generic: tuple[GenericParameter, ...]
     generic_rule: GenericRule
-    momentum: bool
+    momentum: tuple[Scaling | Literal["generic"], ...]
+    """The scalings whose blocks keep a momentum, and whether generic parameters do."""
     weight_decay: bool
     clip: Clip
     average: bool
@@ -43,3 +42,13 @@ class UpdateSpec:
         """Every parameter the update changes, in the order of its lists."""
         in_blocks = [p for stack in self.stacks for block in stack.blocks for p in block.parameters]
         return (*in_blocks, *(g.name for g in self.generic))
+
+    @property
+    def scalings(self) -> tuple[Scaling, ...]:
+        """Those in use, in the order of their first stack."""
+        return tuple(dict.fromkeys(stack.scaling for stack in self.stacks))
+
+    def option(self, name: str, scaling: Scaling) -> str:
+        """The argument that holds an option of a scaling: ``damping``, or where several scalings
+        are in use ``damping_spectral``."""
+        return name if len(self.scalings) == 1 else f"{name}_{scaling}"

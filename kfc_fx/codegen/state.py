@@ -3,56 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kfc_fx.codegen.layout import StackSpec
 from kfc_fx.codegen.options import UpdateSpec
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class StateEntry:
-    """Shape of one stacked state tensor and what it starts from."""
-
-    shape: Shape
-    initial: str
-    """``"zeros"``, ``"ones"`` or ``"identity"``."""
+from kfc_fx.codegen.scaling import RULES
+from kfc_fx.codegen.state_entry import StateEntry
 
 
 def state_entries(spec: UpdateSpec, stack: StackSpec) -> dict[str, StateEntry]:
     """State of a stack by name, without the stack's key."""
-    depth = stack.depth
-    factors = stack.factor_shapes
-    entries = {name: StateEntry(shape, "zeros") for name, shape in factors.items()}
-    entries["mass"] = StateEntry((depth, 1, 1), "zeros")
-    if stack.forms.input == "separable" and stack.bias:
-        entries["locations"] = StateEntry((depth, 1, 1), "zeros")
-    if spec.scaling == "adam":
-        bases = stack.basis_shapes
-        entries |= {f"q_{name}": StateEntry(shape, "identity") for name, shape in bases.items()}
-        entries["v"] = StateEntry(stack.matrix_shape, "zeros")
-        if spec.momentum:
-            entries["m"] = StateEntry(stack.matrix_shape, "zeros")
-        return entries
-    entries["gamma_inverse"] = _inverse_entry(stack, "gamma")
-    if stack.forms.input != "separable":
-        entries["omega_inverse"] = _inverse_entry(stack, "omega")
-    else:
-        entries["q_channel"] = StateEntry(factors["channel"], "identity")
-        entries["q_offset"] = StateEntry(factors["offset"], "identity")
-        entries["input_scale"] = StateEntry((depth, 1, stack.first.columns), "ones")
-    if spec.momentum:
-        entries["p"] = StateEntry(stack.matrix_shape, "zeros")
-    return entries
-
-
-def _inverse_entry(stack: StackSpec, factor: str) -> StateEntry:
-    initial = "identity" if factor in stack.basis_shapes else "ones"
-    return StateEntry(stack.factor_shapes[factor], initial)
+    entries = {name: StateEntry(shape, "zeros") for name, shape in stack.factor_shapes.items()}
+    entries["mass"] = StateEntry((stack.depth, 1, 1), "zeros")
+    if stack.has_bias_apart:
+        entries["locations"] = StateEntry((stack.depth, 1, 1), "zeros")
+    rule = RULES[stack.scaling]
+    return entries | rule.state_entries(stack, momentum=stack.scaling in spec.momentum)
 
 
 def stacked_state(spec: UpdateSpec, saved: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

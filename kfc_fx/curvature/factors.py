@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kfc_fx.errors import KfcError
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -14,10 +16,11 @@ class Factors:
 
     Either ``dense``, ``[groups, D, D]`` (``[groups, 1, D]`` of a diagonal factor), or ``channel``
     ``[groups, C, C]`` and ``offset`` ``[groups, K, K]`` with, for layers with bias, ``locations``
-    (|T|); and ``output`` ``[groups, R, R]`` (``[groups, R, 1]``).
+    (|T|); and ``output`` ``[groups, R, R]`` (``[groups, R, 1]``), None where the block's scaling
+    needs no Γ.
     """
 
-    output: Tensor
+    output: Tensor | None
     dense: Tensor | None = None
     channel: Tensor | None = None
     offset: Tensor | None = None
@@ -38,7 +41,15 @@ class Factors:
     @property
     def gamma(self) -> Tensor:
         """Output factor Γ ``[R, R]``, or ``[groups, R, R]`` of a grouped convolution; of a
-        diagonal factor its diagonal, ``[R]``."""
+        diagonal factor its diagonal, ``[R]``.
+
+        Raises:
+            KfcError: the scaling of the block, "spectral", takes no output statistics.
+        """
+        if self.output is None:
+            raise KfcError(
+                "this block keeps no output factor Γ: its scaling needs the input factor alone"
+            )
         if self.output.shape[1] != self.output.shape[2]:
             return _squeezed(self.output[:, :, 0])
         return _squeezed(self.output)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from kfc_fx.curvature.inputs import Inputs, first_examples
 from kfc_fx.curvature.likelihood import Likelihood
 from kfc_fx.curvature.outputs import find_prediction
 from kfc_fx.errors import KfcError
@@ -18,7 +17,7 @@ from kfc_fx.errors import KfcError
 def fisher_quadratic_form(
     model: nn.Module,
     likelihood: Likelihood,
-    inputs: tuple[tuple[Any, ...], dict[str, Any]],
+    inputs: Inputs,
     vectors: Mapping[str, Tensor],
     samples: int | None = None,
 ) -> Tensor:
@@ -36,7 +35,7 @@ def fisher_quadratic_form(
     Raises:
         KfcError: an op of the model has no forward-mode derivative.
     """
-    args, kwargs = _first_examples(inputs, samples)
+    args, kwargs = first_examples(inputs, samples)
     parameters = {name: p.detach() for name, p in model.named_parameters() if name in vectors}
     tangents = {name: vectors[name].to(p.dtype) for name, p in parameters.items()}
 
@@ -66,20 +65,3 @@ def fisher_quadratic_form(
     wide = torch.promote_types(output.dtype, torch.float32)
     examples = likelihood.examples(output)
     return likelihood.curvature(output.to(wide), tangent.to(wide)) / examples
-
-
-def _first_examples(
-    inputs: tuple[tuple[Any, ...], dict[str, Any]], samples: int | None
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if samples is None:
-        return inputs
-    sizes = [leaf.shape[0] for leaf in pytree.tree_leaves(inputs) if _has_examples(leaf)]
-    batch = sizes[0] if sizes else 0
-    return pytree.tree_map(
-        lambda leaf: leaf[:samples] if _has_examples(leaf) and leaf.shape[0] == batch else leaf,
-        inputs,
-    )
-
-
-def _has_examples(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dim() > 0

@@ -11,10 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from kfc_fx.curvature.inputs import Inputs
 from kfc_fx.curvature.likelihood import Likelihood
 from kfc_fx.curvature.outputs import find_prediction, float_tensors, replace_tensors
 from kfc_fx.errors import CaptureError, OutputError
 from kfc_fx.ops.emission import fisher_pass, gate
+from kfc_fx.ops.input_factors import input_share
 from kfc_fx.plan.forms import FactorForms, statistic_shapes
 from kfc_fx.plan.spec import BlockSpec
 
@@ -40,6 +42,8 @@ class ForwardRecord:
 
     rows: dict[str, list[int]] = field(default_factory=dict)
     probes: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    inputs: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Statistics of the blocks that need those of their input alone."""
     graphs: int = 0
 
 
@@ -62,7 +66,7 @@ class StatisticsRecorder:
         self.samples: int | None = None
         """Examples of a forward pass that statistics are estimated from; None for all."""
         self.keep_inputs = False
-        self.last_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.last_inputs: Inputs | None = None
         self.statistics = Statistics()
         self._record: ForwardRecord | None = None
         self._probes: dict[str, dict[str, Tensor]] = {}
@@ -74,13 +78,18 @@ class StatisticsRecorder:
         return self._record
 
     @contextmanager
-    def forward_pass(self) -> Iterator[ForwardRecord]:
-        """Run an armed forward pass: graphs emit while it lasts."""
+    def forward_pass(self, examples: int) -> Iterator[ForwardRecord]:
+        """Run an armed forward pass of a batch: graphs emit while it lasts."""
         outer, self._record = self._record, ForwardRecord()
         try:
-            yield self._record
+            with input_share(self.share(examples)):
+                yield self._record
         finally:
             self._record = outer
+
+    def share(self, examples: int) -> float:
+        """The share of a batch that statistics are estimated from."""
+        return 1.0 if self.samples is None else min(1.0, self.samples / max(1, examples))
 
     def probes_for(
         self, block: BlockSpec, forms: FactorForms, weight: Tensor, *, gated: bool
@@ -116,6 +125,11 @@ class StatisticsRecorder:
             counts = self._record.rows.setdefault(block.name, [0] * block.groups)
             for group in range(start, stop):
                 counts[group] += count
+
+    def note_inputs(self, block: BlockSpec, statistics: Mapping[str, Tensor]) -> None:
+        """Add input statistics that a graph of the running forward pass returned for a site."""
+        assert self._record is not None
+        _add(self._record.inputs, block.name, statistics)
 
     def collect(
         self, output: Any, record: ForwardRecord, statistics_of: Mapping[str, Sequence[str]]
@@ -153,11 +167,6 @@ class StatisticsRecorder:
         tapped = _OutputTap.apply(run, *tensors)
         by_id = {id(old): new for old, new in zip(tensors, tapped, strict=True)}
         return replace_tensors(output, lambda t: by_id.get(id(t), t))
-
-    def add(self, block: str, statistic: str, value: Tensor) -> None:
-        """Add one statistic of one Fisher pass to the sums."""
-        sums = self.statistics.sums.setdefault(block, {})
-        sums[statistic] = sums[statistic] + value if statistic in sums else value
 
     def take(self) -> Statistics:
         """The sums so far; the recorder starts anew."""
@@ -207,26 +216,38 @@ class _FisherPass:
         if prediction is None:
             return  # a second backward pass through the same forward pass
         start = time.perf_counter()
-        cotangent = self._cotangent(prediction, cotangents[self.position])
-        names = [(b, s) for b in self.record.probes for s in self.statistics_of[b]]
-        probes = [probe for leaves in self.record.probes.values() for probe in leaves]
         examples = self.recorder.likelihood.examples(prediction)
-        wanted = self.recorder.samples
-        with fisher_pass(1.0 if wanted is None else min(1.0, wanted / max(1, examples))):
-            values = torch.autograd.grad(
-                prediction, probes, cotangent, retain_graph=True, allow_unused=True
-            )
         statistics = self.recorder.statistics
-        for (block, statistic), value in zip(names, values, strict=True):
-            if value is None:
-                continue  # the block ran, but the prediction does not depend on it
-            self.recorder.add(block, statistic, value)
-            if statistic == "gamma":
-                counts = self.record.rows[block]
-                before = statistics.rows.get(block, [0] * len(counts))
-                statistics.rows[block] = [sum(pair) for pair in zip(before, counts, strict=True)]
+        taken = dict(self.record.inputs)
+        if self.record.probes:
+            taken |= self._gradients(prediction, cotangents[self.position], examples)
+        for block, values in taken.items():
+            _add(statistics.sums, block, values)
+            counts = self.record.rows[block]
+            before = statistics.rows.get(block, [0] * len(counts))
+            statistics.rows[block] = [sum(pair) for pair in zip(before, counts, strict=True)]
         statistics.examples += examples
         self.recorder.seconds += time.perf_counter() - start
+
+    def _gradients(
+        self, prediction: Tensor, cotangent: Tensor | None, examples: int
+    ) -> dict[str, dict[str, Tensor]]:
+        """Statistics by block: the gradients of the probes."""
+        names = [(b, s) for b in self.record.probes for s in self.statistics_of[b]]
+        probes = [probe for leaves in self.record.probes.values() for probe in leaves]
+        with fisher_pass(self.recorder.share(examples)):
+            values = torch.autograd.grad(
+                prediction,
+                probes,
+                self._cotangent(prediction, cotangent),
+                retain_graph=True,
+                allow_unused=True,
+            )
+        found: dict[str, dict[str, Tensor]] = {}
+        for (block, statistic), value in zip(names, values, strict=True):
+            if value is not None:  # else the block ran, but the prediction does not depend on it
+                found.setdefault(block, {})[statistic] = value
+        return found
 
     @torch.no_grad()
     def _cotangent(self, prediction: Tensor, true_cotangent: Tensor | None) -> Tensor:
@@ -257,6 +278,12 @@ class _OutputTap(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         ctx.run(cotangents)
         return (None, *cotangents)
+
+
+def _add(sums: dict[str, dict[str, Tensor]], block: str, statistics: Mapping[str, Tensor]) -> None:
+    own = sums.setdefault(block, {})
+    for name, value in statistics.items():
+        own[name] = own[name] + value if name in own else value
 
 
 def _position(prediction: Tensor, tensors: Sequence[Tensor]) -> int:

@@ -75,14 +75,12 @@ def factor_summary(factors: Factors) -> dict[str, Any]:
     """Spectra of Ω and Γ, largest first, what follows from them, and Ω as a small image.
 
     Of a separable Ω the spectrum is that of the Kronecker product; of a grouped layer it is that
-    of all groups together.
+    of all groups together. A block without Γ has no entries for it.
     """
-    omega, gamma = _input_spectrum(factors), _spectrum(factors.output)
-    return {
-        **_described("omega", omega),
-        **_described("gamma", gamma),
-        "omega_image": _image(factors),
-    }
+    described = _described("omega", _input_spectrum(factors))
+    if factors.output is not None:
+        described |= _described("gamma", _spectrum(factors.output))
+    return {**described, "omega_image": _image(factors)}
 
 
 def _read(path: Path) -> dict[str, Any]:

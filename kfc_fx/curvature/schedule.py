@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -34,6 +35,16 @@ def powers_of_two(limit: int) -> tuple[int, ...]:
     return tuple(steps)
 
 
-EARLY_STEPS = {"adam": powers_of_two(20), "inverse": tuple(range(20))}
+EARLY_STEPS = {
+    "adam": powers_of_two(20),
+    "spectral": powers_of_two(20),
+    "eigen": powers_of_two(20),
+    "inverse": tuple(range(20)),
+}
 """By scaling. Curvature grows fastest in the first steps: a stale inverse overshoots then, a
 stale basis only rotates."""
+
+
+def early_steps(scalings: Iterable[str]) -> tuple[int, ...]:
+    """The early steps of any of the scalings."""
+    return tuple(sorted({step for scaling in scalings for step in EARLY_STEPS[scaling]}))

@@ -20,6 +20,7 @@ from kfc_fx.inspect.counting import Work, WorkCounter
 from kfc_fx.inspect.methods import OpCall, StatisticsObserver, counted_call
 from kfc_fx.inspect.nodes import concrete, example_of, shape_of
 from kfc_fx.ops.emission import EMISSIONS, fisher_pass
+from kfc_fx.ops.input_factors import INPUT_FACTORS
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,18 @@ class PassWork:
 
 
 def site_costs(graph: CapturedGraph) -> list[SiteCost]:
-    """The work of every emission of a graph, each run by itself."""
+    """The work of every emission of a graph, and of every input statistic, each run by itself."""
     nodes = graph.stages[-1].module.graph.nodes
-    return [_site_cost(node) for node in nodes if node.target in EMISSIONS]
+    costs: dict[Any, Callable[[fx.Node], SiteCost]] = dict.fromkeys(EMISSIONS, _site_cost)
+    costs |= dict.fromkeys(INPUT_FACTORS.values(), _input_cost)
+    return [costs[node.target](node) for node in nodes if node.target in costs]
+
+
+def _input_cost(node: fx.Node) -> SiteCost:
+    observer = StatisticsObserver()
+    x = _without_data(node.args[0])
+    work = counted_call(observer.counter, lambda: node.target(x, **node.kwargs))  # type: ignore[operator]
+    return SiteCost(node.meta["kfc_block"], work, tuple(observer.calls))
 
 
 def _site_cost(node: fx.Node) -> SiteCost:

@@ -13,6 +13,7 @@ from kfc_fx.inspect.graph_text import print_graph
 from kfc_fx.inspect.inspection import Inspection, changed_nodes
 from kfc_fx.inspect.nodes import dtype_of, module_of, shape_of, source_of, target_name
 from kfc_fx.ops.emission import EMISSIONS
+from kfc_fx.ops.input_factors import INPUT_FACTORS
 
 
 def graph_entries(inspection: Inspection) -> list[dict[str, Any]]:
@@ -86,6 +87,6 @@ def _role(node: fx.Node, parameters: Mapping[str, str], sites: Mapping[str, str 
         return "probe"
     if node.op == "placeholder":
         return "input"
-    if node.target in EMISSIONS:
+    if node.target in EMISSIONS or node.target in INPUT_FACTORS.values():
         return "emission"
     return "site" if sites.get(node.name) is not None else "op"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kfc_fx.binding import Group, learning_rates
+from kfc_fx.binding import Group, learning_rates, option_arguments
 from kfc_fx.codegen.engine import SavedState, UpdateEngine
 from kfc_fx.codegen.layout import StackSpec
 from kfc_fx.codegen.options import UpdateSpec
@@ -65,7 +65,7 @@ def update_work(
     statistics = _statistics(engine.spec)
     accumulate = counted_call(counter, lambda: engine.accumulate(statistics))
     refresh = engine.program.functions["refresh"]
-    given = {"state": engine.state, "damping": options.damping}
+    given = {**option_arguments(engine.spec, options), "state": engine.state}
     taken = {name: given[name] for name in argument_names(engine.program.graphs["refresh"])}
     refreshed = counted_call(counter, lambda: refresh(**taken))
     gradients = {name: torch.empty_like(without_data[name]) for name in spec.parameters}
@@ -102,12 +102,9 @@ def _arguments(
 ) -> dict[str, Any]:
     """Arguments of ``apply``; their values do not change its work."""
     return {
-        "lr": learning_rates(spec, groups),
-        "momentum": options.momentum,
+        **option_arguments(spec, options),
+        "lr": learning_rates(spec, groups, 1.0),
         "step": 1,
-        "second_moment_decay": options.second_moment_decay,
-        "eps": options.eps,
-        "clip": options.clip,
         "shrink": dict.fromkeys(spec.parameters, 1.0),
         "average_decay": 0.5,
     }

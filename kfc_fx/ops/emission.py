@@ -18,6 +18,7 @@ import torch._functorch.config
 from torch import Tensor
 from torch._guards import detect_fake_mode
 
+from kfc_fx.ops.batched_linear_rule import Axes, BatchedLinearRule
 from kfc_fx.ops.emission_rules import (
     ConvRule,
     ConvTransposeRule,
@@ -106,7 +107,7 @@ def emit_factors(
         omega_probe: ``[groups, D, D]``, ``D = C_in/groups * |Δ| + bias``.
         gamma_probe: ``[groups, C_out/groups, C_out/groups]``.
     """
-    geometry = _geometry(kernel_size, stride, padding, dilation, groups)
+    geometry = conv_geometry(kernel_size, stride, padding, dilation, groups)
     return _emit(block, y, ConvRule(geometry, bias), (omega_probe, gamma_probe), x)
 
 
@@ -130,7 +131,7 @@ def emit_separable_factors(
         channel_probe: ``[groups, C_in/groups, C_in/groups]``, the trace over offsets.
         offset_probe: ``[groups, |Δ|, |Δ|]``, the trace over channels.
     """
-    rule = ConvRule(_geometry(kernel_size, stride, padding, dilation, groups), False, True)
+    rule = ConvRule(conv_geometry(kernel_size, stride, padding, dilation, groups), False, True)
     return _emit(block, y, rule, (channel_probe, offset_probe, gamma_probe), x)
 
 
@@ -155,7 +156,7 @@ def emit_transposed_factors(
         omega_probe: ``[groups, C_in/groups, C_in/groups]``.
         gamma_probe: ``[groups, R, R]``, ``R = C_out/groups * |Δ|``: patches of the cotangent.
     """
-    rule = ConvTransposeRule(_geometry(kernel_size, stride, padding, dilation, groups))
+    rule = ConvTransposeRule(conv_geometry(kernel_size, stride, padding, dilation, groups))
     return _emit(block, y, rule, (omega_probe, gamma_probe), x)
 
 
@@ -207,7 +208,34 @@ def emit_scale_shift_factors(
     return _emit(block, y, rule, (omega_probe, gamma_probe), x, *running)
 
 
+def emit_batched_linear_factors(
+    y: Tensor,
+    x: Tensor,
+    omega_probe: Tensor,
+    gamma_probe: Tensor,
+    *ends: Tensor,
+    bias: bool,
+    inputs: Axes,
+    outputs: Axes,
+    entries: tuple[int, int, int],
+    block: str = "",
+) -> Tensor:
+    """Identity on ``y`` that emits the factors of a batched linear map, one pair for each entry.
+
+    Args:
+        y: its output, with the axes of entry and row that ``outputs`` names.
+        x: its input, with the axes of entry and channel that ``inputs`` names.
+        omega_probe: ``[E, D, D]``, ``D = C_in + bias``.
+        gamma_probe: ``[E, C_out, C_out]``.
+        ends: ``[E]`` where x is ``[S, C_in]``: the end of each entry's rows.
+        entries: ``(start, stop, E)``, the entries of the weight that ``y`` is of.
+    """
+    rule = BatchedLinearRule(bias, inputs, outputs, *entries)
+    return _emit(block, y, rule, (omega_probe, gamma_probe), x, *ends)
+
+
 EMISSIONS = (
+    emit_batched_linear_factors,
     emit_linear_factors,
     emit_factors,
     emit_separable_factors,
@@ -241,8 +269,12 @@ class _Emission(torch.autograd.Function):
         if not (_fisher_passes or _is_traced(cotangent)):
             return cotangent, None, None, None, *(None,) * (ctx.probes + ctx.others)
         x, *others = ctx.saved_tensors
-        x, g, scale = _part(x, cotangent, ctx.rule.spatial)
-        with _profiler_range(ctx.block, cotangent):
+        share = _fisher_passes[-1] if _fisher_passes else 1.0
+        if cotangent.dim() < 2 or isinstance(ctx.rule, BatchedLinearRule):
+            share = 1.0
+        x, scale = part_of(x, ctx.rule.spatial, share)
+        g, _ = part_of(cotangent, ctx.rule.spatial, share)
+        with profiler_range(ctx.block, cotangent):
             statistics = ctx.rule.statistics(x, g, *others)
         if scale != 1:
             statistics = tuple(statistic * scale for statistic in statistics)
@@ -255,25 +287,27 @@ def _is_traced(cotangent: Tensor) -> bool:
     return torch.compiler.is_compiling() or detect_fake_mode([cotangent]) is not None
 
 
-def _profiler_range(block: str, cotangent: Tensor) -> AbstractContextManager[object]:
+def profiler_range(block: str, cotangent: Tensor) -> AbstractContextManager[object]:
     """A range of torch.profiler that names the block, but in no traced graph."""
     if _is_traced(cotangent):
         return nullcontext()
     return torch.profiler.record_function(f"kfc_fx::statistics {block}")
 
 
-def _part(x: Tensor, g: Tensor, spatial: int) -> tuple[Tensor, Tensor, float]:
-    """The part of a batch that statistics are taken of, and by how much the batch is larger."""
+def part_of(x: Tensor, spatial: int, share: float) -> tuple[Tensor, float]:
+    """The part of a batch that statistics are taken of, and by how much the batch is larger.
+
+    An input of ``spatial`` dimensions and channels is one example, and gets a dimension for it.
+    """
     if spatial and x.dim() == spatial + 1:
-        return x.unsqueeze(0), g.unsqueeze(0), 1.0
-    share = _fisher_passes[-1] if _fisher_passes else 1.0
-    if share == 1 or g.dim() < 2 or not len(x):
-        return x, g, 1.0
+        return x.unsqueeze(0), 1.0
+    if share == 1 or x.dim() < 2 or not len(x):
+        return x, 1.0
     count = max(1, round(share * len(x)))
-    return x[:count], g[:count], len(x) / count
+    return x[:count], len(x) / count
 
 
-def _geometry(
+def conv_geometry(
     kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Pads,

@@ -31,6 +31,13 @@ class EmissionRule(Protocol):
         """From the layer's input, the cotangent of its output, and other tensors it read."""
 
 
+class MatrixRule(EmissionRule, Protocol):
+    """A layer whose weight is a matrix, the statistics of whose input stand alone too."""
+
+    def input_statistics(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Those that need no cotangent: Ω, or its two partial traces."""
+
+
 @dataclass(frozen=True)
 class LinearRule:
     """Rows of ``[..., C_in]`` and ``[..., C_out]``; a diagonal factor keeps squares alone.
@@ -49,23 +56,31 @@ class LinearRule:
 
     def statistics(self, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`EmissionRule`."""
-        if self.reduce and x.dim() > 2:
-            between = tuple(range(1, x.dim() - 1))
-            x, g = x.mean(between), g.sum(between)
-        if self.diagonal_input:
-            omega = _row_squares(x, bias=self.bias)[None, None]
-        else:
-            omega = row_gram(x, bias=self.bias)[None]
+        if self.reduce and g.dim() > 2:
+            g = g.sum(tuple(range(1, g.dim() - 1)))
         parts = g.tensor_split(self.stop - self.start, dim=-1)
         if self.diagonal_output:
             gamma = torch.stack([_row_squares(part)[:, None] for part in parts])
         else:
             gamma = torch.stack([row_gram(part) for part in parts])
+        return *self.input_statistics(x), self._placed(gamma)
+
+    def input_statistics(self, x: Tensor) -> tuple[Tensor, ...]:
+        """See :class:`MatrixRule`."""
+        if self.reduce and x.dim() > 2:
+            x = x.mean(tuple(range(1, x.dim() - 1)))
+        if self.diagonal_input:
+            omega = _row_squares(x, bias=self.bias)[None, None]
+        else:
+            omega = row_gram(x, bias=self.bias)[None]
+        return (self._placed(omega),)
+
+    def _placed(self, factors: Tensor) -> Tensor:
+        """Among those of all projections, which share one Ω; the absent ones are zero."""
         if self.projections == 1:
-            return omega, gamma
-        absent = (0, 0, 0, 0, self.start, self.projections - self.stop)
-        shared = omega.expand(len(parts), -1, -1)
-        return F.pad(shared, absent), F.pad(gamma, absent)
+            return factors
+        factors = factors.expand(self.stop - self.start, -1, -1)
+        return F.pad(factors, (0, 0, 0, 0, self.start, self.projections - self.stop))
 
 
 @dataclass(frozen=True)
@@ -83,10 +98,13 @@ class ConvRule:
 
     def statistics(self, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`EmissionRule`."""
-        gamma = _pixel_gram(g, self.geometry)
+        return *self.input_statistics(x), _pixel_gram(g, self.geometry)
+
+    def input_statistics(self, x: Tensor) -> tuple[Tensor, ...]:
+        """See :class:`MatrixRule`."""
         if self.separable:
-            return *separable_gram(x, **_options(self.geometry)), gamma
-        return _patch_gram(x, self.geometry, self.bias), gamma
+            return separable_gram(x, **_options(self.geometry))
+        return (_patch_gram(x, self.geometry, self.bias),)
 
 
 @dataclass(frozen=True)
@@ -106,8 +124,12 @@ class ConvTransposeRule:
 
     def statistics(self, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`EmissionRule`."""
-        omega = _pixel_gram(x, self.geometry)
-        return omega, _patch_gram(*_covered(g, x.shape[2:], self.geometry), bias=False)
+        gamma = _patch_gram(*_covered(g, x.shape[2:], self.geometry), bias=False)
+        return *self.input_statistics(x), gamma
+
+    def input_statistics(self, x: Tensor) -> tuple[Tensor, ...]:
+        """See :class:`MatrixRule`."""
+        return (_pixel_gram(x, self.geometry),)
 
 
 @dataclass(frozen=True)

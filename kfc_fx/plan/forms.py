@@ -10,7 +10,8 @@ from kfc_fx.plan import spec
 from kfc_fx.plan.spec import BlockSpec
 
 InputFactor = Literal["dense", "separable", "diagonal"]
-OutputFactor = Literal["dense", "diagonal"]
+OutputFactor = Literal["dense", "diagonal", "absent"]
+"""Absent where a scaling needs Ω alone: then no statistic needs the Fisher pass."""
 InputFactorOption = Literal["auto", "dense", "separable"]
 
 DENSE_LIMIT = 1024
@@ -37,6 +38,14 @@ def factor_forms(block: BlockSpec, option: InputFactorOption = "auto") -> Factor
     """The forms that ``block`` takes."""
     diagonal = block.has_diagonal_output or block.kind == "scale_shift"  # Γ is one number there
     return FactorForms(_input_form(block, option), "diagonal" if diagonal else "dense")
+
+
+def takes_matrix_step(block: BlockSpec) -> bool:
+    """Whether the block's parameters are a matrix that maps inputs to outputs, both sides narrow
+    enough for products of that size: neither a table of embeddings nor a norm."""
+    if block.kind in ("embedding", "scale_shift"):
+        return False
+    return not (block.has_diagonal_input or block.has_diagonal_output)
 
 
 def too_wide(block: BlockSpec) -> str | None:
@@ -70,12 +79,13 @@ def statistic_shapes(block: BlockSpec, forms: FactorForms) -> dict[str, tuple[in
     A diagonal factor is a row of Ω, ``[groups, 1, columns]``, or a column of Γ.
     """
     groups, rows, columns = block.groups, block.rows, block.columns
-    gamma = (groups, rows, 1 if forms.output == "diagonal" else rows)
     if forms.input == "separable":
-        return {
+        shapes = {
             "channel": (groups, block.channels, block.channels),
             "offset": (groups, block.offsets, block.offsets),
-            "gamma": gamma,
         }
-    omega = (groups, 1 if forms.input == "diagonal" else columns, columns)
-    return {"omega": omega, "gamma": gamma}
+    else:
+        shapes = {"omega": (groups, 1 if forms.input == "diagonal" else columns, columns)}
+    if forms.output != "absent":
+        shapes["gamma"] = (groups, rows, 1 if forms.output == "diagonal" else rows)
+    return shapes

@@ -11,8 +11,10 @@ from typing import Any
 from torch import Tensor, fx
 
 from kfc_fx.capture.graph import Stage
+from kfc_fx.ops.batched_linear_rule import group_sizes
 from kfc_fx.ops.emission import (
     EMISSIONS,
+    emit_batched_linear_factors,
     emit_embedding_factors,
     emit_factors,
     emit_linear_factors,
@@ -20,6 +22,7 @@ from kfc_fx.ops.emission import (
     emit_separable_factors,
     emit_transposed_factors,
 )
+from kfc_fx.ops.input_factors import INPUT_FACTORS
 from kfc_fx.plan.forms import FactorForms, statistic_shapes
 from kfc_fx.plan.spec import BlockSpec, SiteSpec
 from kfc_fx.plan.weight_views import dimensions
@@ -42,7 +45,8 @@ def emitting_stages(
 
     The emitting graph takes the probes of its blocks after the graph's own inputs, in
     :func:`emission_order`, and returns ``(outputs, row counts)``: for each emitting site the
-    number N·|T| of output rows, in graph order.
+    number N·|T| of output rows, or a tensor of those of each group, in graph order. Where a block needs the statistics of its input
+    alone it returns these too, for each such site in graph order.
     """
     live = [site for site in sites if site.weight in emitters]
     passes = [
@@ -50,6 +54,9 @@ def emitting_stages(
         ("emissions", partial(insert_emissions, sites=live, emitters=emitters)),
         ("emitting", partial(return_row_counts, sites=live, emitters=emitters)),
     ]
+    if any(forms.output == "absent" for _, forms in emitters.values()):
+        taken = partial(return_input_statistics, sites=live, emitters=emitters)
+        passes.append(("input statistics", taken))
     return run_passes(canonical, passes)
 
 
@@ -60,8 +67,10 @@ def insert_probes(module: fx.GraphModule, *, sites: Sequence[SiteSpec], emitters
     last = _last_placeholder(graph)
     changed = False
     for weight in emission_order(sites, emitters):
-        for statistic, shape in statistic_shapes(*emitters[weight]).items():
-            block = emitters[weight][0]
+        block, forms = emitters[weight]
+        if forms.output == "absent":
+            continue
+        for statistic, shape in statistic_shapes(block, forms).items():
             if (block.name, statistic) in present:
                 continue
             with graph.inserting_after(last) if last else graph.inserting_before():
@@ -80,9 +89,9 @@ def insert_emissions(
     changed = False
     for site in sites:
         node = nodes[site.node]
-        if any(user.target in EMISSIONS for user in node.users):
-            continue
         block, forms = emitters[site.weight]
+        if forms.output == "absent" or any(user.target in EMISSIONS for user in node.users):
+            continue
         with module.graph.inserting_after(node):
             emitted = _emission_node(module.graph, node, nodes, site, block, forms)
         emitted.meta = {**node.meta, "kfc_block": block.name}
@@ -107,6 +116,11 @@ def return_row_counts(
             with module.graph.inserting_after(nodes[site.node]):
                 counts.append(module.graph.call_method("size", (nodes[site.node], 0)))
             continue
+        if site.batch and site.batch.ends:
+            ends = nodes[site.batch.ends]
+            with module.graph.inserting_after(nodes[site.node]):
+                counts.append(module.graph.call_function(group_sizes, (ends,)))
+            continue
         counted, channels = _rows_of(site, block, nodes)
         with module.graph.inserting_after(nodes[site.node]):
             numel = module.graph.call_method("numel", (counted,))
@@ -114,6 +128,33 @@ def return_row_counts(
             counts.append(module.graph.call_function(operator.floordiv, (numel, channels)))
     output.args = ((output.args[0], tuple(counts)),)
     output.meta["kfc_row_counts"] = len(counts)
+    return True
+
+
+def return_input_statistics(
+    module: fx.GraphModule, *, sites: Sequence[SiteSpec], emitters: Emitters
+) -> bool:
+    """Return the input statistics of every site of a block without Γ, last; idempotent."""
+    nodes = {node.name: node for node in module.graph.nodes}
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    if "kfc_input_statistics" in output.meta:
+        return False
+    taken: list[fx.Node] = []
+    for site in sites:
+        block, forms = emitters[site.weight]
+        if forms.output != "absent":
+            continue
+        emission, options = _emission(site, block, forms)
+        function = INPUT_FACTORS[emission]
+        # Right behind the site: an operation in place may change its input later.
+        with module.graph.inserting_after(nodes[site.node]):
+            arguments = (nodes[site.input_node],)
+            node = module.graph.call_function(function, arguments, {**options, "block": block.name})
+        node.meta["kfc_block"] = block.name
+        taken.append(node)
+    outputs, counts = output.args[0]  # type: ignore[misc]
+    output.args = ((outputs, counts, tuple(taken)),)
+    output.meta["kfc_input_statistics"] = len(taken)
     return True
 
 
@@ -155,6 +196,7 @@ def _emission_node(
     present = _probe_nodes(graph)
     probes = [present[block.name, statistic] for statistic in statistic_shapes(block, forms)]
     others = [nodes[name] for name in site.norm.running] if site.norm else []
+    others += [nodes[site.batch.ends]] if site.batch and site.batch.ends else []
     arguments = (node, nodes[site.input_node], *probes, *others)
     return graph.call_function(function, arguments, {**options, "block": block.name})
 
@@ -169,6 +211,10 @@ def _emission(
         norm = {"norm": site.norm.norm, "groups": site.norm.groups, "eps": site.norm.eps}
         shape = {"shape": block.weight_shape, "bias": block.bias is not None}
         return emit_scale_shift_factors, {**norm, **shape}
+    if site.batch is not None:
+        axes = {"inputs": site.batch.inputs, "outputs": site.batch.outputs}
+        entries = {"bias": block.bias is not None, "entries": (*block.span(site), block.groups)}
+        return emit_batched_linear_factors, {**entries, **axes}
     if site.kind == "linear":
         options: dict[str, Any] = {"bias": block.bias is not None}
         options |= {"reduce": True} if block.sharing == "reduce" else {}

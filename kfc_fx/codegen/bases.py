@@ -1,0 +1,69 @@
+"""Generate the eigenbases of a stack's factors, and moments that turn with them."""
+
+from __future__ import annotations
+
+import torch
+
+from kfc_fx.codegen.context import Context
+from kfc_fx.codegen.layout import StackSpec
+from kfc_fx.codegen.matrices import rotate, transposed
+from kfc_fx.codegen.state_entry import StateEntry
+from kfc_fx.codegen.update_graph import Value
+from kfc_fx.curvature.eigenbasis import eigenbasis, orthogonal_iteration
+
+
+def basis_entries(stack: StackSpec) -> dict[str, StateEntry]:
+    """State of the bases."""
+    return {f"q_{name}": StateEntry(s, "identity") for name, s in stack.basis_shapes.items()}
+
+
+def bases_of(context: Context, stack: StackSpec) -> dict[str, Value]:
+    """The bases by factor, named."""
+    bases = {}
+    for factor, shape in stack.basis_shapes.items():
+        basis = context.state(f"q_{factor}", stack)
+        bases[factor] = context.update.let(f"q_{factor}_{stack.key}", basis, shape)
+    return bases
+
+
+def refresh_bases(context: Context, stack: StackSpec, *, first: bool) -> list[Value]:
+    """New bases into the result; returns what failed.
+
+    Narrow factors are decomposed; wide ones follow by one orthogonal iteration.
+    """
+    update, result, key = context.update, context.result, stack.key
+    failed: list[Value] = []
+    for factor, shape in stack.basis_shapes.items():
+        ema, basis = context.state(factor, stack), f"q_{factor}_{key}"
+        if not first and shape[-1] >= context.spec.orthogonal_iteration_from:
+            call = update.call(orthogonal_iteration, ema, context.state(f"q_{factor}", stack))
+        else:
+            call = update.call(eigenbasis, ema)
+        found, lost = update.let_tuple((basis, f"failed_{factor}_{key}"), call)
+        result[basis] = found
+        failed.append(lost)
+    if not failed:  # both factors are diagonal: nothing can fail
+        failed.append(update.call(torch.zeros_like, context.state("mass", stack)[:, 0, 0]) != 0)
+    return failed
+
+
+def turn_moments(context: Context, stack: StackSpec, *, first_moment: bool) -> None:
+    """Moments in the new basis, with ``R = Qᵀ_old Q_new`` of each factor.
+
+    First moments turn exactly, ``R_Γᵀ m R_Ω``: it is as if they were kept in the original
+    coordinates. Second moments take ``(R_Γ∘R_Γ)ᵀ v (R_Ω∘R_Ω)``, exact where the gradient's
+    coordinates are uncorrelated; left alone they would belong to other directions wherever
+    eigenvalues trade places.
+    """
+    update, result, key = context.update, context.result, stack.key
+    turns, squares = {}, {}
+    for factor, shape in stack.basis_shapes.items():
+        old, new = context.state(f"q_{factor}", stack), result[f"q_{factor}_{key}"]
+        turn = update.let(f"turn_{factor}_{key}", transposed(old) @ new, shape)
+        turns[factor] = turn
+        squares[factor] = update.let(f"turn2_{factor}_{key}", turn.square(), shape)
+    if not turns:
+        return
+    if first_moment:
+        result[f"m_{key}"] = rotate(update, stack, turns, context.state("m", stack))
+    result[f"v_{key}"] = rotate(update, stack, squares, context.state("v", stack))

@@ -1,0 +1,50 @@
+"""What the generators of one function share: its graph, its arguments, and what it returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from kfc_fx.codegen.layout import StackSpec
+from kfc_fx.codegen.options import UpdateSpec
+from kfc_fx.codegen.update_graph import UpdateGraph, Value
+
+
+@dataclass
+class Context:
+    """A function that is being generated."""
+
+    update: UpdateGraph
+    spec: UpdateSpec
+    arguments: dict[str, Value]
+    result: dict[str, Value] = field(default_factory=dict)
+    """New state by name: what the function returns."""
+
+    def state(self, name: str, stack: StackSpec) -> Value:
+        """A state tensor of a stack."""
+        return self.arguments["state"][f"{name}_{stack.key}"]
+
+    def option(self, name: str, stack: StackSpec) -> Value:
+        """An option of the stack's scaling."""
+        return self.arguments[self.spec.option(name, stack.scaling)]
+
+    def has_momentum(self, stack: StackSpec) -> bool:
+        """Whether the blocks of a stack keep a momentum."""
+        return stack.scaling in self.spec.momentum
+
+    def keep(self, name: str, stack: StackSpec, new: Value) -> Value:
+        """Name a new state tensor shaped like the gradient, and return it from the function;
+        blocks that have no gradient in this step keep the old one."""
+        if self.spec.partial:
+            old = self.state(name, stack)
+            new = self.update.call(torch.where, self.arguments["active"][stack.key], new, old)
+        new = self.update.let(f"{name}_{stack.key}", new, stack.matrix_shape)
+        self.result[f"{name}_{stack.key}"] = new
+        return new
+
+    def step(self, stack: StackSpec, step: Value) -> Value:
+        """Name the step of a stack, zero for blocks that have no gradient."""
+        if self.spec.partial:
+            step = step * self.arguments["active"][stack.key]
+        return self.update.let(f"step_{stack.key}", step, stack.matrix_shape)

@@ -1,0 +1,50 @@
+"""The four ways to scale a gradient by the factors of its block, as ways to generate code."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from kfc_fx.codegen import adam, eigen, inverse, spectral
+from kfc_fx.codegen.context import Context
+from kfc_fx.codegen.layout import Scaling, StackSpec
+from kfc_fx.codegen.state_entry import StateEntry
+from kfc_fx.codegen.update_graph import Value
+
+
+class ScalingRule(Protocol):
+    """Code for the stacks of one scaling; a module with these names is one."""
+
+    SUMMARY: str
+    """What ``apply`` does, with ``{clip}`` where that is said."""
+    OPTIONS: tuple[str, ...]
+    """Options that ``apply`` takes as arguments, besides the momentum."""
+    REFRESH_OPTIONS: tuple[str, ...]
+    """Options that ``refresh`` takes."""
+    REFRESH_SUMMARY: str
+    START_SUMMARY: str | None
+    """Of the first refresh, where it differs from the others."""
+
+    def state_entries(self, stack: StackSpec, *, momentum: bool) -> dict[str, StateEntry]:
+        """State besides the EMA of the factors, without the stack's key."""
+
+    def refresh(self, context: Context, stack: StackSpec, *, first: bool) -> list[Value]:
+        """Factors into what ``apply`` needs; returns flags ``[depth]`` of what failed."""
+
+
+class StepRule(ScalingRule, Protocol):
+    """A scaling that computes its step at once."""
+
+    def step(self, context: Context, stack: StackSpec) -> Value:
+        """The step of a stack, shaped like its gradient."""
+
+
+class VectorRule(ScalingRule, Protocol):
+    """A scaling that adds to a momentum a vector v, which ν = vᵀ(F + γ)v bounds first."""
+
+    def direction(self, context: Context, stack: StackSpec) -> tuple[Value, Value]:
+        """The gradient of a stack and its v."""
+
+
+STEP_RULES: dict[Scaling, StepRule] = {"adam": adam, "spectral": spectral}
+VECTOR_RULES: dict[Scaling, VectorRule] = {"eigen": eigen, "inverse": inverse}
+RULES: dict[Scaling, ScalingRule] = {**STEP_RULES, **VECTOR_RULES}

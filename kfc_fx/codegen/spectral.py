@@ -1,0 +1,98 @@
+"""Generate "spectral": steepest descent under the spectral norm in the metric of Ω."""
+
+from __future__ import annotations
+
+import torch
+
+from kfc_fx.codegen.context import Context
+from kfc_fx.codegen.layout import StackSpec
+from kfc_fx.codegen.matrices import gather, rotate_input
+from kfc_fx.codegen.state_entry import StateEntry
+from kfc_fx.codegen.update_graph import Value
+from kfc_fx.curvature.polar import polar_factor, polar_factor_by_gram
+from kfc_fx.curvature.whitening import (
+    bias_whitening,
+    cholesky_whitening,
+    newton_schulz_whitening,
+    whitening_diagonal,
+)
+
+SUMMARY = """Steepest descent under the spectral norm, in the metric of Ω.
+
+    W Wᵀ = (Ω / mean eigenvalue + damping I)⁻¹; θ ← θ − lr polar(m W) Wᵀ, scaled to the Frobenius
+    norm sqrt(min(rows, columns)); m the EMA of the gradient, with Nesterov's step ahead. Γ is not
+    needed. ``lr`` holds one rate per block."""
+OPTIONS: tuple[str, ...] = ()
+REFRESH_OPTIONS: tuple[str, ...] = ("damping",)
+REFRESH_SUMMARY = """Whitening matrices W of all input factors."""
+START_SUMMARY: str | None = "Whitening matrices of all input factors, from scratch."
+
+
+def state_entries(stack: StackSpec, *, momentum: bool) -> dict[str, StateEntry]:
+    """Whitening matrices by factor, and the EMA of the gradient."""
+    entries = {
+        f"w_{name}": StateEntry(shape, "identity" if name in stack.basis_shapes else "ones")
+        for name, shape in stack.factor_shapes.items()
+    }
+    if stack.has_bias_apart:
+        entries["w_bias"] = StateEntry((stack.depth, 1, 1), "ones")
+    if momentum:
+        entries["m"] = StateEntry(stack.matrix_shape, "zeros")
+    return entries
+
+
+def refresh(context: Context, stack: StackSpec, *, first: bool) -> list[Value]:
+    """New whitening matrices; each factor of a separable Ω takes the root of the damping."""
+    update, result, key = context.update, context.result, stack.key
+    damping = context.option("damping", stack)
+    failed: list[Value] = []
+    for factor in stack.factor_shapes:
+        ema, name = context.state(factor, stack), f"w_{factor}_{key}"
+        own = damping**0.5 if stack.forms.input == "separable" else damping
+        if factor not in stack.basis_shapes:
+            call = update.call(whitening_diagonal, ema, own)
+        elif first or stack.device == "cpu":
+            call = update.call(cholesky_whitening, ema, own)
+        else:
+            last = context.state(f"w_{factor}", stack)
+            call = update.call(newton_schulz_whitening, ema, own, last)
+        result[name], lost = update.let_tuple((name, f"failed_{factor}_{key}"), call)
+        failed.append(lost)
+    if stack.has_bias_apart:
+        width = stack.first.channels * stack.first.offsets
+        channel, locations = context.state("channel", stack), context.state("locations", stack)
+        weight = update.call(bias_whitening, channel, width, locations, damping)
+        result[f"w_bias_{key}"] = update.let(f"w_bias_{key}", weight, (stack.depth, 1, 1))
+    return failed
+
+
+def step(context: Context, stack: StackSpec) -> Value:
+    """``−lr polar(m W) Wᵀ``, scaled."""
+    update, arguments = context.update, context.arguments
+    key, shape = stack.key, stack.matrix_shape
+    g = update.let(f"g_{key}", gather(update, stack, arguments["gradients"]), shape)
+    ahead = g
+    if context.has_momentum(stack):
+        momentum = context.option("momentum", stack)
+        m = update.call(torch.lerp, context.state("m", stack), g, 1 - momentum)
+        m = context.keep("m", stack, m)
+        ahead = update.let(f"ahead_{key}", update.call(torch.lerp, g, m, momentum), shape)
+    whitening = {name: context.state(f"w_{name}", stack) for name in stack.factor_shapes}
+    if stack.has_bias_apart:
+        whitening["bias"] = context.state("w_bias", stack)
+    white = rotate_input(update, stack, whitening, ahead)
+    white = update.let(f"white_{key}", white, shape)
+    polar = polar_factor if _has_fast_bfloat16(stack.device) else polar_factor_by_gram
+    direction = update.let(f"polar_{key}", update.call(polar, white), shape)
+    moved = rotate_input(update, stack, whitening, direction, back=True)
+    moved = update.let(f"direction_{key}", moved, shape)
+    norm = update.call(torch.linalg.matrix_norm, moved, keepdim=True).clamp(min=1e-30)
+    scale = -arguments["lr"][key] * min(shape[1:]) ** 0.5 / norm
+    return context.step(stack, moved * update.let(f"scale_{key}", scale, (stack.depth, 1, 1)))
+
+
+def _has_fast_bfloat16(device: str) -> bool:
+    """Whether products of bfloat16 run on tensor cores."""
+    if not device.startswith("cuda"):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,0 +1,31 @@
+"""The examples in a model's inputs: positional and keyword arguments of a forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def batch_size(inputs: Inputs) -> int:
+    """Leading size of the first tensor that has one; 0 where there is none."""
+    sizes = [leaf.shape[0] for leaf in pytree.tree_leaves(inputs) if _has_examples(leaf)]
+    return sizes[0] if sizes else 0
+
+
+def first_examples(inputs: Inputs, samples: int | None) -> Inputs:
+    """The inputs cut to the first so many examples; all of them for None."""
+    if samples is None:
+        return inputs
+    batch = batch_size(inputs)
+    return pytree.tree_map(
+        lambda leaf: leaf[:samples] if _has_examples(leaf) and leaf.shape[0] == batch else leaf,
+        inputs,
+    )
+
+
+def _has_examples(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0

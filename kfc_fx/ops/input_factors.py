@@ -1,0 +1,120 @@
+"""Statistics of a layer's input alone, taken in the forward pass.
+
+Where a block needs no Γ, no cotangent is needed either: the graph computes Ω beside the layer and
+returns it, and no Fisher pass is run for it. The functions mirror the emissions, name by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfc_fx.ops.emission import (
+    Pads,
+    conv_geometry,
+    emit_factors,
+    emit_linear_factors,
+    emit_separable_factors,
+    emit_transposed_factors,
+    part_of,
+    profiler_range,
+)
+from kfc_fx.ops.emission_rules import ConvRule, ConvTransposeRule, LinearRule, MatrixRule
+
+_shares: list[float] = []
+"""The forward passes that run, each by the share of its examples that statistics are taken of."""
+
+
+@contextmanager
+def input_share(share: float) -> Iterator[None]:
+    """While it lasts, input statistics are estimated from a share, in (0, 1], of every leading
+    dimension."""
+    _shares.append(share)
+    try:
+        yield
+    finally:
+        _shares.remove(share)
+
+
+def linear_input_factors(
+    x: Tensor,
+    *,
+    bias: bool,
+    projections: tuple[int, int, int] = (0, 1, 1),
+    reduce: bool = False,
+    block: str = "",
+) -> tuple[Tensor, ...]:
+    """The Ω of the input of a linear layer; see :func:`emit_linear_factors`."""
+    return _taken(block, LinearRule(bias, False, False, *projections, reduce=reduce), x)
+
+
+def input_factors(
+    x: Tensor,
+    *,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Pads,
+    dilation: Sequence[int],
+    groups: int,
+    bias: bool,
+    block: str = "",
+) -> tuple[Tensor, ...]:
+    """The dense Ω of a convolution's input; see :func:`emit_factors`."""
+    geometry = conv_geometry(kernel_size, stride, padding, dilation, groups)
+    return _taken(block, ConvRule(geometry, bias), x)
+
+
+def separable_input_factors(
+    x: Tensor,
+    *,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Pads,
+    dilation: Sequence[int],
+    groups: int,
+    block: str = "",
+) -> tuple[Tensor, ...]:
+    """The two partial traces of a convolution's Ω; see :func:`emit_separable_factors`."""
+    geometry = conv_geometry(kernel_size, stride, padding, dilation, groups)
+    return _taken(block, ConvRule(geometry, False, True), x)
+
+
+def transposed_input_factors(
+    x: Tensor,
+    *,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Pads,
+    dilation: Sequence[int],
+    groups: int,
+    block: str = "",
+) -> tuple[Tensor, ...]:
+    """The Ω of a transposed convolution's input; see :func:`emit_transposed_factors`."""
+    geometry = conv_geometry(kernel_size, stride, padding, dilation, groups)
+    return _taken(block, ConvTransposeRule(geometry), x)
+
+
+INPUT_FACTORS: dict[Callable[..., Tensor], Callable[..., tuple[Tensor, ...]]] = {
+    emit_linear_factors: linear_input_factors,
+    emit_factors: input_factors,
+    emit_separable_factors: separable_input_factors,
+    emit_transposed_factors: transposed_input_factors,
+}
+"""The function that takes the place of each emission whose Γ is not needed."""
+
+
+def _taken(block: str, rule: MatrixRule, x: Tensor) -> tuple[Tensor, ...]:
+    share = _shares[-1] if _shares else 1.0
+    x = x.detach()
+    with profiler_range(block, x):
+        x, scale = part_of(x, rule.spatial, share)
+        statistics = rule.input_statistics(x)
+    return tuple(s * scale for s in statistics) if scale != 1 else statistics
+
+
+for _function in INPUT_FACTORS.values():
+    _allowed: Any = torch.compiler.allow_in_graph(_function)
