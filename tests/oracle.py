@@ -149,3 +149,50 @@ def parameters_of(layer: nn.Module, matrix: Tensor) -> tuple[Tensor, Tensor | No
     if layer.bias is None:
         return matrix.reshape(layer.weight.shape), None
     return matrix[:, :, :-1].reshape(layer.weight.shape), matrix[:, :, -1].reshape(-1)
+
+
+def batched_factors(
+    net: nn.Module,
+    layer: nn.Module,
+    x: Tensor,
+    cotangent: Callable[[Tensor, int], Tensor],
+    rows_of: Callable[[tuple[Tensor, ...], Tensor], list[tuple[Tensor, Tensor]]],
+) -> tuple[Tensor, Tensor]:
+    """Ω ``[E, D, D]`` and Γ ``[E, R, R]`` of a layer with a map for each of E entries.
+
+    Args:
+        rows_of: from the layer's arguments for one example, and the gradient of its output, to
+            the input rows and gradient rows of every entry.
+    """
+    seen: list[tuple[tuple[Tensor, ...], Tensor]] = []
+
+    def keep(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        seen.append((args, out))
+
+    handle = layer.register_forward_hook(keep)
+    bias = getattr(layer, "bias", None) is not None
+    omegas, gammas, counts = [], [], []
+    for n in range(x.shape[0]):
+        seen.clear()
+        output = net(x[n : n + 1])
+        ((args, out),) = seen
+        (g,) = torch.autograd.grad(output, out, cotangent(output, n))
+        entries = rows_of(tuple(a.detach() for a in args), g)
+        for own, _ in entries:
+            assert own.ndim == 2
+        ones = [a.new_ones(len(a), int(bias)) for a, _ in entries]
+        patches = [torch.cat([a, one], 1) for (a, _), one in zip(entries, ones, strict=True)]
+        omegas.append(torch.stack([sum_of_squares(p) for p in patches]))
+        gammas.append(torch.stack([sum_of_squares(own) for _, own in entries]))
+        counts.append(torch.tensor([len(own) for _, own in entries]))
+    handle.remove()
+    rows = sum(counts).clamp(min=1).reshape(-1, 1, 1)
+    return sum(omegas) / x.shape[0], sum(gammas) / rows
+
+
+def sum_of_squares(rows: Tensor) -> Tensor:
+    """``Σ_r x_r x_rᵀ`` by a loop over the rows."""
+    total = rows.new_zeros(rows.shape[1], rows.shape[1])
+    for row in rows:
+        total = total + torch.outer(row, row)
+    return total

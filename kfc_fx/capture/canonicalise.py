@@ -20,7 +20,9 @@ def _conv_transpose(  # type: ignore[no-untyped-def]
     input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
 ): ...
 def _addmm(input, mat1, mat2, *, beta=1, alpha=1): ...  # type: ignore[no-untyped-def]
+def _baddbmm(input, batch1, batch2, *, beta=1, alpha=1): ...  # type: ignore[no-untyped-def]
 def _product(input, other): ...  # type: ignore[no-untyped-def]
+def _batch_product(input, mat2): ...  # type: ignore[no-untyped-def]
 
 
 SIGNATURES: dict[Callable[..., object], inspect.Signature] = {
@@ -31,7 +33,9 @@ SIGNATURES: dict[Callable[..., object], inspect.Signature] = {
         inspect.signature(_conv_transpose),
     ),
     torch.addmm: inspect.signature(_addmm),
+    torch.baddbmm: inspect.signature(_baddbmm),
     torch.matmul: inspect.signature(_product),
+    torch.bmm: inspect.signature(_batch_product),
     F.embedding: inspect.signature(F.embedding),
     F.batch_norm: inspect.signature(F.batch_norm),
     F.layer_norm: inspect.signature(F.layer_norm),
@@ -48,6 +52,8 @@ FUNCTIONS: dict[object, Callable[..., Any]] = {
 }
 METHODS = {
     "addmm": torch.addmm,
+    "baddbmm": torch.baddbmm,
+    "bmm": torch.bmm,
     "matmul": torch.matmul,
     "mm": torch.matmul,
     "__matmul__": torch.matmul,

@@ -34,7 +34,7 @@ class EmissionRule(Protocol):
 class MatrixRule(EmissionRule, Protocol):
     """A layer whose weight is a matrix, the statistics of whose input stand alone too."""
 
-    def input_statistics(self, x: Tensor) -> tuple[Tensor, ...]:
+    def input_statistics(self, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """Those that need no cotangent: Ω, or its two partial traces."""
 
 
@@ -65,7 +65,7 @@ class LinearRule:
             gamma = torch.stack([row_gram(part) for part in parts])
         return *self.input_statistics(x), self._placed(gamma)
 
-    def input_statistics(self, x: Tensor) -> tuple[Tensor, ...]:
+    def input_statistics(self, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`MatrixRule`."""
         if self.reduce and x.dim() > 2:
             x = x.mean(tuple(range(1, x.dim() - 1)))
@@ -100,7 +100,7 @@ class ConvRule:
         """See :class:`EmissionRule`."""
         return *self.input_statistics(x), _pixel_gram(g, self.geometry)
 
-    def input_statistics(self, x: Tensor) -> tuple[Tensor, ...]:
+    def input_statistics(self, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`MatrixRule`."""
         if self.separable:
             return separable_gram(x, **_options(self.geometry))
@@ -127,7 +127,7 @@ class ConvTransposeRule:
         gamma = _patch_gram(*_covered(g, x.shape[2:], self.geometry), bias=False)
         return *self.input_statistics(x), gamma
 
-    def input_statistics(self, x: Tensor) -> tuple[Tensor, ...]:
+    def input_statistics(self, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`MatrixRule`."""
         return (_pixel_gram(x, self.geometry),)
 

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfc_fx.ops.batched_linear_rule import Axes, BatchedLinearRule
 from kfc_fx.ops.emission import (
     Pads,
     conv_geometry,
+    emit_batched_linear_factors,
     emit_factors,
     emit_linear_factors,
     emit_separable_factors,
@@ -98,7 +100,21 @@ def transposed_input_factors(
     return _taken(block, ConvTransposeRule(geometry), x)
 
 
+def batched_linear_input_factors(
+    x: Tensor,
+    *ends: Tensor,
+    bias: bool,
+    inputs: Axes,
+    outputs: Axes,
+    entries: tuple[int, int, int],
+    block: str = "",
+) -> tuple[Tensor, ...]:
+    """The Ω of each entry of a batched linear map; see :func:`emit_batched_linear_factors`."""
+    return _taken(block, BatchedLinearRule(bias, inputs, outputs, *entries), x, *ends)
+
+
 INPUT_FACTORS: dict[Callable[..., Tensor], Callable[..., tuple[Tensor, ...]]] = {
+    emit_batched_linear_factors: batched_linear_input_factors,
     emit_linear_factors: linear_input_factors,
     emit_factors: input_factors,
     emit_separable_factors: separable_input_factors,
@@ -107,12 +123,12 @@ INPUT_FACTORS: dict[Callable[..., Tensor], Callable[..., tuple[Tensor, ...]]] = 
 """The function that takes the place of each emission whose Γ is not needed."""
 
 
-def _taken(block: str, rule: MatrixRule, x: Tensor) -> tuple[Tensor, ...]:
-    share = _shares[-1] if _shares else 1.0
+def _taken(block: str, rule: MatrixRule, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    share = _shares[-1] if _shares and not isinstance(rule, BatchedLinearRule) else 1.0
     x = x.detach()
     with profiler_range(block, x):
         x, scale = part_of(x, rule.spatial, share)
-        statistics = rule.input_statistics(x)
+        statistics = rule.input_statistics(x, *others)
     return tuple(s * scale for s in statistics) if scale != 1 else statistics
 
 

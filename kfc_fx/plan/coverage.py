@@ -138,7 +138,7 @@ def _refusal(
         return "used by several calls, by some as its transpose"
     if len({site.bias for site in sites}) > 1:
         return "used by several calls with different biases"
-    if any(site.rows for site in sites) and _projections(spec, sites) > MOST_PROJECTIONS:
+    if any(s.rows and not s.batch for s in sites) and _projections(spec, sites) > MOST_PROJECTIONS:
         return f"its rows are used in more than {MOST_PROJECTIONS} parts"
     if len({(site.geometry.kernel_size, site.geometry.groups) for site in sites}) > 1:
         return "used by several calls with different groups"
@@ -154,6 +154,7 @@ def _block(
 ) -> BlockSpec:
     own = sites[spec.name]
     bias = own[0].bias
+    batched = own[0].batch is not None
     if bias is not None:
         strangers = [
             s for w, group in sites.items() if w != spec.name for s in group if s.bias == bias
@@ -169,7 +170,8 @@ def _block(
         geometry=own[0].geometry,
         uses=uses,
         inputs_first=own[0].inputs_first,
-        projections=_projections(spec, own),
+        projections=1 if batched else _projections(spec, own),
+        added_bias=batched and bias is not None and len(specs[bias].shape) == 3,
     )
 
 

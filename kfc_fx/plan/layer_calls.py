@@ -11,7 +11,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from kfc_fx.plan.geometry import LINEAR, ConvGeometry, conv_geometry
-from kfc_fx.plan.spec import BlockKind, NormSpec
+from kfc_fx.plan.spec import BatchSpec, BlockKind, NormSpec
 from kfc_fx.plan.weight_views import dimensions, shape_of, weight_view
 
 
@@ -31,6 +31,7 @@ class LayerCall:
     norm: NormSpec | None = None
     packed: int = 1
     """How many projections of one input the rows of the whole weight hold."""
+    batch: BatchSpec | None = None
 
 
 CONVOLUTIONS: dict[object, BlockKind] = {

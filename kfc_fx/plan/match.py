@@ -9,9 +9,10 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
+from kfc_fx.plan.batched_calls import batched_calls, entry_of
 from kfc_fx.plan.layer_calls import LayerCall, layer_call
 from kfc_fx.plan.spec import GraphUses, SiteSpec, UnmatchedUse
-from kfc_fx.plan.weight_views import dimensions, is_view, weight_view
+from kfc_fx.plan.weight_views import WeightView, dimensions, is_view, shape_of, weight_view
 
 NO_EXAMPLES = "its input does not depend on the examples"
 HIDING = {
@@ -103,21 +104,54 @@ def _is_read_by_sites_only(node: fx.Node, calls: Mapping[fx.Node, LayerCall | No
 
 def _applied_layer(node: fx.Node, parameters: Mapping[str, str]) -> LayerCall | None:
     """The layer that a node applies, if its weight is a parameter."""
+    found = (_of_parameters(node, call, parameters) for call in _candidates(node))
+    return next(filter(None, found), None)
+
+
+def _candidates(node: fx.Node) -> list[LayerCall]:
     call = layer_call(node)
-    if call is None or not isinstance(call.x, fx.Node) or call.x.name in parameters:
+    return ([call] if call else []) + batched_calls(node)
+
+
+def _of_parameters(
+    node: fx.Node, call: LayerCall, parameters: Mapping[str, str]
+) -> LayerCall | None:
+    """A call as it stands, if its weight is a parameter; without its bias, if that is none."""
+    if not isinstance(call.x, fx.Node) or call.x.name in parameters:
         return None
     weight, bias = weight_view(call.weight), weight_view(call.bias)
     if weight is None or weight.base.name not in parameters:
         return None
-    if dimensions(weight.base) < (1 if call.kind == "scale_shift" else 2):
+    if call.kind == "linear" and dimensions(weight.base) == 3 and dimensions(call.weight) == 2:
+        call = entry_of(call)
+    if not _reads_its_kind(call, weight):
         return None
-    if weight.rows and (call.kind != "linear" or call.inputs_first != weight.transposed):
-        return None
-    if bias is None or bias.base.name not in parameters or bias.rows == weight.rows:
+    if bias is None or bias.base.name not in parameters or _fits(call, bias, weight):
         return call
     # A bias that is cut in another way than the weight is a parameter of its own.
     others = frozenset(p for p in call.positions if node.args[p] is not call.bias)
     return replace(call, bias=None, positions=others)
+
+
+def _reads_its_kind(call: LayerCall, weight: WeightView) -> bool:
+    """Whether a layer of its kind may read a weight under such a view."""
+    base = dimensions(weight.base)
+    if call.kind == "batched_linear":
+        return base == 3
+    if call.kind == "linear":
+        whole = not weight.rows or call.inputs_first == weight.transposed
+        return base >= 2 and dimensions(call.weight) == base and whole
+    lowest = 1 if call.kind == "scale_shift" else 2
+    return base >= lowest and not weight.rows and not (weight.transposed and base > 2)
+
+
+def _fits(call: LayerCall, bias: WeightView, weight: WeightView) -> bool:
+    """Whether a bias is cut as the weight is."""
+    if call.kind == "batched_linear" and (entries := shape_of(weight.base)):
+        shape = shape_of(bias.base) or ()
+        return bias.rows == weight.rows and len(shape) in (2, 3) and shape[0] == entries[0]
+    whole = call.kind != "linear" or dimensions(bias.base) == 1
+    return whole and bias.rows == weight.rows
 
 
 def _site(node: fx.Node, call: LayerCall, parameters: Mapping[str, str]) -> SiteSpec:
@@ -137,6 +171,7 @@ def _site(node: fx.Node, call: LayerCall, parameters: Mapping[str, str]) -> Site
         norm=call.norm,
         rows=weight.rows,
         packed=call.packed,
+        batch=call.batch,
     )
 
 

@@ -12,6 +12,7 @@ from kfc_fx.plan.html import table_html
 
 BlockKind = Literal[
     "linear",
+    "batched_linear",
     "conv1d",
     "conv2d",
     "conv3d",
@@ -52,6 +53,22 @@ class NormSpec:
 
 
 @dataclass(frozen=True)
+class BatchSpec:
+    """How a batched linear map lies in its operands: entry e of the input meets ``W[e]``.
+
+    ``inputs`` are the axes of entry and channel in the input, ``outputs`` those of entry and row
+    in the output, counted from the end; an entry axis of None says that the one tensor belongs
+    to all entries of the site. All other axes are rows. ``ends`` names the node that holds the
+    end of each entry's rows where these stand one entry after the other and are counted only
+    when the graph runs, as tokens of experts do.
+    """
+
+    inputs: tuple[int | None, int] = (None, -1)
+    outputs: tuple[int | None, int] = (None, -1)
+    ends: str | None = None
+
+
+@dataclass(frozen=True)
 class SiteSpec:
     """A node of a captured graph where one use of a block's layer happens."""
 
@@ -69,9 +86,11 @@ class SiteSpec:
     norm: NormSpec | None = None
     """Of a scale and shift: the norm that it belongs to."""
     rows: tuple[int, int] | None = None
-    """Which rows of the weight the call reads; None for all."""
+    """Which rows of the weight the call reads, of a batched one which entries; None for all."""
     packed: int = 1
     """How many projections the rows of the whole weight are known to hold."""
+    batch: BatchSpec | None = None
+    """Of a batched linear map: how its entries lie in its operands."""
 
     @property
     def transposed_conv(self) -> bool:
@@ -108,7 +127,8 @@ class GraphUses:
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """One Kronecker block ``Ω ⊗ Γ`` (one per group of a grouped convolution).
+    """One Kronecker block ``Ω ⊗ Γ`` (one per group of a grouped convolution, one per entry of a
+    batched linear map).
 
     The block stands for the matrix ``[W b]`` of a layer: ``rows`` output channels of a group
     by ``columns`` patch entries, the last of which is the homogeneous coordinate where the
@@ -124,18 +144,23 @@ class BlockSpec:
     uses: int
     inputs_first: bool = False
     """Whether the weight is ``[C_in, C_out/groups, *kernel]``: of ``x @ W``, of a transposed
-    convolution, of an embedding."""
+    convolution, of an embedding; or ``[E, C_in, C_out]``, of a batched linear map."""
     projections: int = 1
     """Of a linear layer whose rows are several projections, such as query, key and value: how
     many. Each is a block of its own."""
+    added_bias: bool = False
+    """Of a batched linear map: whether its bias is ``[E, 1, C_out]``, as ``baddbmm`` adds it."""
     sharing: Literal["expand", "reduce"] = "expand"
     """Of a linear layer: how its factors treat the locations that share the weight."""
 
     @property
     def groups(self) -> int:
-        """Blocks of this layer: one per group, per projection, per channel of a norm."""
+        """Blocks of this layer: one per group, per projection, per entry of a batched linear map,
+        per channel of a norm."""
         if self.kind == "scale_shift":
             return prod(self.weight_shape)
+        if self.kind == "batched_linear":
+            return self.weight_shape[0]
         return self.geometry.groups * self.projections
 
     @property
@@ -143,6 +168,8 @@ class BlockSpec:
         """Side of Γ: output channels of one group; of a transposed convolution, times offsets."""
         if self.kind == "scale_shift":
             return 1
+        if self.kind == "batched_linear":
+            return self.weight_shape[2 if self.inputs_first else 1]
         if self.inputs_first:
             return prod(self.weight_shape[1:])
         return self.weight_shape[0] // self.groups
@@ -152,12 +179,14 @@ class BlockSpec:
         """Input channels of one group."""
         if self.kind == "scale_shift":
             return 1
+        if self.kind == "batched_linear":
+            return self.weight_shape[1 if self.inputs_first else 2]
         return self.weight_shape[0] // self.groups if self.inputs_first else self.weight_shape[1]
 
     @property
     def offsets(self) -> int:
         """Kernel offsets |Δ| on the input side."""
-        single = self.inputs_first or self.kind == "scale_shift"
+        single = self.inputs_first or self.kind in ("scale_shift", "batched_linear")
         return 1 if single else prod(self.weight_shape[2:])
 
     @property
@@ -165,6 +194,8 @@ class BlockSpec:
         """Shape of the bias, whether it is in the block or not."""
         if self.kind == "scale_shift":
             return self.weight_shape
+        if self.kind == "batched_linear":
+            return (self.groups, 1, self.rows) if self.added_bias else (self.groups, self.rows)
         return (self.groups * self.rows,)
 
     @property
@@ -187,6 +218,8 @@ class BlockSpec:
         """The groups ``[start, stop)`` that one of the block's sites computes."""
         if site.rows is None:
             return (0, self.groups)
+        if self.kind == "batched_linear":
+            return site.rows
         return (site.rows[0] // self.rows, site.rows[1] // self.rows)
 
     @property

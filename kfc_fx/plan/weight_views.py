@@ -1,4 +1,7 @@
-"""Views under which a layer call reads a parameter: a transpose, some of its rows, a cast."""
+"""Views under which a layer call reads a parameter: a transpose, some of its rows, a cast.
+
+Of a batched weight, ``[E, ...]``, the rows are entries, and a transpose is one of every entry.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,10 @@ import torch
 from torch import fx
 
 ATEN = torch.ops.aten
+MATRIX_TRANSPOSES = ("mT", ATEN.mT)
 TRANSPOSES = ("t", torch.t, ATEN.numpy_T, ATEN.mT, ATEN.t.default)
 SWAPS = ("transpose", torch.transpose, "swapaxes", torch.swapaxes, ATEN.transpose.int)
+PERMUTATIONS = ("permute", torch.permute, ATEN.permute.default)
 SPLITS = (
     ATEN.split_with_sizes.default,
     ATEN.split.Tensor,
@@ -22,6 +27,7 @@ SPLITS = (
     "split",
     "chunk",
 )
+UNBINDS = (ATEN.unbind.int, torch.unbind, "unbind")
 CASTS = (ATEN._to_copy.default, ATEN.to.dtype)
 
 Rows = tuple[int, int]
@@ -44,11 +50,15 @@ def weight_view(node: object) -> WeightView | None:
     if made is None:
         return WeightView(node)
     below = weight_view(made.base)
-    if below is None or (made.rows and (below.rows or below.transposed)):
+    if below is None or (made.rows and (below.rows or _turns_rows(below))):
         return WeightView(node)
-    if made.transposed and below.rows:
+    if made.transposed and below.rows and dimensions(below.base) == 2:
         return WeightView(node)
     return WeightView(below.base, made.transposed != below.transposed, made.rows or below.rows)
+
+
+def _turns_rows(view: WeightView) -> bool:
+    return view.transposed and dimensions(view.base) == 2
 
 
 def is_view(node: fx.Node) -> bool:
@@ -83,13 +93,19 @@ def _one_view(node: fx.Node) -> WeightView | None:
 
 
 def _transposes(node: fx.Node, rest: Sequence[object]) -> bool:
-    if dimensions(node.args[0]) != 2:
+    """Whether a node swaps the two dimensions of a matrix, or of each matrix of a batch."""
+    count = dimensions(node.args[0])
+    if count not in (2, 3):
         return False
-    if node.target in TRANSPOSES:
-        return True
+    if node.target is getattr:
+        return bool(rest) and rest[0] in ("mT", "T")[: 4 - count]
     if node.target in SWAPS:
-        return sorted(axis % 2 for axis in rest if isinstance(axis, int)) == [0, 1]
-    return node.target is getattr and bool(rest) and rest[0] in ("T", "mT")
+        axes = [axis for axis in rest if isinstance(axis, int)]
+        return sorted(axis % count for axis in axes) == [count - 2, count - 1]
+    if node.target in PERMUTATIONS:
+        order = rest[0] if isinstance(rest[0], tuple | list) else rest
+        return [a % count for a in order] == [*range(count - 2), count - 1, count - 2]  # type: ignore[operator]
+    return node.target in (TRANSPOSES if count == 2 else MATRIX_TRANSPOSES)
 
 
 def _rows(source: fx.Node, index: object) -> Rows | None:
@@ -98,6 +114,8 @@ def _rows(source: fx.Node, index: object) -> Rows | None:
     if pieces is not None:
         return pieces[index] if isinstance(index, int) else None
     shape = shape_of(source)
+    if shape and isinstance(index, int):
+        return (index % shape[0], index % shape[0] + 1)
     if not shape or not isinstance(index, slice) or index.step not in (None, 1):
         return None
     if not all(isinstance(end, int | None) for end in (index.start, index.stop)):
@@ -108,9 +126,13 @@ def _rows(source: fx.Node, index: object) -> Rows | None:
 
 def _pieces(node: fx.Node) -> list[Rows] | None:
     """Rows of each piece, if a node splits a tensor along its first dimension."""
-    if node.target not in SPLITS or len(node.args) < 2:
+    if node.target in UNBINDS:
+        source, *axis = node.args
+        size: object = 1
+    elif node.target in SPLITS and len(node.args) > 1:
+        source, size, *axis = node.args
+    else:
         return None
-    source, size, *axis = node.args
     shape = shape_of(source)
     axis = axis or [node.kwargs.get("dim", 0)]
     if not shape or axis[0] not in (0, -len(shape)):

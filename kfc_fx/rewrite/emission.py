@@ -45,8 +45,8 @@ def emitting_stages(
 
     The emitting graph takes the probes of its blocks after the graph's own inputs, in
     :func:`emission_order`, and returns ``(outputs, row counts)``: for each emitting site the
-    number N·|T| of output rows, or a tensor of those of each group, in graph order. Where a block needs the statistics of its input
-    alone it returns these too, for each such site in graph order.
+    number N·|T| of output rows, or a tensor of those of each group, in graph order. Where a block
+    needs the statistics of its input alone it returns these too, for each such site in graph order.
     """
     live = [site for site in sites if site.weight in emitters]
     passes = [
@@ -148,7 +148,7 @@ def return_input_statistics(
         function = INPUT_FACTORS[emission]
         # Right behind the site: an operation in place may change its input later.
         with module.graph.inserting_after(nodes[site.node]):
-            arguments = (nodes[site.input_node],)
+            arguments = (nodes[site.input_node], *_others(site, nodes))
             node = module.graph.call_function(function, arguments, {**options, "block": block.name})
         node.meta["kfc_block"] = block.name
         taken.append(node)
@@ -195,10 +195,15 @@ def _emission_node(
     function, options = _emission(site, block, forms)
     present = _probe_nodes(graph)
     probes = [present[block.name, statistic] for statistic in statistic_shapes(block, forms)]
-    others = [nodes[name] for name in site.norm.running] if site.norm else []
-    others += [nodes[site.batch.ends]] if site.batch and site.batch.ends else []
-    arguments = (node, nodes[site.input_node], *probes, *others)
+    arguments = (node, nodes[site.input_node], *probes, *_others(site, nodes))
     return graph.call_function(function, arguments, {**options, "block": block.name})
+
+
+def _others(site: SiteSpec, nodes: Mapping[str, fx.Node]) -> list[fx.Node]:
+    """What a statistic reads besides input and cotangent."""
+    names = site.norm.running if site.norm else ()
+    ends = site.batch.ends if site.batch else None
+    return [nodes[name] for name in (*names, *([ends] if ends else []))]
 
 
 def _emission(
