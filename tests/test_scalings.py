@@ -1,0 +1,319 @@
+""" "spectral" and "eigen" against the algorithms written out per layer, and scalings by block."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import kfc_fx
+from kfc_fx.curvature.polar import COEFFICIENTS, SAFETY
+from tests.networks import IMAGES, LABELS, assert_equal, conv_network, make, parameters, train
+from tests.written_out import (
+    LAYERS,
+    WrittenOut,
+    assert_same,
+    batches,
+    gradients,
+    network,
+    run_kfc,
+)
+
+
+def polar_by_singular_values(matrix: torch.Tensor) -> torch.Tensor:
+    """What the composed polynomials make of each singular value."""
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    s = s / (SAFETY * s.square().sum(1, keepdim=True).sqrt())
+    for index, (a, b, c) in enumerate(COEFFICIENTS):
+        x = s / SAFETY if index else s
+        s = a * x + b * x**3 + c * x**5
+    return u * s[:, None, :] @ vh
+
+
+def inverse_root(factor: torch.Tensor, damping: float) -> torch.Tensor:
+    """``(F / mean eigenvalue + γ I)^(−1/2)``, symmetric."""
+    mean = factor.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    values, vectors = torch.linalg.eigh(factor / mean + damping * torch.eye(factor.shape[1]))
+    return vectors * values.rsqrt()[:, None, :] @ vectors.mT
+
+
+def whitening(plain: WrittenOut, name: str, damping: float) -> torch.Tensor:
+    omega, _ = plain.factors(name)
+    layer = plain.net[int(name)]
+    if not (plain.separable and isinstance(layer, nn.Conv2d)):
+        return inverse_root(omega, damping)
+    channels, offsets = layer.weight.shape[1], layer.weight[0, 0].numel()
+    whitenings = []
+    for entry in plain.ema[name][0] / plain.mass:
+        width = channels * offsets
+        split = entry[:width, :width].reshape(channels, offsets, channels, offsets)
+        channel, offset = torch.einsum("akbk->ab", split), torch.einsum("akal->kl", split)
+        roots = [inverse_root(f[None], damping**0.5)[0] for f in (channel, offset)]
+        whole = torch.kron(*roots)
+        if layer.bias is not None:
+            last = entry[-1:, -1:] / (channel.trace() / width) + damping
+            whole = torch.block_diag(whole, last.rsqrt())
+        whitenings.append(whole)
+    return torch.stack(whitenings)
+
+
+def written_spectral(net, data, *, lr, momentum, damping, refresh_at, separable):
+    plain = WrittenOut(net, separable)
+    m, w = {}, {}
+    for step, (x, y) in enumerate(data):
+        grads = gradients(net, x, y)
+        plain.accumulate(x, y)
+        for name in LAYERS:
+            if step in refresh_at:
+                w[name] = whitening(plain, name, damping)
+            g = plain.gradient(grads, name)
+            m[name] = momentum * m.get(name, 0) + (1 - momentum) * g
+            ahead = momentum * m[name] + (1 - momentum) * g
+            direction = polar_by_singular_values(ahead @ w[name]) @ w[name]
+            size = direction.square().sum((1, 2), keepdim=True).sqrt()
+            plain.add(name, -lr * direction / size * math.sqrt(min(g.shape[1:])))
+
+
+def written_eigen(net, data, *, lr, momentum, beta2, damping, clip, refresh_at):
+    plain = WrittenOut(net, False)
+    p, s, basis = {}, {}, {}
+    for step, (x, y) in enumerate(data):
+        grads = gradients(net, x, y)
+        plain.accumulate(x, y)
+        vectors, nu = {}, 0.0
+        for name in LAYERS:
+            omega, gamma = plain.factors(name)
+            if step in refresh_at:
+                new = (torch.linalg.eigh(omega)[1], torch.linalg.eigh(gamma)[1])
+                if name in basis:
+                    turn = [(o.mT @ n) ** 2 for o, n in zip(basis[name], new, strict=True)]
+                    s[name] = turn[1].mT @ s[name] @ turn[0]
+                basis[name] = new
+            q_omega, q_gamma = basis[name]
+            g = plain.gradient(grads, name)
+            rotated = q_gamma.mT @ g @ q_omega
+            s[name] = beta2 * s.get(name, 0) + (1 - beta2) * rotated**2
+            scaled = rotated / (s[name] / (1 - beta2 ** (step + 1)) + damping)
+            vectors[name] = -lr * q_gamma @ scaled @ q_omega.mT
+            nu += float(-lr * (g * vectors[name]).sum())
+        scale = min(1.0, math.sqrt(clip / nu)) if clip else 1.0
+        for name in LAYERS:
+            p[name] = momentum * p.get(name, 0) + scale * vectors[name]
+            plain.add(name, p[name])
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("input_factor", ["dense", "separable"])
+@pytest.mark.parametrize("momentum", [0.0, 0.95])
+def test_spectral_steps_equal_the_algorithm_written_out(steps, input_factor, momentum):
+    found, expected, data = network(), network(), batches(steps)
+    run_kfc(
+        found, data, lr=0.02, scaling="spectral", momentum=momentum, damping=0.2,
+        factor_interval=1, inverse_interval=10, input_factor=input_factor,
+    )  # fmt: skip
+    written_spectral(
+        expected, data, lr=0.02, momentum=momentum, damping=0.2,
+        refresh_at=(0, 1, 2, 4), separable=input_factor == "separable",
+    )  # fmt: skip
+    assert_same(found, expected, 1e-8)
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("clip", [None, 1e-3])
+def test_eigen_steps_equal_the_algorithm_written_out(steps, clip):
+    found, expected, data = network(), network(), batches(steps)
+    options = {"lr": 0.05, "momentum": 0.8, "damping": 1e-3, "clip": clip}
+    run_kfc(found, data, scaling="eigen", factor_interval=1, **options)
+    written_eigen(expected, data, beta2=0.95, refresh_at=(0, 1, 2, 4), **options)
+    assert_same(found, expected, 1e-6)
+
+
+def test_eigen_is_clipped_by_the_exact_fisher_too():
+    net, data = network(), batches(3)
+    opt = run_kfc(net, data, lr=0.05, scaling="eigen", clip=1e-4, clip_by="exact", momentum=0.0)
+    assert opt.diagnostics.clip_scale < 1
+    assert opt.diagnostics.nu * opt.diagnostics.clip_scale**2 == pytest.approx(1e-4)
+
+
+def test_spectral_runs_no_backward_pass_for_statistics_and_keeps_no_gamma(monkeypatch):
+    compiled, opt = make(scaling="spectral")
+    calls = []
+    gradient = torch.autograd.grad
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda *args, **kwargs: calls.append(1) or gradient(*args, **kwargs)
+    )
+    train(compiled, opt, 7)
+    assert not calls
+    assert opt.diagnostics.statistics_steps == 5
+    assert not [name for name in opt.engine.state if name.startswith("gamma")]
+    with pytest.raises(kfc_fx.KfcError, match="no output factor"):
+        _ = next(iter(opt.factors.values())).gamma
+
+
+def test_input_factors_are_those_of_the_other_scalings():
+    """Taken in the forward pass, in micro-batches, of a part of the batch: the same Ω."""
+    for options in ({}, {"input_factor": "separable"}, {"factor_samples": 5}):
+        found = {}
+        for scaling in ("adam", "spectral"):
+            compiled, opt = make(scaling=scaling, lr=0.0, **options)
+            for part in (slice(0, 6), slice(6, 12)):
+                F.cross_entropy(compiled(IMAGES[part]), LABELS[part]).backward()
+            opt.step()
+            found[scaling] = opt.factors
+        assert found["spectral"]
+        for name, factors in found["spectral"].items():
+            torch.testing.assert_close(factors.omega, found["adam"][name].omega)
+
+
+def test_statistics_wait_for_the_backward_pass():
+    """``zero_grad`` between forward and backward pass loses none, a forward pass alone adds none."""
+    compiled, opt = make(scaling="spectral")
+    compiled(IMAGES)
+    output = compiled(IMAGES)
+    opt.zero_grad()
+    assert not compiled.recorder.statistics.sums
+    F.cross_entropy(output, LABELS).backward()
+    assert compiled.recorder.statistics.examples == len(IMAGES)
+    opt.step()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_input_factors_of_compiled_graphs(backend):
+    eager, expected = make(conv_network(), scaling="spectral")
+    compiled = kfc_fx.compile(conv_network(), backend=backend)
+    opt = kfc_fx.KFC(compiled, lr=0.01, scaling="spectral", seed=3)
+    for _ in range(3):
+        for model, optimizer in ((eager, expected), (compiled, opt)):
+            torch.manual_seed(0)
+            F.cross_entropy(model(IMAGES), LABELS).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, factors in opt.factors.items():
+        torch.testing.assert_close(
+            factors.omega, expected.factors[name].omega, rtol=1e-3, atol=1e-4
+        )
+
+
+def test_each_block_takes_its_own_scaling():
+    """Every layer moves exactly as where all have its scaling."""
+    chosen = {"0": "spectral", "4": "eigen", "7": "inverse"}
+    data = batches(3)
+    mixed = network()
+    blocks = {name: {"scaling": scaling} for name, scaling in chosen.items()}
+    opt = run_kfc(mixed, data[:1], lr=0.02, blocks=blocks, clip=None)
+    for scaling in ("spectral", "eigen", "inverse", "adam"):
+        alone = network()
+        run_kfc(alone, data[:1], lr=0.02, scaling=scaling, clip=None)
+        for name in [n for n in LAYERS if chosen.get(n, "adam") == scaling]:
+            torch.testing.assert_close(mixed[int(name)].weight, alone[int(name)].weight)
+    source = opt.update_source
+    for argument in ("momentum_adam", "momentum_spectral", "damping_eigen", "eps_adam"):
+        assert argument in source
+    assert {stack.scaling for stack in opt.engine.spec.stacks} == {*chosen.values(), "adam"}
+
+
+def test_input_factor_by_block():
+    net = network()
+    opt = run_kfc(net, batches(1), lr=0.01, blocks={"[02]": {"input_factor": "separable"}})
+    forms = {s.first.name: s.forms.input for s in opt.engine.spec.stacks}
+    assert forms == {"0": "separable", "2": "separable", "4": "dense", "7": "dense"}
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ({"0": {"scaling": "muon"}}, r"scaling in blocks\['0'\] must be one of adam"),
+        ({"0": {"lr": 0.1}}, r"an option in blocks\['0'\] must be one of scaling, input_factor"),
+        ({"0": {"input_factor": "diagonal"}}, "input_factor must be one of"),
+    ],
+)
+def test_bad_block_options_are_refused(blocks, message):
+    with pytest.raises(kfc_fx.OptionError, match=message):
+        make(blocks=blocks)
+
+
+def test_a_pattern_that_no_block_matches_is_refused_with_the_nearest_name():
+    compiled, opt = make(network().float(), blocks={"layer4.*": {"scaling": "spectral"}})
+    F.cross_entropy(compiled(torch.randn(4, 2, 7, 7)), LABELS[:4]).backward()
+    with pytest.raises(kfc_fx.OptionError, match=r"no block matches 'layer4\.\*'; the nearest"):
+        opt.step()
+
+
+def test_spectral_leaves_tables_and_norms_to_adamw_at_their_own_rate():
+    def net() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Embedding(5, 4), nn.LayerNorm(4), nn.Flatten(), nn.Linear(8, 5))
+
+    tokens = torch.randint(5, (12, 2), generator=torch.Generator().manual_seed(0))
+    found, expected = net(), net()
+    compiled = kfc_fx.compile(found)
+    opt = kfc_fx.KFC(compiled, lr=0.02, scaling="spectral", generic_lr_ratio=0.25)
+    rest = [*expected[0].parameters(), *expected[1].parameters()]
+    reference = torch.optim.AdamW(rest, lr=0.005, weight_decay=0.0)
+    F.cross_entropy(compiled(tokens), LABELS[:12]).backward()
+    F.cross_entropy(expected(tokens), LABELS[:12]).backward()
+    opt.step()
+    reference.step()
+    assert [g.name for g in opt.engine.spec.generic] == ["0.weight", "1.weight", "1.bias"]
+    for f, e in zip([*found[0].parameters(), *found[1].parameters()], rest, strict=True):
+        torch.testing.assert_close(f, e)
+
+
+def test_spectral_refuses_a_model_without_a_matrix():
+    compiled, opt = make(nn.Sequential(nn.Embedding(5, 5)), scaling="spectral")
+    F.cross_entropy(compiled(LABELS), LABELS).backward()
+    with pytest.raises(kfc_fx.OptionError, match="takes scaling 'spectral'"):
+        opt.step()
+
+
+HARD_CASES = {
+    "dead units": lambda net, x: (net[0].bias.data.fill_(-1e4), x)[1],
+    "constant input": lambda net, x: torch.ones_like(x),
+    "zero input": lambda net, x: torch.zeros_like(x),
+    "a batch of one": lambda net, x: x[:1],
+}
+
+
+@pytest.mark.parametrize("scaling", ["adam", "spectral", "eigen", "inverse"])
+@pytest.mark.parametrize("input_factor", ["dense", "separable"])
+@pytest.mark.parametrize("case", HARD_CASES)
+def test_hard_cases_stay_finite(scaling, input_factor, case):
+    net = network().float()
+    x = HARD_CASES[case](net, torch.randn(8, 2, 7, 7, generator=torch.Generator().manual_seed(0)))
+    compiled, opt = make(net, scaling=scaling, input_factor=input_factor)
+    for _ in range(6):
+        F.cross_entropy(compiled(x), LABELS[: len(x)]).backward()
+        opt.step()
+        opt.zero_grad()
+    assert all(p.isfinite().all() for p in net.parameters())
+    assert opt.diagnostics.skipped_steps == 0
+
+
+@pytest.mark.parametrize("scaling", ["adam", "spectral", "eigen", "inverse"])
+def test_zero_gradients_move_nothing_but_by_momentum(scaling):
+    net = network().float()
+    compiled, opt = make(net, scaling=scaling, generic="sgd")
+    before = parameters(net)
+    (compiled(torch.randn(8, 2, 7, 7)) * 0).sum().backward()
+    opt.step()
+    assert_equal(parameters(net), before)
+
+
+@pytest.mark.parametrize("scaling", ["spectral", "eigen"])
+@pytest.mark.parametrize("input_factor", ["dense", "separable"])
+def test_resumed_in_the_middle_of_an_interval_bit_for_bit(scaling, input_factor, tmp_path):
+    options = {"scaling": scaling, "input_factor": input_factor, "factor_interval": 3}
+    options |= {"inverse_interval": 6}
+    compiled, opt = make(conv_network(), **options)
+    train(compiled, opt, 4)
+    torch.save({"model": compiled.state_dict(), "opt": opt.state_dict()}, tmp_path / "state.pt")
+    train(compiled, opt, 4)
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    again, other = make(conv_network(), **options)
+    again.load_state_dict(saved["model"])
+    other.load_state_dict(saved["opt"])
+    train(again, other, 4)
+    assert_equal(parameters(again), parameters(compiled))

@@ -1,0 +1,147 @@
+"""Polar factors and whitening matrices: what the products converge to, and what they fall back to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kfc_fx.curvature import whitening
+from kfc_fx.curvature.eigenbasis import eigenbasis, orthogonal_iteration
+from kfc_fx.curvature.polar import polar_factor, polar_factor_by_gram
+from kfc_fx.curvature.whitening import (
+    bias_whitening,
+    cholesky_whitening,
+    newton_schulz_whitening,
+    whitening_diagonal,
+)
+
+
+def factor(side: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Two second moments of inputs with a mean, as layers behind a ReLU have: condition 1e3."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(2, 8 * side, side, generator=generator, dtype=dtype) + 2
+    return rows.mT @ rows / rows.shape[1]
+
+
+def damped(matrix: torch.Tensor, damping: float) -> torch.Tensor:
+    mean = matrix.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    return matrix / mean + damping * torch.eye(matrix.shape[1], dtype=matrix.dtype)
+
+
+def error(w: torch.Tensor, matrix: torch.Tensor, damping: float) -> float:
+    """Root mean square, by rows, of ``Wᵀ F W − I``."""
+    off = w.mT @ damped(matrix, damping) @ w - torch.eye(matrix.shape[1], dtype=matrix.dtype)
+    return float(torch.linalg.matrix_norm(off).max()) / matrix.shape[1] ** 0.5
+
+
+@pytest.mark.parametrize("polar", [polar_factor, polar_factor_by_gram])
+@pytest.mark.parametrize("shape", [(2, 8, 50), (2, 50, 8), (1, 24, 24), (3, 1, 9), (3, 9, 1)])
+def test_polar_factor_brings_singular_values_to_one_and_keeps_the_vectors(polar, shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    matrix = u * s.clamp(min=0.01 * s.max()).unsqueeze(1) @ vh
+    found = polar(matrix)
+    diagonal = (u.mT @ found @ vh.mT).diagonal(dim1=1, dim2=2)
+    assert diagonal.min() > 0.8
+    assert diagonal.max() < 1.2
+    rest = u.mT @ found @ vh.mT - torch.diag_embed(diagonal)
+    assert rest.abs().max() < 0.05
+
+
+@pytest.mark.parametrize("polar", [polar_factor, polar_factor_by_gram])
+def test_polar_factor_of_zero_is_zero_and_of_a_tiny_matrix_is_not(polar):
+    assert not polar(torch.zeros(1, 3, 4)).any()
+    tiny = polar(torch.eye(4)[None] * 1e-12)
+    torch.testing.assert_close(tiny, torch.eye(4)[None], rtol=0.2, atol=0.2)
+
+
+@pytest.mark.parametrize("side", [1, 5, 64])
+@pytest.mark.parametrize("damping", [0.3, 1e-3])
+def test_cholesky_whitens(side, damping):
+    matrix = factor(side)
+    w, failed = cholesky_whitening(matrix, damping)
+    assert error(w, matrix, damping) < 1e-3
+    assert not failed.any()
+
+
+@pytest.mark.parametrize("side", [5, 64])
+def test_newton_schulz_follows_a_factor_that_changes(side):
+    old, new = factor(side), 0.6 * factor(side) + 0.4 * factor(side, 1)
+    w, _ = cholesky_whitening(old, 0.3)
+    followed, failed = newton_schulz_whitening(new, 0.3, w)
+    assert error(w, new, 0.3) > 1e-2, "nothing to follow"
+    assert error(followed, new, 0.3) < 1e-3
+    assert not failed.any()
+
+
+def test_both_whitening_matrices_precondition_alike():
+    """They differ by a rotation, which ``polar(m W) Wᵀ`` does not see."""
+    matrix = factor(32, dtype=torch.float64)
+    first, _ = cholesky_whitening(matrix, 0.3)
+    second, _ = newton_schulz_whitening(matrix, 0.3, torch.eye(32).double().repeat(2, 1, 1))
+    m = torch.randn(2, 7, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    found = [polar_factor_by_gram(m @ w) @ w.mT for w in (first, second)]
+    assert (first - second).abs().max() > 0.1
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-8)
+
+
+def test_what_has_not_converged_is_decomposed(monkeypatch):
+    monkeypatch.setattr(whitening, "ITERATIONS", 1)
+    matrix = factor(64)
+    calls = []
+    decompose = whitening.eigendecomposition
+    monkeypatch.setattr(
+        whitening, "eigendecomposition", lambda f: calls.append(len(f)) or decompose(f)
+    )
+    w, failed = newton_schulz_whitening(matrix, 0.3, torch.eye(64).repeat(2, 1, 1))
+    assert calls == [2]
+    assert error(w, matrix, 0.3) < 1e-3
+    assert not failed.any()
+
+
+@pytest.mark.parametrize("whiten", ["cholesky", "newton_schulz"])
+def test_one_bad_factor_is_the_identity_and_spares_the_others(whiten):
+    matrix = factor(6)
+    matrix[0, 0, 0] = float("nan")
+    start = torch.eye(6).repeat(2, 1, 1)
+    if whiten == "cholesky":
+        w, failed = cholesky_whitening(matrix, 0.3)
+    else:
+        w, failed = newton_schulz_whitening(matrix, 0.3, start)
+    assert failed.tolist() == [True, False]
+    torch.testing.assert_close(w[0], torch.eye(6))
+    assert error(w[1:], matrix[1:], 0.3) < 1e-3
+
+
+def test_an_indefinite_factor_is_decomposed():
+    """Rounding makes an eigenvalue negative: the damping of 1e-6 does not lift it."""
+    matrix = torch.diag_embed(torch.tensor([[1.0, 1.0, -1e-5]]))
+    w, failed = cholesky_whitening(matrix, 1e-6)
+    assert w.isfinite().all()
+    assert not failed.any()
+
+
+def test_a_factor_of_zeros_is_whitened_by_its_damping():
+    w, failed = cholesky_whitening(torch.zeros(1, 4, 4), 0.25)
+    torch.testing.assert_close(w, 2 * torch.eye(4)[None])
+    assert not failed.any()
+
+
+def test_diagonal_factors_and_the_bias():
+    diagonal = torch.tensor([[[1.0, 3.0]]])
+    w, failed = whitening_diagonal(diagonal, 0.5)
+    torch.testing.assert_close(w, torch.tensor([[[1.0, 0.5**0.5]]]))
+    assert not failed.any()
+    w, failed = whitening_diagonal(torch.tensor([[[1.0, float("inf")]]]), 0.5)
+    assert failed.all()
+    channel = torch.diag_embed(torch.tensor([[2.0, 6.0]]))
+    weight = bias_whitening(channel, 4, torch.tensor([[[7.5]]]), 0.25)
+    torch.testing.assert_close(weight, torch.tensor([[[0.5]]]))
+
+
+def test_refreshed_bases_stay_orthonormal():
+    basis, _ = eigenbasis(factor(40))
+    for seed in range(1, 30):
+        basis, failed = orthogonal_iteration(factor(40, seed), basis)
+        assert not failed.any()
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(40).expand(2, 40, 40), atol=1e-5, rtol=0)
