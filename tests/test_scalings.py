@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 import kfc_fx
 from kfc_fx.curvature.polar import COEFFICIENTS, SAFETY
+from kfc_fx.ops import emission
+from kfc_fx.ops.input_factors import INPUT_FACTORS
 from tests.networks import IMAGES, LABELS, assert_equal, conv_network, make, parameters, train
 from tests.written_out import (
     LAYERS,
@@ -166,6 +168,43 @@ def test_input_factors_are_those_of_the_other_scalings():
         assert found["spectral"]
         for name, factors in found["spectral"].items():
             torch.testing.assert_close(factors.omega, found["adam"][name].omega)
+
+
+class EveryKind(nn.Module):
+    """One layer of every kind that is a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(2, 4, 3, padding=1)
+        self.up = nn.ConvTranspose2d(4, 3, 2, stride=2)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.experts = nn.Parameter(torch.randn(3, 6, 4) / 3)
+        self.last = nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = self.up(self.conv(x).tanh()).flatten(2)[:, :, :6]
+        x = self.attention(x, x, x, need_weights=False)[0]
+        x = torch.bmm(x.transpose(0, 1), self.experts).transpose(0, 1)
+        return self.last(x.tanh().mean(1))
+
+
+def test_every_kind_of_matrix_has_the_input_factor_of_the_other_scalings():
+    x, y = torch.randn(12, 2, 4, 4), torch.arange(12) % 5
+    found = {}
+    for scaling in ("adam", "spectral"):
+        compiled, opt = make(EveryKind(), scaling=scaling, lr=0.0)
+        F.cross_entropy(compiled(x), y).backward()
+        opt.step()
+        found[scaling] = opt.factors
+    assert set(found["spectral"]) == set(found["adam"]) >= {"conv", "up", "experts", "last"}
+    for name, factors in found["spectral"].items():
+        torch.testing.assert_close(factors.omega, found["adam"][name].omega)
+
+
+def test_every_emission_of_a_matrix_has_its_input_statistic():
+    others = {emission.emit_embedding_factors, emission.emit_scale_shift_factors}
+    assert set(INPUT_FACTORS) == set(emission.EMISSIONS) - others
 
 
 def test_statistics_wait_for_the_backward_pass():
