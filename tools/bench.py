@@ -6,7 +6,9 @@ import typer
 
 from kfc_fx.tools.bench_kernels import kernels
 from kfc_fx.tools.bench_step import step
+from kfc_fx.tools.race import train
 
-app = typer.Typer(help="Measure kernels and training steps.", no_args_is_help=True)
+app = typer.Typer(help="Measure kernels, training steps and whole training runs.", no_args_is_help=True)
 app.command()(kernels)
 app.command()(step)
+app.command()(train)

@@ -1,0 +1,266 @@
+"""``kfc-fx bench train``: KFC against the optimizers in use, in steps and in seconds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from kfc_fx.tools import data as data_sets
+from kfc_fx.tools import race_tasks
+from kfc_fx.tools.failures import CommandError, import_extra, one_line_failures
+from kfc_fx.tools.race_costs import measure_costs
+from kfc_fx.tools.race_optimizers import CENTRES, ENTRANTS, check_entrants, title
+from kfc_fx.tools.race_processes import Workers, workers
+from kfc_fx.tools.race_report import write_report
+from kfc_fx.tools.race_results import ResultsFile, RunResult, RunSpec
+from kfc_fx.tools.race_search import Entry, SearchSpec, next_runs
+from kfc_fx.tools.race_tasks import TASKS, CellSpec, RaceData, TaskSpec, entrants_of, find_task
+from kfc_fx.tools.terminal import output_console
+
+INTERRUPTED_EXIT_CODE = 130
+RESULTS = Path("benchmarks/train.json")
+QUICK_RESULTS = Path("benchmarks/train-quick.json")
+QUICK_SEARCH = SearchSpec(rates=2, widenings=0, seeds=1)
+QUICK_SHARE = 2  # of a cell's steps
+DEFAULT_CENTRE = 0.01
+
+
+@dataclass(frozen=True)
+class RaceSettings:
+    """The checked choices of one ``kfc-fx bench train``."""
+
+    cells: tuple[tuple[TaskSpec, CellSpec], ...]
+    optimizers: tuple[str, ...]
+    data_dir: Path
+    search: SearchSpec
+    workers: int
+    threads: int
+    cost_rounds: int
+
+    def entrants(self, cell: CellSpec) -> tuple[str, ...]:
+        """Who takes part in a cell."""
+        return entrants_of(cell, self.optimizers)
+
+    def load(self, task: TaskSpec) -> RaceData:
+        """The data of a task."""
+        return race_tasks.load(task.data, self.data_dir)
+
+    def entries(self) -> Iterator[Entry]:
+        """Every optimizer in every cell, the cells in the order of their weight."""
+        for task, cell in self.cells:
+            for name in self.entrants(cell):
+                yield Entry(task.name, cell.batch_size, cell.steps, name)
+
+
+def train(
+    data_dir: Annotated[
+        Path, typer.Option(help="Folder of the data; tasks without data there are skipped.")
+    ] = data_sets.DEFAULT_FOLDER,
+    tasks: Annotated[
+        str, typer.Option(help=f"Of {', '.join(TASKS)}, separated by commas; by default all.")
+    ] = "",
+    batch_sizes: Annotated[
+        str, typer.Option(help="Of the tasks' own, separated by commas; by default all.")
+    ] = "",
+    optimizers: Annotated[
+        str, typer.Option(help=f"Of {', '.join(ENTRANTS)}, separated by commas; by default all.")
+    ] = "",
+    rates: Annotated[
+        int | None, typer.Option(min=2, help="Learning rates that each grid begins with.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Runs of the best rate.")] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(help=f"File of all runs; one that is there is gone on with. [{RESULTS}]"),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Ten minutes: one batch size, two rates, one seed.")
+    ] = False,
+    costs_only: Annotated[
+        bool, typer.Option("--costs-only", help="Measure only what a step costs; train nothing.")
+    ] = False,
+    no_costs: Annotated[bool, typer.Option("--no-costs", help="Measure no step costs.")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Draw tables and plots from the file alone.")
+    ] = False,
+    worker_count: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Runs at a time; by default one a core.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Of each run.")] = 1,
+    cost_rounds: Annotated[int, typer.Option(min=2, help="Turns that step costs take.")] = 3,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Tune every optimizer alike on every task, then compare steps, seconds, memory.
+
+    Each gets the same grid of learning rates around its own centre, widened where the best is
+    at an edge, and two more seeds of the best. Every run is kept as it ends: stop by Ctrl-C,
+    start again, and it goes on. Seconds are compared by step costs, which all optimizers of a
+    cell measure in turns; --costs-only repeats that on a quiet machine.
+    """
+    with one_line_failures(debug=debug):
+        import_extra("matplotlib.figure", "the report")
+        path = results or (QUICK_RESULTS if quick else RESULTS)
+        if report and not path.is_file():
+            raise CommandError(f"--report: no file {path} (name it by --results)")
+        file = ResultsFile(path)
+        console = output_console()
+        if not report:
+            names = _names(optimizers) or ENTRANTS
+            check_entrants(names)
+            settings = RaceSettings(
+                cells=tuple(
+                    _with_data(chosen_cells(tasks, batch_sizes, quick=quick), data_dir, console)
+                ),
+                optimizers=names,
+                data_dir=data_dir,
+                search=_search(quick, rates, seeds),
+                workers=worker_count or max(1, (os.cpu_count() or 1) // threads),
+                threads=threads,
+                cost_rounds=cost_rounds,
+            )
+            if not _race(settings, file, console, costs_only=costs_only, no_costs=no_costs):
+                raise typer.Exit(INTERRUPTED_EXIT_CODE)
+        write_report(file, console)
+
+
+def chosen_cells(
+    tasks: str, batch_sizes: str, *, quick: bool = False
+) -> list[tuple[TaskSpec, CellSpec]]:
+    """The cells that the options name: first those that everyone takes part in.
+
+    Raises:
+        CommandError: an unknown task, or a batch size that none of the tasks has.
+    """
+    chosen = [find_task(name) for name in _names(tasks) or tuple(TASKS)]
+    sizes = _sizes(batch_sizes)
+    cells = [
+        (task, _shortened(cell) if quick else cell)
+        for task in chosen
+        for cell in task.cells
+        if (cell.batch_size in sizes if sizes else cell.everyone or not quick)
+    ]
+    if not cells:
+        known = sorted({cell.batch_size for task in chosen for cell in task.cells})
+        raise CommandError(f"--batch-sizes {batch_sizes}: there are {', '.join(map(str, known))}")
+    return sorted(cells, key=lambda cell: not cell[1].everyone)
+
+
+def run_all(
+    entries: Sequence[Entry], search: SearchSpec, file: ResultsFile, crew: Workers, console: Console
+) -> None:
+    """Make every run that is missing, as many at a time as there are workers."""
+    while True:
+        due = _due(entries, search, file, crew.active)
+        while due and not crew.full:
+            spec = due.pop(0)
+            crew.start(spec, find_task(spec.task))
+        if not crew.active:
+            return
+        result = crew.next_finished()
+        file.add_run(result)
+        console.print(_line(result))
+
+
+def _due(
+    entries: Sequence[Entry], search: SearchSpec, file: ResultsFile, active: set[RunSpec]
+) -> list[RunSpec]:
+    return [
+        spec
+        for entry in entries
+        for spec in next_runs(
+            entry, CENTRES.get(entry.optimizer, DEFAULT_CENTRE), search, file.runs
+        )
+        if spec not in active
+    ]
+
+
+def _race(
+    settings: RaceSettings,
+    file: ResultsFile,
+    console: Console,
+    *,
+    costs_only: bool,
+    no_costs: bool,
+) -> bool:
+    """False where Ctrl-C ended it early; the file has what was finished."""
+    try:
+        if not costs_only:
+            with workers(settings.workers, settings.threads, settings.load) as crew:
+                run_all(list(settings.entries()), settings.search, file, crew, console)
+        if not no_costs:
+            _costs(settings, file, console, repeat=costs_only)
+    except KeyboardInterrupt:
+        console.print("interrupted: the same command goes on", style="yellow")
+        return False
+    return True
+
+
+def _costs(settings: RaceSettings, file: ResultsFile, console: Console, *, repeat: bool) -> None:
+    known = {(cost.task, cost.batch_size, cost.optimizer) for cost in file.costs}
+    torch.set_num_threads(settings.threads)
+    for task, cell in settings.cells:
+        names = settings.entrants(cell)
+        if not repeat and all((task.name, cell.batch_size, name) in known for name in names):
+            continue
+        data = settings.load(task)
+        costs = measure_costs(task, cell.batch_size, names, data, settings.cost_rounds)
+        file.add_costs(costs)
+        shown = ", ".join(f"{title(cost.optimizer)} {cost.mean:.2f}" for cost in costs)
+        console.print(f"{task.name} {cell.batch_size}: steps in SGD steps: {shown}")
+
+
+def _with_data(
+    cells: Sequence[tuple[TaskSpec, CellSpec]], folder: Path, console: Console
+) -> Iterator[tuple[TaskSpec, CellSpec]]:
+    """The cells whose data is there; the others are named.
+
+    Raises:
+        CommandError: there is no data for any.
+    """
+    missing: dict[str, str] = {}
+    for task in {task.name: task for task, _ in cells}.values():
+        try:
+            race_tasks.load(task.data, folder)
+        except CommandError as error:
+            missing[task.name] = str(error)
+            console.print(f"{task.name} is skipped: {error}", style="yellow")
+    if len(missing) == len({task.name for task, _ in cells}):
+        raise CommandError(f"no task has its data: {'; '.join(dict.fromkeys(missing.values()))}")
+    yield from (cell for cell in cells if cell[0].name not in missing)
+
+
+def _search(quick: bool, rates: int | None, seeds: int | None) -> SearchSpec:
+    search = QUICK_SEARCH if quick else SearchSpec()
+    return replace(search, rates=rates or search.rates, seeds=seeds or search.seeds)
+
+
+def _shortened(cell: CellSpec) -> CellSpec:
+    return replace(cell, steps=cell.steps // QUICK_SHARE)
+
+
+def _names(option: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in option.split(",") if name.strip()))
+
+
+def _sizes(option: str) -> set[int]:
+    try:
+        return {int(size) for size in _names(option)}
+    except ValueError:
+        raise CommandError(f"--batch-sizes {option!r}: write them as 128,512") from None
+
+
+def _line(result: RunResult) -> str:
+    spec = result.spec
+    end = "diverged" if result.diverged else f"loss {result.final_loss:.4g}"
+    accuracy = "" if result.test_accuracy is None else f", accuracy {result.test_accuracy:.1%}"
+    return (
+        f"{spec.task} {spec.batch_size}: {title(spec.optimizer)}, rate {spec.lr:g}, seed "
+        f"{spec.seed}: {end}{accuracy}, {sum(result.seconds):.0f} s"
+    )

@@ -1,0 +1,129 @@
+"""Training runs in processes of their own, several at a time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import astuple
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+
+from kfc_fx.tools.failures import CommandError
+from kfc_fx.tools.race_results import RunResult, RunSpec
+from kfc_fx.tools.race_run import train
+from kfc_fx.tools.race_tasks import Examples, RaceData, TaskSpec
+
+# A process that was forked from one which has computed gradients cannot compute any.
+CONTEXT = multiprocessing.get_context("forkserver")
+PRELOAD = ["kfc_fx.tools.race_run"]
+
+LoadData = Callable[[TaskSpec], RaceData]
+
+
+class DataFiles:
+    """The data of every task, prepared once and read by each process from a file."""
+
+    def __init__(self, folder: Path, load: LoadData) -> None:
+        self._folder, self._load = folder, load
+
+    def path(self, task: TaskSpec) -> Path:
+        """The file for ``task``, written at the first call."""
+        path = self._folder / f"{task.data}.pt"
+        if not path.exists():
+            data = self._load(task)
+            torch.save((data.title, _tensors(data.train), _tensors(data.test)), path)
+        return path
+
+
+def _tensors(examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tensors themselves: ``dataclasses.astuple`` would copy them, and part views."""
+    return examples.inputs, examples.targets
+
+
+def read_data(path: Path) -> RaceData:
+    """What :class:`DataFiles` wrote."""
+    title, train_set, test_set = torch.load(path, weights_only=True)
+    return RaceData(title, Examples(*train_set), Examples(*test_set))
+
+
+class Workers:
+    """Up to ``count`` runs at a time, each on ``threads`` threads."""
+
+    def __init__(self, count: int, threads: int, files: DataFiles) -> None:
+        self._count, self._threads, self._files = count, threads, files
+        self._active: dict[Connection, tuple[RunSpec, BaseProcess]] = {}
+        CONTEXT.set_forkserver_preload(PRELOAD)
+
+    @property
+    def active(self) -> set[RunSpec]:
+        """The runs that are on their way."""
+        return {spec for spec, _ in self._active.values()}
+
+    @property
+    def full(self) -> bool:
+        return len(self._active) >= self._count
+
+    def start(self, spec: RunSpec, task: TaskSpec) -> None:
+        """Start a run; only where not :attr:`full`."""
+        receiver, sender = CONTEXT.Pipe(duplex=False)
+        path = self._files.path(task)
+        process = CONTEXT.Process(
+            target=_work, args=(sender, spec, path, self._threads, self._count), daemon=True
+        )
+        process.start()
+        sender.close()
+        self._active[receiver] = (spec, process)
+
+    def next_finished(self) -> RunResult:
+        """Wait for one run.
+
+        Raises:
+            CommandError: its process failed.
+        """
+        receiver = wait(list(self._active))[0]
+        assert isinstance(receiver, Connection)
+        spec, process = self._active.pop(receiver)
+        try:
+            answer = receiver.recv()
+        except EOFError:
+            answer = "its process ended (out of memory?)"
+        receiver.close()
+        process.join()
+        if isinstance(answer, RunResult):
+            return answer
+        raise CommandError(f"the run {astuple(spec)} failed: {answer}")
+
+    def stop(self) -> None:
+        """End what is on its way."""
+        for receiver, (_, process) in self._active.items():
+            process.terminate()
+            process.join()
+            receiver.close()
+        self._active.clear()
+
+
+@contextmanager
+def workers(count: int, threads: int, load: LoadData) -> Iterator[Workers]:
+    """Workers and their data files, both gone at the end."""
+    with tempfile.TemporaryDirectory(prefix="kfc-fx-race-") as folder:
+        made = Workers(count, threads, DataFiles(Path(folder), load))
+        try:
+            yield made
+        finally:
+            made.stop()
+
+
+def _work(sender: Connection, spec: RunSpec, path: Path, threads: int, count: int) -> None:
+    torch.set_num_threads(threads)
+    answer: RunResult | str
+    try:
+        answer = train(spec, read_data(path), workers=count)
+    except Exception as error:
+        answer = f"{type(error).__name__}: {error}"
+    sender.send(answer)
+    sender.close()

@@ -1,0 +1,175 @@
+"""One training run of ``kfc-fx bench train``."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kfc_fx.tools.race_optimizers import Entered, enter
+from kfc_fx.tools.race_results import RunResult, RunSpec
+from kfc_fx.tools.race_tasks import Examples, RaceData, TaskSpec, find_task
+from kfc_fx.tools.training_run import WARM_UP_STEPS, learning_rate_scale
+
+DIVERGED_FACTOR = 3.0
+EVALUATION_BATCH = 500
+PROCESS_STATUS = Path("/proc/self/status")
+CLEAR_PEAK = Path("/proc/self/clear_refs")
+
+
+def train(spec: RunSpec, data: RaceData, *, workers: int = 1) -> RunResult:
+    """Train from the parameters and in the order that ``spec.seed`` gives.
+
+    It is stopped, and counted as diverged, where the loss is not finite, or more than three
+    times that of the first step once the warm-up is over.
+
+    Args:
+        workers: runs that share the machine at the time, for the record.
+    """
+    task = find_task(spec.task)
+    memory_before = _reset_peak_memory()
+    entered = make(task, spec.optimizer, spec.lr, spec.seed, data, spec.batch_size)
+    losses, seconds, diverged = _loop(spec, task, data, entered)
+    peak = _memory("VmHWM")  # before the test set is looked at
+    tested = (None, None) if diverged else test(entered.network, task, data.test)
+    return RunResult(
+        spec=spec,
+        diverged=diverged,
+        losses=tuple(losses),
+        seconds=tuple(seconds),
+        capture_seconds=entered.capture_seconds,
+        test_loss=tested[0],
+        test_accuracy=tested[1],
+        peak_memory=None if peak is None or memory_before is None else peak - memory_before,
+        train_size=len(data.train),
+        threads=torch.get_num_threads(),
+        workers=workers,
+        versions=versions(),
+    )
+
+
+def make(
+    task: TaskSpec, optimizer: str, lr: float, seed: int, data: RaceData, batch_size: int
+) -> Entered:
+    """The task's network, freshly initialised, and the optimizer for it."""
+    torch.manual_seed(seed)
+    network = task.build()
+    example, _ = data.train.batch(slice(batch_size))
+    entered = enter(optimizer, network, task, lr, example)
+    # What sampling comes from after this must not depend on how many numbers were drawn so far.
+    torch.manual_seed(seed)
+    return entered
+
+
+def take_step(entered: Entered, task: TaskSpec, inputs: Tensor, targets: Tensor) -> float:
+    """Forward, backward and update; the loss from before the update."""
+    loss = task.loss(entered.network(inputs), targets)
+    loss.backward()
+    for optimizer in entered.optimizers:
+        optimizer.step()
+    for optimizer in entered.optimizers:
+        optimizer.zero_grad()
+    return loss.item()
+
+
+def batches(examples: Examples, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches without end, in an order that is drawn anew every epoch; the last batch of an
+    epoch that is not full is left out.
+
+    Raises:
+        ValueError: there are fewer examples than one batch takes.
+    """
+    if len(examples) < batch_size:
+        raise ValueError(f"{len(examples)} examples are fewer than a batch of {batch_size}")
+    order = torch.Generator().manual_seed(seed)
+    whole = len(examples) // batch_size * batch_size
+    while True:
+        for rows in torch.randperm(len(examples), generator=order)[:whole].split(batch_size):
+            yield examples.batch(rows)
+
+
+@torch.no_grad()
+def test(network: nn.Module, task: TaskSpec, examples: Examples) -> tuple[float, float | None]:
+    """Mean loss over ``examples`` and, where that is the task's metric, the accuracy."""
+    network.eval()
+    loss = correct = 0.0
+    for start in range(0, len(examples), EVALUATION_BATCH):
+        inputs, targets = examples.batch(slice(start, start + EVALUATION_BATCH))
+        outputs = network(inputs)
+        loss += task.loss(outputs, targets).item() * len(targets)
+        if task.metric == "accuracy":
+            correct += int((outputs.argmax(-1) == targets).sum())
+    network.train()
+    accuracy = correct / len(examples) if task.metric == "accuracy" else None
+    return loss / len(examples), accuracy
+
+
+def versions() -> dict[str, str]:
+    """Of what the figures depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "kfc_fx", "heavyball"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def _loop(
+    spec: RunSpec, task: TaskSpec, data: RaceData, entered: Entered
+) -> tuple[list[float | None], list[float], bool]:
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_scale(step, spec.steps)
+        )
+        for optimizer in entered.optimizers
+    ]
+    losses: list[float | None] = []
+    seconds: list[float] = []
+    source = batches(data.train, spec.batch_size, spec.seed)
+    for step in range(spec.steps):
+        inputs, targets = next(source)
+        started = time.perf_counter()
+        try:
+            loss = take_step(entered, task, inputs, targets)
+        except torch.linalg.LinAlgError:  # of a rival's factor that has overflowed
+            loss = math.nan
+        seconds.append(time.perf_counter() - started)
+        losses.append(loss if math.isfinite(loss) else None)
+        if _has_diverged(losses, step):
+            return losses, seconds, True
+        for schedule in schedules:
+            schedule.step()
+    return losses, seconds, False
+
+
+def _has_diverged(losses: list[float | None], step: int) -> bool:
+    first, last = losses[0], losses[-1]
+    if first is None or last is None:
+        return True
+    return step >= WARM_UP_STEPS and last > DIVERGED_FACTOR * first
+
+
+def _reset_peak_memory() -> int | None:
+    """Forget the process's peak so far; its memory now, ``None`` where it cannot be had."""
+    try:
+        CLEAR_PEAK.write_text("5", encoding="ascii")
+    except OSError:
+        return None
+    return _memory("VmRSS")
+
+
+def _memory(field: str) -> int | None:
+    """A field of Linux's process status, in bytes."""
+    try:
+        lines = PROCESS_STATUS.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
+    return int(found[0]) * 1024 if found else None
