@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
 import kfc_fx
+from kfc_fx.tools.cli import app
 from tests.networks import first_factors, losses
 from tests.oracle import batched_factors, categorical_cotangent
 
@@ -288,3 +291,27 @@ def test_other_products_are_generic_with_their_use(name):
     assert not plan.blocks
     (generic,) = plan.generic
     assert generic.reason.startswith("used by node ")
+
+
+class TwoProducts(nn.Module):
+    """What ``kfc-fx inspect`` is shown: experts and an ensemble, for tokens ``[N, 3, 2, 4]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts, self.ensemble = Experts(True, 0), Ensemble(None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts(x) + self.ensemble(x)
+
+
+def test_inspect_counts_them():
+    pytest.importorskip("transformers.integrations.moe")
+    target = "tests.test_batched_linear:TwoProducts"
+    result = CliRunner().invoke(app, ["inspect", target, "--input", "6x3x2x4", "--view", "json"])
+    assert result.exit_code == 0, result.output
+    blocks = {block["name"]: block for block in json.loads(result.stdout)["blocks"]}
+    routed, stacked = blocks["experts.product"], blocks["ensemble"]
+    assert (routed["kind"], routed["groups"], routed["method"]) == ("batched_linear", E, "row")
+    assert routed["flops"] == 2 * (N * E * 2) * (C**2 + R**2)
+    assert (stacked["columns"], stacked["groups"]) == (C + 1, E)
+    assert stacked["flops"] == 2 * N * E * (C**2 + R**2)

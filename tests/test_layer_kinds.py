@@ -278,3 +278,29 @@ def test_wrong_weight_sharing_is_refused():
         kfc_fx.OptionError, match=r"no linear block matches 'layer\*'; the nearest name is"
     ):
         compiled.trace(torch.randn(6, 2, 4).double())
+
+
+class Sizes(nn.Module):
+    """Layers over 1, over 20 and over 5 locations of an image ``[N, 2, 5, 4]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.up = nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Linear(4, 4)
+        self.transposed = nn.ConvTranspose2d(3, 2, 2, stride=2, bias=False)
+        self.head = nn.Linear(40 * 4, 5)
+
+    def forward(self, x):
+        x = self.up(self.norm(self.conv(x)))
+        return self.head(self.transposed(x).flatten(1))
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_the_plan_says_which_factors_grow_with_the_locations(sharing):
+    plan = kfc_fx.compile(Sizes(), weight_sharing=sharing).trace(torch.randn(6, 2, 5, 4))
+    found = {block.name: block.locations for block in plan.blocks}
+    assert found == {"conv": 20, "norm": 20, "up": 15, "transposed": 20, "head": 1}
+    growing = {block.name for block in plan.blocks if block.grows_with_locations}
+    assert growing == {"conv", "transposed"} | ({"up"} if sharing == "expand" else set())
+    assert "conv: conv2d, Ω 3², Γ 3², Ω over 20 locations" in str(plan)
+    assert ("up: linear, Ω 5², Γ 4², reduce" in str(plan)) == (sharing == "reduce")
+    assert "locations" not in str(plan).splitlines()[-1]

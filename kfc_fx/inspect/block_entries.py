@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from kfc_fx.capture.graph import CapturedGraph
 from kfc_fx.codegen.layout import StackSpec
 from kfc_fx.inspect.costs import SiteCost, site_costs
 from kfc_fx.inspect.inspection import Inspection
 from kfc_fx.inspect.methods import OpCall
-from kfc_fx.inspect.nodes import shape_of
 from kfc_fx.inspect.update_costs import factor_bytes, state_bytes
 from kfc_fx.plan.forms import DENSE_LIMIT, FactorForms
 from kfc_fx.plan.geometry import ConvGeometry
-from kfc_fx.plan.spec import FACTOR_LIMIT, BlockSpec, SiteSpec
+from kfc_fx.plan.spec import FACTOR_LIMIT, BlockSpec
 
 WITHOUT_OPS = {"embedding": "counts", "scale_shift": "moments"}
 """Method of kinds whose Ω takes no statistics op; those of diagonal factors are squares."""
@@ -23,7 +21,6 @@ WITHOUT_OPS = {"embedding": "counts", "scale_shift": "moments"}
 def block_entries(inspection: Inspection) -> list[dict[str, Any]]:
     """One entry for each block, in the order of the plan."""
     costs = [cost for graph in inspection.graphs for cost in site_costs(graph)]
-    locations = _locations(inspection.graphs)
     stacks = {b.name: stack for stack in _stacks(inspection) for b in stack.blocks}
     return [
         _entry(
@@ -31,7 +28,6 @@ def block_entries(inspection: Inspection) -> list[dict[str, Any]]:
             block,
             stacks[block.name],
             [cost for cost in costs if cost.block == block.name],
-            locations.get(block.weight, 0),
         )
         for block in inspection.plan.blocks
     ]
@@ -46,7 +42,6 @@ def _entry(
     block: BlockSpec,
     stack: StackSpec,
     costs: Sequence[SiteCost],
-    locations: int,
 ) -> dict[str, Any]:
     assert inspection.spec is not None
     calls = [call for cost in costs for call in cost.calls]
@@ -60,7 +55,8 @@ def _entry(
         "groups": block.groups,
         "rows": block.rows,
         "columns": block.columns,
-        "locations": locations,
+        "locations": block.locations,
+        "grows_with_locations": block.grows_with_locations,
         "geometry": geometry_text(block.geometry),
         "form": form_text(block, stack.forms),
         "method": method,
@@ -135,34 +131,6 @@ def geometry_text(geometry: ConvGeometry) -> str:
 def _sizes(values: Sequence[Any], *, always: bool = False) -> str:
     same = len(set(values)) == 1 and not always
     return str(values[0]) if same else "x".join(map(str, values))
-
-
-def _locations(graphs: Sequence[CapturedGraph]) -> Mapping[str, int]:
-    """Weight to |T|, the locations at which it is applied to one example, of its first site."""
-    found: dict[str, int] = {}
-    for graph in graphs:
-        nodes = {node.name: node for node in graph.stages[0].module.graph.nodes}
-        canonical = {node.name: node for node in graph.stages[1].module.graph.nodes}
-        for site in graph.uses.sites:
-            counted = site.input_node if site.transposed_conv else site.node
-            shape = shape_of(canonical.get(counted) or nodes[counted])
-            if shape and site.weight not in found:
-                found[site.weight] = _locations_of(site, shape)
-    return found
-
-
-def _locations_of(site: SiteSpec, shape: tuple[int, ...]) -> int:
-    """Of a tensor ``[N, C, *spatial]``, ``[N, ..., C]``, or a norm's, whichever kind it is."""
-    total = 1
-    if site.kind.startswith("conv"):
-        spatial = shape[-site.geometry.ndim :]
-    elif site.kind == "scale_shift" and site.norm and site.norm.norm in ("batch", "group"):
-        spatial = shape[2:]
-    else:
-        spatial = shape[1:-1]
-    for size in spatial:
-        total *= size
-    return total
 
 
 def generic_entries(inspection: Inspection) -> list[dict[str, Any]]:

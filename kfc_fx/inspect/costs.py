@@ -18,9 +18,10 @@ from torch.utils import _pytree as pytree
 from kfc_fx.capture.graph import CapturedGraph
 from kfc_fx.inspect.counting import Work, WorkCounter
 from kfc_fx.inspect.methods import OpCall, StatisticsObserver, counted_call
-from kfc_fx.inspect.nodes import concrete, example_of, shape_of
+from kfc_fx.inspect.nodes import example_of, shape_of
 from kfc_fx.ops.emission import EMISSIONS, fisher_pass
 from kfc_fx.ops.input_factors import INPUT_FACTORS
+from kfc_fx.plan.locations import concrete
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ class StatisticsObserver:
             {
                 ops.patch_gram.default: self._patch_gram,
                 ops.row_gram.default: self._row_gram,
+                ops.grouped_row_gram.default: self._grouped_row_gram,
                 ops.separable_gram.default: self._separable_gram,
             }
         )
@@ -78,6 +79,12 @@ class StatisticsObserver:
     def _row_gram(self, x: Tensor, bias: bool) -> Tensor:
         self._note("row_gram", x, 1, "row", "rows are multiplied where they lie")
         return cpu_row_gram.row_gram(x, bias=bias)
+
+    def _grouped_row_gram(self, x: Tensor, ends: Tensor, bias: bool) -> Tensor:
+        self._note("grouped_row_gram", x, 1, "row", "each group's rows where they lie")
+        # Which group a row is of is data; however they are divided, the work is the same.
+        parts = x.tensor_split(len(ends))
+        return torch.stack([cpu_row_gram.row_gram(part, bias=bias) for part in parts])
 
     def _separable_gram(self, x: Tensor, numbers: list[int]) -> tuple[Tensor, Tensor]:
         geometry = decoded(numbers)

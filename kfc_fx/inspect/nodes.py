@@ -7,11 +7,10 @@ import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, fx
 
+from kfc_fx.plan.locations import concrete
 from kfc_fx.plan.match import module_path
 
 FRAME = re.compile(r'File "([^"]+)", line (\d+)')
@@ -22,13 +21,6 @@ NOT_THE_MODEL = ("torch/", "kfc_fx/")
 def example_of(node: fx.Node) -> object:
     """The fake value that a node has, if it is known."""
     return node.meta.get("example_value", node.meta.get("val"))
-
-
-def concrete(size: Any) -> int:
-    """A size as a number: of a dynamic one, what the inputs of the capture had."""
-    if isinstance(size, torch.SymInt):
-        return int(size.node.hint)  # type: ignore[arg-type]
-    return int(size)
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:

@@ -13,7 +13,7 @@ from kfc_fx.inspect.quantities import bytes_text, count_text
 from kfc_fx.inspect.summary_view import NUMERIC, plain_table, side_text
 
 COLUMNS = (
-    *("block", "kind", "geometry", "|T|", "Ω", "Γ", "form", "method"),
+    *("block", "kind", "geometry", "|T|", "Ω", "Γ", "Ω grows with", "form", "method"),
     *("stack", "bytes", "FLOPs", "why"),
 )
 
@@ -46,6 +46,7 @@ def _blocks(document: Mapping[str, Any]) -> Table:
             str(block["locations"]),
             side_text(block["columns"], block["groups"]),
             side_text(block["rows"], block["groups"]),
+            "|T|" if block["grows_with_locations"] else "",
             block["form"],
             block["method"],
             block["stack"],

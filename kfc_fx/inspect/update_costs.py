@@ -60,7 +60,7 @@ def update_work(
     """
     without_data = {name: torch.empty_like(p, device="meta") for name, p in parameters.items()}
     stacks = tuple(replace(stack, device="meta") for stack in spec.stacks)
-    engine = UpdateEngine(replace(spec, stacks=stacks), SavedState({}, {}, {}), without_data)
+    engine = UpdateEngine(replace(spec, stacks=stacks), SavedState.empty(), without_data)
     counter = WorkCounter()
     statistics = _statistics(engine.spec)
     accumulate = counted_call(counter, lambda: engine.accumulate(statistics))

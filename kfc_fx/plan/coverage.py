@@ -171,6 +171,7 @@ def _block(
         uses=uses,
         inputs_first=own[0].inputs_first,
         projections=1 if batched else _projections(spec, own),
+        locations=own[0].locations,
         added_bias=batched and bias is not None and len(specs[bias].shape) == 3,
     )
 

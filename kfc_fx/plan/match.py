@@ -11,6 +11,7 @@ from torch.fx.node import map_arg
 
 from kfc_fx.plan.batched_calls import batched_calls, entry_of
 from kfc_fx.plan.layer_calls import LayerCall, layer_call
+from kfc_fx.plan.locations import locations_of
 from kfc_fx.plan.spec import GraphUses, SiteSpec, UnmatchedUse
 from kfc_fx.plan.weight_views import WeightView, dimensions, is_view, shape_of, weight_view
 
@@ -172,6 +173,7 @@ def _site(node: fx.Node, call: LayerCall, parameters: Mapping[str, str]) -> Site
         rows=weight.rows,
         packed=call.packed,
         batch=call.batch,
+        locations=locations_of(node, call),
     )
 
 

@@ -91,6 +91,8 @@ class SiteSpec:
     """How many projections the rows of the whole weight are known to hold."""
     batch: BatchSpec | None = None
     """Of a batched linear map: how its entries lie in its operands."""
+    locations: int = 0
+    """|T| with the inputs of the capture; 0 where that is not known."""
 
     @property
     def transposed_conv(self) -> bool:
@@ -152,6 +154,8 @@ class BlockSpec:
     """Of a batched linear map: whether its bias is ``[E, 1, C_out]``, as ``baddbmm`` adds it."""
     sharing: Literal["expand", "reduce"] = "expand"
     """Of a linear layer: how its factors treat the locations that share the weight."""
+    locations: int = 0
+    """|T| of its first site with the inputs of the capture; 0 where that is not known."""
 
     @property
     def groups(self) -> int:
@@ -162,6 +166,12 @@ class BlockSpec:
         if self.kind == "batched_linear":
             return self.weight_shape[0]
         return self.geometry.groups * self.projections
+
+    @property
+    def grows_with_locations(self) -> bool:
+        """Whether Ω is a sum over several locations, so that it grows with their number: images or
+        texts of another size, which change |T|, change its scale."""
+        return self.kind != "scale_shift" and self.sharing == "expand" and self.locations > 1
 
     @property
     def rows(self) -> int:
@@ -265,7 +275,8 @@ class CurvaturePlan:
             omega = f"Ω {b.columns}" + (" diagonal" if b.has_diagonal_input else "²")
             gamma = f"Γ {b.rows}" + (" diagonal" if b.has_diagonal_output else "²")
             sides = f"{omega}, {gamma}"
-            lines.append(f"  block    {b.name}: {b.kind}, {sides}{times}{uses}{shared}")
+            grows = f", Ω over {b.locations} locations" if b.grows_with_locations else ""
+            lines.append(f"  block    {b.name}: {b.kind}, {sides}{times}{uses}{shared}{grows}")
         lines += [f"  generic  {g.name} {list(g.shape)}: {g.reason}" for g in self.generic]
         lines += [f"  frozen   {name}" for name in self.frozen]
         return "\n".join(lines)
@@ -273,13 +284,14 @@ class CurvaturePlan:
     def _repr_html_(self) -> str:
         """The account as a table, for notebooks."""
         rows: list[tuple[object, ...]] = [
-            (b.name or "(root)", b.kind, f"{b.columns}²", f"{b.rows}²", b.groups, "")
+            (b.name or "(root)", b.kind, b.locations, f"{b.columns}²", f"{b.rows}²", b.groups, "")
             for b in self.blocks
         ]
-        rows += [(g.name, "generic", "", "", "", g.reason) for g in self.generic]
-        rows += [(name, "frozen", "", "", "", "") for name in self.frozen]
+        rows += [(g.name, "generic", "", "", "", "", g.reason) for g in self.generic]
+        rows += [(name, "frozen", "", "", "", "", "") for name in self.frozen]
         caption = (
             f"{len(self.blocks)} blocks, {len(self.generic)} generic parameters, "
             f"{len(self.frozen)} frozen"
         )
-        return table_html(caption, ("layer", "kind", "Ω", "Γ", "groups", "reason"), rows)
+        header = ("layer", "kind", "|T|", "Ω", "Γ", "groups", "reason")
+        return table_html(caption, header, rows)

@@ -150,6 +150,7 @@ class _Network:
                 "rows": rows,
                 "columns": columns,
                 "locations": 256,
+                "grows_with_locations": True,
                 "geometry": "3x3, stride 1",
                 "form": "dense",
                 "method": "structured",

@@ -1,0 +1,52 @@
+"""|T|: at how many locations a layer is applied to one example."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from kfc_fx.plan.layer_calls import CONVOLUTIONS, LayerCall
+
+
+def concrete(size: Any) -> int:
+    """A size as a number: of a dynamic one, what the inputs of the capture had.
+
+    Raises:
+        ValueError: the size is of data, so that the capture had none.
+    """
+    if isinstance(size, torch.SymInt):
+        if size.node.hint is None:
+            raise ValueError(f"size {size} is known only when the graph runs")
+        return int(size.node.hint)
+    return int(size)
+
+
+def locations_of(node: fx.Node, call: LayerCall) -> int:
+    """|T| of a layer's call with the inputs of the capture; 0 where that is not known.
+
+    Of ``[N, C, *spatial]``, ``[N, ..., C]``, and of a batched linear map ``[N, ...]`` besides its
+    axes of entry and row. Examples and locations that share one axis are taken for examples.
+    """
+    transposed = CONVOLUTIONS.get(node.target, "").startswith("conv_transpose")
+    counted = call.x if transposed else node
+    value = counted.meta.get("example_value") if isinstance(counted, fx.Node) else None
+    if not isinstance(value, Tensor):
+        return 0
+    try:
+        return prod(map(concrete, _axes_of_locations(tuple(value.shape), call)))
+    except ValueError:
+        return 0
+
+
+def _axes_of_locations(shape: tuple[Any, ...], call: LayerCall) -> tuple[Any, ...]:
+    if call.geometry.ndim:
+        return shape[-call.geometry.ndim :]
+    if call.norm and call.norm.norm in ("batch", "group"):
+        return shape[2:]
+    if call.batch:
+        taken = {axis % len(shape) for axis in call.batch.outputs if axis is not None}
+        return tuple(size for axis, size in enumerate(shape) if axis not in taken)[1:]
+    return shape[1:-1]
