@@ -36,7 +36,7 @@ class Binding:
         self._options = options
         self._engine: UpdateEngine | None = None
         self._key: object = None
-        self._loaded = SavedState({}, {}, {})
+        self._loaded = SavedState.empty()
         self._rates: tuple[object, dict[str, Any]] = (None, {})
 
     def by_name(self, groups: Sequence[Group]) -> dict[str, Group]:
@@ -59,7 +59,7 @@ class Binding:
             spec = update_spec(self._compiled, self._options, parameters, self.by_name(groups))
             if self._engine is None or self._engine.spec != spec:
                 self._engine = UpdateEngine(spec, self.saved(), parameters)
-                self._loaded = SavedState({}, {}, {})
+                self._loaded = SavedState.empty()
             self._key = key
         return self._engine
 
@@ -124,7 +124,7 @@ def update_spec(
         title=type(compiled.original).__name__,
         stacks=stack_blocks(list(choices), choices.__getitem__, placement),
         generic=tuple(
-            GenericParameter(name, tuple(p.shape))
+            GenericParameter(name, tuple(p.shape), _is_half(p))
             for name, p in parameters.items()
             if name in groups and name not in in_blocks and p.requires_grad
         ),
@@ -133,9 +133,18 @@ def update_spec(
         weight_decay=any(group["weight_decay"] for group in groups.values()),
         clip=options.clipping if scalings & set(VECTOR_RULES) else "none",
         average=options.average is not None,
+        masters=tuple(
+            name
+            for name, p in parameters.items()
+            if options.masters and name in groups and p.requires_grad and _is_half(p)
+        ),
         partial=False,
         orthogonal_iteration_from=ORTHOGONAL_ITERATION_FROM,
     )
+
+
+def _is_half(parameter: Tensor) -> bool:
+    return parameter.dtype in (torch.bfloat16, torch.float16)
 
 
 def _check_blocks(

@@ -94,6 +94,7 @@ class KFC(torch.optim.Optimizer):
         eps: float = 1e-8,
         generic: str | None = None,
         generic_lr_ratio: float | None = None,
+        masters: bool = False,
         blocks: Mapping[str, Mapping[str, Any]] | None = None,
         seed: int | None = None,
     ) -> None:
@@ -120,6 +121,7 @@ class KFC(torch.optim.Optimizer):
             eps=eps,
             generic=generic,  # type: ignore[arg-type]
             generic_lr_ratio=generic_lr_ratio,
+            masters=masters,
             blocks=blocks or {},
         )
         check_group({"lr": lr, "weight_decay": weight_decay})
@@ -209,6 +211,7 @@ class KFC(torch.optim.Optimizer):
                 "blocks": saved.blocks,
                 "generic": saved.generic,
                 "average": saved.average,
+                "masters": saved.masters,
                 "started": saved.started,
                 "counters": self.diagnostics.counters(),
                 "generators": self.compiled.recorder.generator_states(),
@@ -230,6 +233,7 @@ class KFC(torch.optim.Optimizer):
                 {name: dict(entry) for name, entry in kfc["blocks"].items()},
                 {name: dict(entry) for name, entry in kfc["generic"].items()},
                 dict(kfc["average"]),
+                dict(kfc["masters"]),
                 kfc["started"],
             )
         )

@@ -72,6 +72,7 @@ class KFCOptions:
     eps: float
     generic: GenericRule | None
     generic_lr_ratio: float | None
+    masters: bool
     blocks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

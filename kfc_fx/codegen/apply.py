@@ -124,6 +124,7 @@ def _arguments(update: UpdateGraph, spec: UpdateSpec) -> dict[str, Value]:
     names += ["active"] * spec.partial
     names += ["shrink"] * spec.weight_decay
     names += ["average_decay"] * spec.average
+    names += ["masters"] * bool(spec.masters)
     if spec.generic:
         names += ["generic_momentum"] * ("generic" in spec.momentum)
         names += ["step"] * (spec.generic_rule == "adamw" and "step" not in names)
@@ -134,17 +135,22 @@ def _finish(context: Context, steps: dict[str, Value]) -> UpdateGraph:
     """Generic parameters, decay, the step itself and the Polyak average; one call for each."""
     update, spec, arguments = context.update, context.spec, context.arguments
     generic = generic_steps(context) if spec.generic else None
-    parameters = arguments["parameters"]
+    written = {
+        name: arguments["masters" if name in spec.masters else "parameters"][name]
+        for name in spec.parameters
+    }
     update.section("the only writes to the parameters")
     if spec.weight_decay or spec.average:
-        named = [parameters[name] for name in spec.parameters]
-        everything = update.named_list("everything", named)
+        everything = update.named_list("everything", list(written.values()))
     if spec.weight_decay:
         update.effect(torch._foreach_mul_, everything, arguments["shrink"])
-    update.effect(torch._foreach_add_, [parameters[n] for n in steps], list(steps.values()))
+    update.effect(torch._foreach_add_, [written[n] for n in steps], list(steps.values()))
     if generic is not None:
         names = [parameter.name for parameter in spec.generic]
-        update.effect(torch._foreach_sub_, [parameters[name] for name in names], generic)
+        update.effect(torch._foreach_sub_, [written[name] for name in names], generic)
+    if spec.masters:
+        rounded = [arguments["parameters"][name] for name in spec.masters]
+        update.effect(torch._foreach_copy_, rounded, [written[name] for name in spec.masters])
     if spec.average:
         averaged = update.call(
             torch._foreach_lerp,

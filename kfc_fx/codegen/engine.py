@@ -13,6 +13,7 @@ from torch.profiler import record_function
 
 from kfc_fx.artifacts import record_artifact
 from kfc_fx.codegen.layout import StackSpec
+from kfc_fx.codegen.masters import MasterWeights
 from kfc_fx.codegen.options import UpdateSpec
 from kfc_fx.codegen.program import generate
 from kfc_fx.codegen.source import UpdateProgram
@@ -30,7 +31,13 @@ class SavedState:
     blocks: dict[str, dict[str, Tensor]]
     generic: dict[str, dict[str, Tensor]]
     average: dict[str, Tensor]
+    masters: dict[str, Tensor]
     started: bool = False
+
+    @classmethod
+    def empty(cls) -> SavedState:
+        """Nothing: where an optimizer starts."""
+        return cls({}, {}, {}, {})
 
 
 class UpdateEngine:
@@ -51,7 +58,11 @@ class UpdateEngine:
             name: {key: self._placed(name, value, wide=True) for key, value in entry.items()}
             for name, entry in saved.generic.items()
         }
-        self.average = {n: self._placed(n, v, wide=False) for n, v in saved.average.items()}
+        self.average = {
+            name: self._placed(name, value, wide=name in spec.masters)
+            for name, value in saved.average.items()
+        }
+        self._masters = MasterWeights(parameters, saved.masters)
         self._programs: dict[UpdateSpec, UpdateProgram] = {}
 
     @property
@@ -110,6 +121,7 @@ class UpdateEngine:
         program = self.program_for(spec)
         given = {**arguments, "parameters": self.parameters, "gradients": gradients}
         given["state"] = self.state | self._lists(spec)
+        given["masters"] = self._masters.of(spec.masters)
         given["lr"] = {
             **given["lr"],
             "generic": [given["lr"]["generic"][g.name] for g in spec.generic],
@@ -127,6 +139,7 @@ class UpdateEngine:
             given["nu"] = nu_of(views)
         with record_function("kfc_fx::apply"):
             result = self._call(program, "apply", given)
+        self._masters.note_written()
         return self._commit(spec, {**moments, **result})
 
     @contextmanager
@@ -156,6 +169,7 @@ class UpdateEngine:
                 for name, entry in self.generic.items()
             },
             {name: value.clone() for name, value in self.average.items()},
+            self._masters.saved(),
             self.started,
         )
 
@@ -192,7 +206,9 @@ class UpdateEngine:
         partial = any(p not in gradients for block in self.blocks for p in block.parameters)
         if len(generic) == len(self.spec.generic) and not partial:
             return self.spec
-        return replace(self.spec, generic=generic, partial=partial)
+        held = {g.name for g in generic} | {p for b in self.blocks for p in b.parameters}
+        masters = tuple(name for name in self.spec.masters if name in held)
+        return replace(self.spec, generic=generic, partial=partial, masters=masters)
 
     def _placed(self, name: str, value: Tensor, *, wide: bool) -> Tensor:
         """A state tensor on its parameter's device, in its dtype or, ``wide``, at least float32."""
@@ -219,7 +235,8 @@ class UpdateEngine:
                 }
         if spec.average:
             for name in spec.parameters:
-                self.average.setdefault(name, self.parameters[name].detach().clone())
+                own = self._placed(name, self.parameters[name], wide=name in spec.masters)
+                self.average.setdefault(name, own.clone())
         lists: dict[str, Any] = {
             name: [self.generic[p.name][name] for p in spec.generic] for name in GENERIC_STATE
         }

@@ -24,6 +24,10 @@ def generic_steps(context: Context) -> Value:
     rule = {"adamw": "AdamW", "sgd": "SGD"}[spec.generic_rule]
     update.section(f"{count} generic {'parameter' if count == 1 else 'parameters'}: {rule}")
     named = [arguments["gradients"][parameter.name] for parameter in spec.generic]
+    named = [
+        gradient.to(torch.float32) if parameter.converts else gradient
+        for gradient, parameter in zip(named, spec.generic, strict=True)
+    ]
     gradients = update.named_list("generic_gradients", named)
     direction = _adamw if spec.generic_rule == "adamw" else _sgd
     descent = direction(context, gradients)

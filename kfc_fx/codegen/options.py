@@ -17,6 +17,8 @@ class GenericParameter:
 
     name: str
     shape: tuple[int, ...]
+    converts: bool
+    """Whether it is in half precision, where its moments are in single precision."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class UpdateSpec:
     weight_decay: bool
     clip: Clip
     average: bool
+    masters: tuple[str, ...]
+    """Parameters in half precision that are updated through a copy in single precision."""
     partial: bool
     """Whether some block has no gradient in this step, so that updates must be masked."""
     orthogonal_iteration_from: int
