@@ -213,6 +213,29 @@ def _product(b: _Builder) -> None:
     b.channels = out
 
 
+def _batched_product(b: _Builder) -> None:
+    """A map for each of two entries, whose outputs are added, in one of its spellings."""
+    out, spelling = b.integer(1, MOST_CHANNELS), b.integer(0, 4)
+    first = spelling in (0, 1, 4)
+    shape = f"2, {b.channels}, {out}" if first else f"2, {out}, {b.channels}"
+    name = b.layer(f"nn.Parameter(torch.randn({shape}))")
+    bias = b.layer(f"nn.Parameter(torch.randn(2, 1, {out}))") if spelling == 4 else ""
+    b.apply("x = torch.stack([x, x.sin()], 1)")  # [N, 2, T, C] or [N, 2, C]
+    line = "...ec,eoc->...eo" if b.kind == "rows" else "netc,eoc->neto"
+    if spelling == 1 and b.kind == "tokens":
+        b.apply(f"x = x @ {name}")
+    elif spelling == 2 and b.kind == "tokens":
+        b.apply(f"x = x @ {name}.transpose(1, 2)")
+    elif spelling in (2, 3):
+        b.apply(f"x = torch.einsum('{line}', x, {name})")
+    else:
+        rows = "x.transpose(0, 1).flatten(1, -2)"
+        product = f"torch.baddbmm({bias}, {rows}, {name})" if bias else f"{rows}.bmm({name})"
+        b.apply(f"x = {product}.unflatten(1, (-1, *x.shape[2:-1])).transpose(0, 1)")
+    b.apply("x = x.sum(1)")
+    b.channels = out
+
+
 def _layer_norm(b: _Builder) -> None:
     kind = b.choose("LayerNorm", "RMSNorm")
     b.apply(f"x = {b.layer(f'nn.{kind}({b.channels})')}(x)")
@@ -268,6 +291,7 @@ STEPS: dict[str, tuple[Callable[[_Builder], None], ...]] = {
     "tokens": (
         _linear,
         _product,
+        _batched_product,
         _layer_norm,
         _scale,
         _attention,
@@ -275,7 +299,15 @@ STEPS: dict[str, tuple[Callable[[_Builder], None], ...]] = {
         _dropout,
         _tokens_to_rows,
     ),
-    "rows": (_linear, _product, _layer_norm, _activation_in_place, _dropout, _rows_to_tokens),
+    "rows": (
+        _linear,
+        _product,
+        _batched_product,
+        _layer_norm,
+        _activation_in_place,
+        _dropout,
+        _rows_to_tokens,
+    ),
 }
 MOST_PIXELS = 400
 
