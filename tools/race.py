@@ -21,7 +21,7 @@ from kfc_fx.tools.race_processes import Workers, workers
 from kfc_fx.tools.race_report import write_report
 from kfc_fx.tools.race_results import ResultsFile, RunResult, RunSpec
 from kfc_fx.tools.race_search import Entry, SearchSpec, next_runs
-from kfc_fx.tools.race_tasks import TASKS, CellSpec, RaceData, TaskSpec, entrants_of, find_task
+from kfc_fx.tools.race_tasks import TASKS, CellSpec, RaceData, TaskSpec, find_task
 from kfc_fx.tools.terminal import output_console
 
 INTERRUPTED_EXIT_CODE = 130
@@ -29,6 +29,7 @@ RESULTS = Path("benchmarks/train.json")
 QUICK_RESULTS = Path("benchmarks/train-quick.json")
 QUICK_SEARCH = SearchSpec(rates=2, widenings=0, seeds=1)
 QUICK_SHARE = 2  # of a cell's steps
+QUICK_TASKS = ("kfc-cifar", "autoencoder", "gpt")
 DEFAULT_CENTRE = 0.01
 
 
@@ -44,10 +45,6 @@ class RaceSettings:
     threads: int
     cost_rounds: int
 
-    def entrants(self, cell: CellSpec) -> tuple[str, ...]:
-        """Who takes part in a cell."""
-        return entrants_of(cell, self.optimizers)
-
     def load(self, task: TaskSpec) -> RaceData:
         """The data of a task."""
         return race_tasks.load(task.data, self.data_dir)
@@ -55,7 +52,7 @@ class RaceSettings:
     def entries(self) -> Iterator[Entry]:
         """Every optimizer in every cell, the cells in the order of their weight."""
         for task, cell in self.cells:
-            for name in self.entrants(cell):
+            for name in cell.of(self.optimizers):
                 yield Entry(task.name, cell.batch_size, cell.steps, name)
 
 
@@ -81,7 +78,10 @@ def train(
         typer.Option(help=f"File of all runs; one that is there is gone on with. [{RESULTS}]"),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Ten minutes: one batch size, two rates, one seed.")
+        bool,
+        typer.Option(
+            "--quick", help="Ten minutes: three tasks, one batch size, two rates, one seed."
+        ),
     ] = False,
     costs_only: Annotated[
         bool, typer.Option("--costs-only", help="Measure only what a step costs; train nothing.")
@@ -125,9 +125,18 @@ def train(
                 threads=threads,
                 cost_rounds=cost_rounds,
             )
-            if not _race(settings, file, console, costs_only=costs_only, no_costs=no_costs):
-                raise typer.Exit(INTERRUPTED_EXIT_CODE)
+            failures: list[str] = []
+            try:
+                if not costs_only:
+                    failures = _runs(settings, file, console)
+                if not no_costs:
+                    _costs(settings, file, console, repeat=costs_only)
+            except KeyboardInterrupt:
+                console.print("interrupted: the same command goes on", style="yellow")
+                raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
         write_report(file, console)
+        if not report and failures:
+            raise CommandError("; ".join(failures))
 
 
 def chosen_cells(
@@ -138,34 +147,46 @@ def chosen_cells(
     Raises:
         CommandError: an unknown task, or a batch size that none of the tasks has.
     """
-    chosen = [find_task(name) for name in _names(tasks) or tuple(TASKS)]
+    names = _names(tasks) or (QUICK_TASKS if quick else tuple(TASKS))
+    chosen = [find_task(name) for name in names]
     sizes = _sizes(batch_sizes)
     cells = [
         (task, _shortened(cell) if quick else cell)
         for task in chosen
         for cell in task.cells
-        if (cell.batch_size in sizes if sizes else cell.everyone or not quick)
+        if (cell.batch_size in sizes if sizes else cell.entrants is None or not quick)
     ]
     if not cells:
         known = sorted({cell.batch_size for task in chosen for cell in task.cells})
         raise CommandError(f"--batch-sizes {batch_sizes}: there are {', '.join(map(str, known))}")
-    return sorted(cells, key=lambda cell: not cell[1].everyone)
+    return sorted(cells, key=lambda cell: cell[1].entrants is not None)
 
 
 def run_all(
     entries: Sequence[Entry], search: SearchSpec, file: ResultsFile, crew: Workers, console: Console
-) -> None:
-    """Make every run that is missing, as many at a time as there are workers."""
+) -> list[str]:
+    """Make every run that is missing, as many at a time as there are workers.
+
+    Returns:
+        One line for each run that failed; the others of its optimizer and cell are left out.
+    """
+    failures: list[str] = []
+    left = list(entries)
     while True:
-        due = _due(entries, search, file, crew.active)
+        due = _due(left, search, file, crew.active)
         while due and not crew.full:
             spec = due.pop(0)
             crew.start(spec, find_task(spec.task))
         if not crew.active:
-            return
-        result = crew.next_finished()
-        file.add_run(result)
-        console.print(_line(result))
+            return failures
+        spec, result = crew.next_finished()
+        if isinstance(result, RunResult):
+            file.add_run(result)
+            console.print(_line(result))
+            continue
+        failures.append(f"{_name(spec)} failed: {result}")
+        console.print(failures[-1], style="red")
+        left = [entry for entry in left if entry.run(spec.lr, spec.seed) != spec]
 
 
 def _due(
@@ -181,32 +202,16 @@ def _due(
     ]
 
 
-def _race(
-    settings: RaceSettings,
-    file: ResultsFile,
-    console: Console,
-    *,
-    costs_only: bool,
-    no_costs: bool,
-) -> bool:
-    """False where Ctrl-C ended it early; the file has what was finished."""
-    try:
-        if not costs_only:
-            with workers(settings.workers, settings.threads, settings.load) as crew:
-                run_all(list(settings.entries()), settings.search, file, crew, console)
-        if not no_costs:
-            _costs(settings, file, console, repeat=costs_only)
-    except KeyboardInterrupt:
-        console.print("interrupted: the same command goes on", style="yellow")
-        return False
-    return True
+def _runs(settings: RaceSettings, file: ResultsFile, console: Console) -> list[str]:
+    with workers(settings.workers, settings.threads, settings.load) as crew:
+        return run_all(list(settings.entries()), settings.search, file, crew, console)
 
 
 def _costs(settings: RaceSettings, file: ResultsFile, console: Console, *, repeat: bool) -> None:
     known = {(cost.task, cost.batch_size, cost.optimizer) for cost in file.costs}
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(settings.workers * settings.threads)  # nothing runs beside it
     for task, cell in settings.cells:
-        names = settings.entrants(cell)
+        names = cell.of(settings.optimizers)
         if not repeat and all((task.name, cell.batch_size, name) in known for name in names):
             continue
         data = settings.load(task)
@@ -260,7 +265,11 @@ def _line(result: RunResult) -> str:
     spec = result.spec
     end = "diverged" if result.diverged else f"loss {result.final_loss:.4g}"
     accuracy = "" if result.test_accuracy is None else f", accuracy {result.test_accuracy:.1%}"
+    return f"{_name(spec)}: {end}{accuracy}, {sum(result.seconds):.0f} s"
+
+
+def _name(spec: RunSpec) -> str:
     return (
-        f"{spec.task} {spec.batch_size}: {title(spec.optimizer)}, rate {spec.lr:g}, seed "
-        f"{spec.seed}: {end}{accuracy}, {sum(result.seconds):.0f} s"
+        f"{spec.task} {spec.batch_size}: {title(spec.optimizer)}, rate {spec.lr:g}, "
+        f"seed {spec.seed}"
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import kfc_fx
-from kfc_fx.codegen.options import Scaling
+from kfc_fx.codegen.layout import Scaling
 from kfc_fx.tools.failures import CommandError, unknown_name
 from kfc_fx.tools.race_tasks import TaskSpec
 
@@ -121,7 +121,7 @@ class MatrixMuon(torch.optim.Muon):
         return loss
 
 
-def muon_weights(network: nn.Module, head: str | None) -> list[nn.Parameter]:
+def muon_weights(network: nn.Module, head: str | None) -> list[Tensor]:
     """Weights of all linear and convolutional layers but the one called ``head``."""
     return [
         module.weight
@@ -151,7 +151,7 @@ def _muon(network: nn.Module, task: TaskSpec, lr: float) -> tuple[torch.optim.Op
     by_muon = {id(weight) for weight in weights}
     rest = [p for p in network.parameters() if id(p) not in by_muon]
     adamw = torch.optim.AdamW(rest, CENTRES["adamw"], weight_decay=0.0)
-    return MatrixMuon(list(weights), lr), adamw
+    return MatrixMuon(weights, lr), adamw
 
 
 def _soap(network: nn.Module, _: TaskSpec, lr: float) -> tuple[torch.optim.Optimizer, ...]:

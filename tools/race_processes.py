@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
 
-from kfc_fx.tools.failures import CommandError
 from kfc_fx.tools.race_results import RunResult, RunSpec
 from kfc_fx.tools.race_run import train
 from kfc_fx.tools.race_tasks import Examples, RaceData, TaskSpec
@@ -79,12 +78,8 @@ class Workers:
         sender.close()
         self._active[receiver] = (spec, process)
 
-    def next_finished(self) -> RunResult:
-        """Wait for one run.
-
-        Raises:
-            CommandError: its process failed.
-        """
+    def next_finished(self) -> tuple[RunSpec, RunResult | str]:
+        """Wait for one run; what it failed by, where it did."""
         receiver = wait(list(self._active))[0]
         assert isinstance(receiver, Connection)
         spec, process = self._active.pop(receiver)
@@ -94,9 +89,7 @@ class Workers:
             answer = "its process ended (out of memory?)"
         receiver.close()
         process.join()
-        if isinstance(answer, RunResult):
-            return answer
-        raise CommandError(f"the run {astuple(spec)} failed: {answer}")
+        return spec, answer
 
     def stop(self) -> None:
         """End what is on its way."""
@@ -119,6 +112,7 @@ def workers(count: int, threads: int, load: LoadData) -> Iterator[Workers]:
 
 
 def _work(sender: Connection, spec: RunSpec, path: Path, threads: int, count: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started it
     torch.set_num_threads(threads)
     answer: RunResult | str
     try:

@@ -22,20 +22,30 @@ from kfc_fx.tools.race_standings import Cell, Spread, Standing, ToTarget, cells
 from kfc_fx.tools.race_tasks import TASKS
 
 NOTHING = "–"
+TARGETS = "Steps (time in SGD steps) to the final training loss of:"
 MEBIBYTE = 2**20
 
 
 def write_report(file: ResultsFile, console: Console) -> None:
     """Print the tables; write the figures beside the file as ``…-report.json``, the plots as
-    ``…-TASK-BATCH-STEPS.png``.
+    ``…-TASK-BATCH-STEPS.png``. Without a run it says that there is none.
 
     Raises:
-        CommandError: the file has no runs, or the report cannot be written.
+        CommandError: the report cannot be written.
     """
     stem = file.path.with_suffix("")
     found = cells(file)
+    if not found:
+        console.print(f"no runs in {file.path}: nothing to report")
+        return
     for cell in found:
-        for shown in (ends_table(cell), targets_table(cell), *verdicts(cell)):
+        for shown in (
+            heading(cell),
+            ends_table(cell),
+            TARGETS,
+            targets_table(cell),
+            *verdicts(cell),
+        ):
             console.print(shown)
     try:
         path = stem.with_name(f"{stem.name}-report.json")
@@ -62,7 +72,7 @@ def heading(cell: Cell) -> str:
 def ends_table(cell: Cell) -> Table:
     """Where each optimizer ends at its best rate, what a step costs, how much memory it takes."""
     window = smoothing_half_window(cell.steps) + 1
-    made = Table(title=heading(cell), box=box.SIMPLE_HEAD, title_justify="left")
+    made = Table(box=box.SIMPLE_HEAD)
     made.caption = (
         f"Final loss: of training, the last {window} steps. Mean (lowest to highest) of the seeds. "
         "Step: mean step in SGD steps (quartiles); early: the same for KFC's first ones. "
@@ -80,8 +90,7 @@ def ends_table(cell: Cell) -> Table:
 
 def targets_table(cell: Cell) -> Table:
     """Steps, and in brackets time in mean SGD steps, to the loss that each rival ends with."""
-    made = Table(box=box.SIMPLE_HEAD, title_justify="left")
-    made.title = "Steps (time in SGD steps) to the final training loss of"
+    made = Table(box=box.SIMPLE_HEAD)
     made.add_column("optimizer", no_wrap=True)
     targets = cell.standings[0].targets if cell.standings else ()
     for target in targets:

@@ -112,8 +112,8 @@ def test(network: nn.Module, task: TaskSpec, examples: Examples) -> tuple[float,
 
 def versions() -> dict[str, str]:
     """Of what the figures depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("torch", "kfc_fx", "heavyball"):
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("kfc_fx", "heavyball"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -1,0 +1,200 @@
+"""``kfc-fx bench train`` as a command: what it chooses, resumes, reports and refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from test_race_search import cost, result
+from typer.testing import CliRunner
+
+from kfc_fx.tools import race
+from kfc_fx.tools.cli import app
+from kfc_fx.tools.race import QUICK_SEARCH, chosen_cells, run_all
+from kfc_fx.tools.race_optimizers import CENTRES
+from kfc_fx.tools.race_processes import workers
+from kfc_fx.tools.race_results import ResultsFile, RunResult, RunSpec
+from kfc_fx.tools.race_search import Entry, SearchSpec
+from kfc_fx.tools.race_tasks import TASKS, Examples, RaceData, TaskSpec
+
+ENTRIES = [Entry("gpt", 128, 12, name) for name in ("sgd", "kfc-adam")]
+QUIET = Console(quiet=True)
+
+
+class Crew:
+    """Two runs at a time, the last one started ends first; none is trained."""
+
+    def __init__(self, answer: Callable[[RunSpec], RunResult | str]) -> None:
+        self.answer = answer
+        self.made: list[RunSpec] = []
+        self.active: list[RunSpec] = []
+
+    @property
+    def full(self) -> bool:
+        return len(self.active) == 2
+
+    def start(self, spec: RunSpec, task: TaskSpec) -> None:
+        assert task.name == spec.task
+        assert not self.full
+        self.active.append(spec)
+
+    def next_finished(self) -> tuple[RunSpec, RunResult | str]:
+        spec = self.active.pop()
+        self.made.append(spec)
+        return spec, self.answer(spec)
+
+
+def by_distance(spec: RunSpec) -> RunResult:
+    """The nearer the rate is to the centre's upper neighbour, the lower the end."""
+    return result(spec, 1 + abs(spec.lr - 1.7 * CENTRES[spec.optimizer]))
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    """Exit code, and everything printed, its line breaks as spaces."""
+    ended = CliRunner().invoke(app, ["bench", "train", *arguments])
+    return ended.exit_code, " ".join(ended.output.split())
+
+
+def test_a_race_that_was_stopped_makes_no_run_twice(tmp_path: Path) -> None:
+    whole = Crew(by_distance)
+    uninterrupted = ResultsFile(tmp_path / "whole.json")
+    assert run_all(ENTRIES, SearchSpec(), uninterrupted, whole, QUIET) == []
+    assert len(whole.made) == len(set(whole.made)) == 2 * (4 + 2)
+
+    def stopping(spec: RunSpec) -> RunResult:
+        if len(stopped.made) == 5:
+            raise KeyboardInterrupt
+        return by_distance(spec)
+
+    stopped = Crew(stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run_all(ENTRIES, SearchSpec(), ResultsFile(tmp_path / "part.json"), stopped, QUIET)
+    resumed, file = Crew(by_distance), ResultsFile(tmp_path / "part.json")
+    assert len(file.runs) == 4
+    run_all(ENTRIES, SearchSpec(), file, resumed, QUIET)
+    assert not set(resumed.made) & set(stopped.made[:4])
+    assert set(file.runs) == set(uninterrupted.runs)
+    idle = Crew(by_distance)
+    run_all(ENTRIES, SearchSpec(), ResultsFile(tmp_path / "part.json"), idle, QUIET)
+    assert idle.made == []
+
+
+def test_a_run_that_fails_ends_its_own_search_only(tmp_path: Path) -> None:
+    crew = Crew(lambda spec: "no memory" if spec.optimizer == "sgd" else by_distance(spec))
+    file = ResultsFile(tmp_path / "results.json")
+    failures = run_all(ENTRIES, SearchSpec(), file, crew, QUIET)
+    assert failures
+    assert all("SGD Nesterov" in line and "no memory" in line for line in failures)
+    assert {spec.optimizer for spec in file.runs} == {"kfc-adam"}
+    assert len(file.runs) == 6
+
+
+def test_processes_train_and_say_what_failed() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(40, 784, generator=generator)
+    data = RaceData("noise", Examples(pixels, pixels), Examples(pixels[:8], pixels[:8]))
+    good = RunSpec("autoencoder", 8, 3, "sgd", 0.001, 0)
+    too_large = RunSpec("autoencoder", 64, 3, "sgd", 0.001, 0)
+    with workers(2, 1, lambda task: data) as crew:
+        for spec in (good, too_large):
+            assert not crew.full
+            crew.start(spec, TASKS[spec.task])
+        assert crew.full
+        assert crew.active == {good, too_large}
+        answers = dict(crew.next_finished() for _ in range(2))
+        assert not crew.active
+    ended = answers[good]
+    assert isinstance(ended, RunResult)
+    assert (len(ended.losses), ended.threads, ended.workers) == (3, 1, 2)
+    assert ended.test_loss is not None
+    if ended.peak_memory is not None:  # Linux
+        assert ended.peak_memory > 3 * 4 * 2_837_314  # weights, gradients, momenta
+    assert answers[too_large] == "ValueError: 40 examples are fewer than a batch of 64"
+
+
+def test_cells_are_chosen_by_task_and_batch_size_those_of_all_first() -> None:
+    everything = chosen_cells("", "")
+    assert len(everything) == sum(len(task.cells) for task in TASKS.values())
+    of_all = [cell.entrants is None for _, cell in everything]
+    assert of_all == sorted(of_all, reverse=True)
+    assert {task.name for (task, _), every in zip(everything, of_all, strict=True) if every} == set(
+        TASKS
+    )
+    (chosen,) = chosen_cells("kfc-cifar", "4096")
+    assert (chosen[0].name, chosen[1].batch_size) == ("kfc-cifar", 4096)
+    assert "muon" not in chosen[1].of(("sgd", "muon"))
+    quick = chosen_cells("", "", quick=True)
+    assert [task.name for task, _ in quick] == list(race.QUICK_TASKS)
+    assert [2 * cell.steps for _, cell in quick] == [task.cells[0].steps for task, _ in quick]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "gtp"], "unknown task 'gtp' (did you mean 'gpt'?)"),
+        (["--optimizers", "kfc-adams"], "unknown optimizer 'kfc-adams' (did you mean 'kfc-adam'?)"),
+        (["--batch-sizes", "7"], "--batch-sizes 7: there are 32, 128, 512, 2048, 4096"),
+        (["--batch-sizes", "big"], "--batch-sizes 'big': write them as 128,512"),
+        (["--data-dir", "nowhere"], "no task has its data: no folder nowhere"),
+        (["--report", "--results", "none.json"], "--report: no file none.json"),
+    ],
+)
+def test_mistakes_get_one_line(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, output = invoke(*arguments)
+    assert code == 2
+    assert f"error: {message}" in output.replace('"', "'")
+    assert "Traceback" not in output
+
+
+def test_a_task_without_data_is_skipped_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tinyshakespeare.txt").write_text("to be or not to be " * 400)
+    raced: list[tuple[str, int]] = []
+    monkeypatch.setattr(
+        race,
+        "run_all",
+        lambda entries, *_: raced.extend((e.task, e.steps) for e in entries) or [],
+    )
+    results = tmp_path / "results.json"
+    code, output = invoke(
+        *("--data-dir", str(tmp_path), "--no-costs", "--results", str(results)),
+        *("--tasks", "gpt,vit", "--batch-sizes", "128", "--optimizers", "sgd"),
+    )
+    assert "vit is skipped: no CIFAR-10 files in" in output
+    assert raced == [("gpt", TASKS["gpt"].cells[0].steps)]
+    assert (code, "no runs in" in output) == (0, True)
+
+
+def test_the_report_is_drawn_from_the_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    file = ResultsFile(path)
+    for name, end in {"sgd": 6.0, "muon": 1.0, "kfc-adam": 2.0}.items():
+        for seed in range(2):
+            file.add_run(result(Entry("gpt", 128, 12, name).run(0.1, seed), end))
+    file.add_costs([cost("sgd", 1.0, 1.0), cost("muon", 2.0, 2.0), cost("kfc-adam", 1.25, 2.0)])
+    code, output = invoke("--report", "--results", str(path))
+    assert code == 0, output
+    assert "gpt (2-layer GPT, 128 wide, 64 characters of context), batch 128, 12 steps" in output
+    assert "Lowest final loss: Muon (not KFC)." in output
+    assert (
+        "To Muon's final loss: fewest steps Muon (not KFC) 12; least time Muon (not KFC) 24.0"
+        in (output)
+    )
+    # SGD's end is 6.55: KFC falls by 10/11 a step, Muon by one.
+    assert "To SGD Nesterov's final loss: fewest steps Muon (not KFC) 7" in output
+    assert "least time SGD Nesterov (not KFC) 12.0" in output
+    figures = json.loads((tmp_path / "results-report.json").read_text())
+    assert [s["optimizer"] for s in figures["cells"][0]["standings"]] == ["sgd", "muon", "kfc-adam"]
+    assert (tmp_path / "results-gpt-128-12.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_quick_has_fewer_rates_and_one_seed() -> None:
+    assert (QUICK_SEARCH.rates, QUICK_SEARCH.widenings, QUICK_SEARCH.seeds) == (2, 0, 1)
