@@ -6,7 +6,7 @@ import multiprocessing
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -119,5 +119,6 @@ def _work(sender: Connection, spec: RunSpec, path: Path, threads: int, count: in
         answer = train(spec, read_data(path), workers=count)
     except Exception as error:
         answer = f"{type(error).__name__}: {error}"
-    sender.send(answer)
+    with suppress(BrokenPipeError):  # nobody waits any more
+        sender.send(answer)
     sender.close()
