@@ -5,10 +5,14 @@ from __future__ import annotations
 import typer
 
 from kfc_fx.tools.bench_kernels import kernels
+from kfc_fx.tools.bench_memory import memory
 from kfc_fx.tools.bench_step import step
 from kfc_fx.tools.race import train
 
-app = typer.Typer(help="Measure kernels, training steps and whole training runs.", no_args_is_help=True)
+app = typer.Typer(
+    help="Measure kernels, training steps and runs, and memory.", no_args_is_help=True
+)
 app.command()(kernels)
 app.command()(step)
 app.command()(train)
+app.command()(memory)
