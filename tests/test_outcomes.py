@@ -27,6 +27,14 @@ class Checkpointed(Net):
         return self.head(checkpoint(lambda t: self.hidden(t).tanh(), x, use_reentrant=False))
 
 
+class Nested(Net):
+    def inner(self, x):
+        return checkpoint(lambda t: self.other(t).tanh(), self.hidden(x), use_reentrant=False)
+
+    def forward(self, x):
+        return self.head(checkpoint(self.inner, x, use_reentrant=False))
+
+
 class Conditional(Net):
     def forward(self, x):
         chosen = torch.cond(
@@ -93,10 +101,11 @@ class Broken(Net):
 
 
 CASES = {
-    "checkpoint": (
-        lambda: Checkpointed(hidden=nn.Linear(4, 6)),
-        {"hidden.weight": "inside an activation checkpoint", "hidden.bias": "checkpoint"},
-        {"head"},
+    "checkpoint": (lambda: Checkpointed(hidden=nn.Linear(4, 6)), {}, {"hidden", "head"}),
+    "checkpoint in a checkpoint": (
+        lambda: Nested(hidden=nn.Linear(4, 6), other=nn.Linear(6, 6)),
+        dict.fromkeys(["other.weight", "other.bias"], "inside an activation checkpoint within"),
+        {"hidden", "head"},
     ),
     "cond": (
         lambda: Conditional(hidden=nn.Linear(4, 6), other=nn.Linear(4, 6)),
@@ -194,8 +203,7 @@ def test_strict_accepts_a_model_whose_other_parameters_are_no_layers():
 
 
 def test_strict_names_the_region():
-    compiled = kfc_fx.compile(Checkpointed(hidden=nn.Linear(4, 6)), strict=True)
-    with pytest.raises(
-        kfc_fx.CoverageError, match=r"hidden\.weight: .*inside an activation checkp"
-    ):
+    net = Conditional(hidden=nn.Linear(4, 6), other=nn.Linear(4, 6))
+    compiled = kfc_fx.compile(net, strict=True)
+    with pytest.raises(kfc_fx.CoverageError, match=r"hidden\.weight: .*inside a conditional"):
         compiled.trace(torch.randn(8, 4))

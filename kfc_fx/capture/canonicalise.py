@@ -12,6 +12,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from kfc_fx.capture.attention import expand_attention
+from kfc_fx.plan.regions import regions
 
 
 def _linear(input, weight, bias=None): ...  # type: ignore[no-untyped-def]
@@ -61,9 +62,14 @@ METHODS = {
 
 
 def canonicalise(module: fx.GraphModule) -> bool:
-    """Open packed attention, then :func:`canonicalise_calls`. Idempotent."""
+    """Open packed attention, then :func:`canonicalise_calls`, in regions too. Idempotent."""
     expanded = expand_attention(module)
-    return canonicalise_calls(module) or expanded
+    changed = canonicalise_calls(module) or expanded
+    for region in regions(module.graph):
+        if canonicalise(region.body):
+            region.body.recompile()
+            changed = True
+    return changed
 
 
 def canonicalise_calls(module: fx.GraphModule) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from kfc_fx.capture.recomputation import run_by_op
 from kfc_fx.errors import OptionError
 
 BACKENDS = ("eager", "aot_eager", "inductor")
@@ -53,14 +54,14 @@ def compile_plain(
 ) -> Callable[..., Any]:
     """The graph as ``backend`` compiles it, inside dynamo's compilation of the frame."""
     if backend == "eager":
-        return module.forward
+        return run_by_op(module)
     return torch._dynamo.lookup_backend(backend)(module, list(example_inputs))
 
 
 def compile_emitting(backend: str, module: fx.GraphModule) -> Callable[..., Any]:
     """The emitting graph for ``backend``, compiled at its first call."""
     if backend == "eager":
-        return module.forward
+        return run_by_op(module)
     compiled = torch.compile(module, backend=backend, fullgraph=True)
 
     def run(*inputs: Any) -> Any:

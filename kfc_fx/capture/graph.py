@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from kfc_fx.plan.regions import regions
 from kfc_fx.plan.spec import GraphUses
 
 
@@ -62,7 +63,8 @@ class CapturedGraph:
 
 
 def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
-    """A graph module with a graph of its own and the same parameters and submodules.
+    """A graph module with a graph of its own and the same parameters and submodules, but for the
+    bodies of its regions, which are copied too.
 
     Node metadata is shared, not copied: it holds fake tensors, which passes only read.
     """
@@ -73,4 +75,8 @@ def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     for node in module.graph.nodes:
         if node in names:
             names[node].meta = copy.copy(node.meta)
-    return fx.GraphModule(module, graph)
+    copied = fx.GraphModule(module, graph)
+    copied.meta = dict(module.meta)
+    for region in list(regions(graph)):
+        setattr(copied, region.name, copy_graph(region.body))
+    return copied

@@ -22,6 +22,7 @@ from kfc_fx.inspect.nodes import example_of, shape_of
 from kfc_fx.ops.emission import EMISSIONS, fisher_pass
 from kfc_fx.ops.input_factors import INPUT_FACTORS
 from kfc_fx.plan.locations import concrete
+from kfc_fx.plan.regions import regions
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ class PassWork:
 
 def site_costs(graph: CapturedGraph) -> list[SiteCost]:
     """The work of every emission of a graph, and of every input statistic, each run by itself."""
-    nodes = graph.stages[-1].module.graph.nodes
+    module = graph.stages[-1].module
+    bodies = [region.body for region in regions(module.graph)]
+    nodes = [node for own in (module, *bodies) for node in own.graph.nodes]
     costs: dict[Any, Callable[[fx.Node], SiteCost]] = dict.fromkeys(EMISSIONS, _site_cost)
     costs |= dict.fromkeys(INPUT_FACTORS.values(), _input_cost)
     return [costs[node.target](node) for node in nodes if node.target in costs]
@@ -52,8 +55,8 @@ def site_costs(graph: CapturedGraph) -> list[SiteCost]:
 
 def _input_cost(node: fx.Node) -> SiteCost:
     observer = StatisticsObserver()
-    x = _without_data(node.args[0])
-    work = counted_call(observer.counter, lambda: node.target(x, **node.kwargs))  # type: ignore[operator]
+    inputs = [_without_data(argument) for argument in node.args]
+    work = counted_call(observer.counter, lambda: node.target(*inputs, **node.kwargs))  # type: ignore[operator]
     return SiteCost(node.meta["kfc_block"], work, tuple(observer.calls))
 
 

@@ -34,7 +34,7 @@ def _stage_entry(
     graph: CapturedGraph, before: Stage | None, stage: Stage, owners: Mapping[str, str]
 ) -> dict[str, Any]:
     created, erased = changed_nodes(before, stage)
-    sites = {site.node: owners.get(site.weight) for site in graph.uses.sites}
+    sites = {site.node: owners.get(site.weight) for site in graph.uses.sites if not site.region}
     return {
         "name": stage.name,
         "code": print_graph(stage.module, stage.name, created, erased),

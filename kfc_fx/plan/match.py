@@ -12,12 +12,13 @@ from torch.fx.node import map_arg
 from kfc_fx.plan.batched_calls import batched_calls, entry_of
 from kfc_fx.plan.layer_calls import LayerCall, layer_call
 from kfc_fx.plan.locations import locations_of
+from kfc_fx.plan.regions import REGION, Region, regions
 from kfc_fx.plan.spec import GraphUses, SiteSpec, UnmatchedUse
 from kfc_fx.plan.weight_views import WeightView, dimensions, is_view, shape_of, weight_view
 
 NO_EXAMPLES = "its input does not depend on the examples"
 HIDING = {
-    "tag_activation_checkpoint": "inside an activation checkpoint, which hides its layers",
+    REGION: "inside an activation checkpoint within another, which hides its layers",
     "cond": "inside a conditional region, which hides its layers",
     "while_loop": "inside a loop region, which hides its layers",
 }
@@ -36,7 +37,11 @@ OTHER_CALLS = {
 
 
 def match_uses(
-    graph: fx.Graph, parameters: Mapping[str, str], constants: Collection[str] = ()
+    graph: fx.Graph,
+    parameters: Mapping[str, str],
+    constants: Collection[str] = (),
+    *,
+    open_regions: bool = True,
 ) -> GraphUses:
     """Account for every use of every parameter in a canonical graph.
 
@@ -44,6 +49,7 @@ def match_uses(
         graph: a graph after ``canonicalise_calls``: calls of layers are positional.
         parameters: node name to parameter name, for nodes that hold a parameter.
         constants: names of other nodes that hold no data of the examples, such as buffers.
+        open_regions: account for uses in checkpointed regions too; else they are no sites.
 
     Returns:
         The sites (weight and bias are parameters of the model themselves, not functions of
@@ -52,9 +58,16 @@ def match_uses(
     data = _nodes_with_examples(graph, {*parameters, *constants})
     applied = {node: _applied_layer(node, parameters) for node in graph.nodes}
     calls = {node: call if call and call.x in data else None for node, call in applied.items()}
-    sites = [_site(node, call, parameters) for node, call in calls.items() if call]
-    unmatched = []
+    opened = regions(graph) if open_regions else ()
+    inside = {region.call: _uses_inside(region, parameters, data) for region in opened}
+    sites = []
     for node, call in calls.items():
+        sites += [_site(node, call, parameters)] if call else []
+        sites += inside[node].sites if node in inside else ()
+    unmatched = [use for uses in inside.values() for use in uses.unmatched]
+    for node, call in calls.items():
+        if node in inside:
+            continue
         matched = call.positions if call else frozenset()
         if _is_read_by_sites_only(node, calls):
             matched = frozenset((0,))
@@ -67,6 +80,21 @@ def match_uses(
             if position not in matched
         ]
     return GraphUses(tuple(sites), tuple(unmatched))
+
+
+def _uses_inside(
+    region: Region, parameters: Mapping[str, str], data: Collection[fx.Node]
+) -> GraphUses:
+    """The uses in a region, whose operands may be parameters."""
+    named = {
+        inner.name: parameters[outer.name]
+        for inner, outer in region.operands
+        if isinstance(outer, fx.Node) and outer.name in parameters
+    }
+    without = [inner.name for inner, outer in region.operands if outer not in data]
+    uses = match_uses(region.body.graph, named, without, open_regions=False)
+    sites = tuple(replace(site, region=region.name) for site in uses.sites)
+    return GraphUses(sites, uses.unmatched)
 
 
 def _nodes_with_examples(graph: fx.Graph, without: Collection[str]) -> set[fx.Node]:

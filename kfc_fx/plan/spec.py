@@ -93,6 +93,8 @@ class SiteSpec:
     """Of a batched linear map: how its entries lie in its operands."""
     locations: int = 0
     """|T| with the inputs of the capture; 0 where that is not known."""
+    region: str = ""
+    """The checkpointed region whose graph holds the node; empty for the graph itself."""
 
     @property
     def transposed_conv(self) -> bool:

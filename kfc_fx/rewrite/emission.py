@@ -27,6 +27,13 @@ from kfc_fx.plan.forms import FactorForms, statistic_shapes
 from kfc_fx.plan.spec import BlockSpec, SiteSpec
 from kfc_fx.plan.weight_views import dimensions
 from kfc_fx.rewrite.pipeline import run_passes
+from kfc_fx.rewrite.region_operands import (
+    graph_of,
+    pass_probes,
+    probe_nodes,
+    recompile_regions,
+    returned_by,
+)
 
 Emitters = Mapping[str, tuple[BlockSpec, FactorForms]]
 """Weight name to the block that emits and the forms of its factors."""
@@ -63,7 +70,7 @@ def emitting_stages(
 def insert_probes(module: fx.GraphModule, *, sites: Sequence[SiteSpec], emitters: Emitters) -> bool:
     """Add one placeholder per statistic of every block; idempotent."""
     graph = module.graph
-    present = _probe_nodes(graph)
+    present = probe_nodes(graph)
     last = _last_placeholder(graph)
     changed = False
     for weight in emission_order(sites, emitters):
@@ -85,18 +92,22 @@ def insert_emissions(
     module: fx.GraphModule, *, sites: Sequence[SiteSpec], emitters: Emitters
 ) -> bool:
     """Send the output of every site through its emission; idempotent."""
-    nodes = {node.name: node for node in module.graph.nodes}
     changed = False
     for site in sites:
+        graph = graph_of(module, site)
+        nodes = {node.name: node for node in graph.nodes}
         node = nodes[site.node]
         block, forms = emitters[site.weight]
         if forms.output == "absent" or any(user.target in EMISSIONS for user in node.users):
             continue
-        with module.graph.inserting_after(node):
-            emitted = _emission_node(module.graph, node, nodes, site, block, forms)
+        if site.region:
+            pass_probes(module, site.region, block.name)
+        with graph.inserting_after(node):
+            emitted = _emission_node(graph, node, nodes, site, block, forms)
         emitted.meta = {**node.meta, "kfc_block": block.name}
         node.replace_all_uses_with(emitted, delete_user_cb=lambda user, e=emitted: user is not e)  # type: ignore[misc]
         changed = True
+    recompile_regions(module)
     return changed
 
 
@@ -104,38 +115,38 @@ def return_row_counts(
     module: fx.GraphModule, *, sites: Sequence[SiteSpec], emitters: Emitters
 ) -> bool:
     """Return, besides the outputs, the number of output rows N·|T| of every site; idempotent."""
-    nodes = {node.name: node for node in module.graph.nodes}
     output = next(node for node in module.graph.nodes if node.op == "output")
     if "kfc_row_counts" in output.meta:
         return False
     counts = []
     for site in sites:
-        block = emitters[site.weight][0]
-        # Right behind the site: a later use of its output would keep it in memory.
-        if block.sharing == "reduce" and dimensions(nodes[site.node]) > 1:
-            with module.graph.inserting_after(nodes[site.node]):
-                counts.append(module.graph.call_method("size", (nodes[site.node], 0)))
-            continue
-        if site.batch and site.batch.ends:
-            ends = nodes[site.batch.ends]
-            with module.graph.inserting_after(nodes[site.node]):
-                counts.append(module.graph.call_function(group_sizes, (ends,)))
-            continue
-        counted, channels = _rows_of(site, block, nodes)
-        with module.graph.inserting_after(nodes[site.node]):
-            numel = module.graph.call_method("numel", (counted,))
-        with module.graph.inserting_after(numel):
-            counts.append(module.graph.call_function(operator.floordiv, (numel, channels)))
+        graph = graph_of(module, site)
+        count = _row_count(graph, site, emitters[site.weight][0])
+        counts.append(returned_by(module, site.region, count))
     output.args = ((output.args[0], tuple(counts)),)
     output.meta["kfc_row_counts"] = len(counts)
+    recompile_regions(module)
     return True
+
+
+def _row_count(graph: fx.Graph, site: SiteSpec, block: BlockSpec) -> fx.Node:
+    nodes = {node.name: node for node in graph.nodes}
+    # Right behind the site: a later use of its output would keep it in memory.
+    with graph.inserting_after(nodes[site.node]):
+        if block.sharing == "reduce" and dimensions(nodes[site.node]) > 1:
+            return graph.call_method("size", (nodes[site.node], 0))
+        if site.batch and site.batch.ends:
+            return graph.call_function(group_sizes, (nodes[site.batch.ends],))
+        counted, channels = _rows_of(site, block, nodes)
+        numel = graph.call_method("numel", (counted,))
+    with graph.inserting_after(numel):
+        return graph.call_function(operator.floordiv, (numel, channels))
 
 
 def return_input_statistics(
     module: fx.GraphModule, *, sites: Sequence[SiteSpec], emitters: Emitters
 ) -> bool:
     """Return the input statistics of every site of a block without Γ, last; idempotent."""
-    nodes = {node.name: node for node in module.graph.nodes}
     output = next(node for node in module.graph.nodes if node.op == "output")
     if "kfc_input_statistics" in output.meta:
         return False
@@ -146,15 +157,18 @@ def return_input_statistics(
             continue
         emission, options = _emission(site, block, forms)
         function = INPUT_FACTORS[emission]
+        graph = graph_of(module, site)
+        nodes = {node.name: node for node in graph.nodes}
         # Right behind the site: an operation in place may change its input later.
-        with module.graph.inserting_after(nodes[site.node]):
+        with graph.inserting_after(nodes[site.node]):
             arguments = (nodes[site.input_node], *_others(site, nodes))
-            node = module.graph.call_function(function, arguments, {**options, "block": block.name})
+            node = graph.call_function(function, arguments, {**options, "block": block.name})
         node.meta["kfc_block"] = block.name
-        taken.append(node)
+        taken.append(returned_by(module, site.region, node))
     outputs, counts = output.args[0]  # type: ignore[misc]
     output.args = ((outputs, counts, tuple(taken)),)
     output.meta["kfc_input_statistics"] = len(taken)
+    recompile_regions(module)
     return True
 
 
@@ -164,11 +178,6 @@ def _rows_of(site: SiteSpec, block: BlockSpec, nodes: Mapping[str, fx.Node]) -> 
         return nodes[site.input_node], block.channels * block.groups
     start, stop = block.span(site)
     return nodes[site.node], block.rows * (stop - start)
-
-
-def _probe_nodes(graph: fx.Graph) -> dict[tuple[str, str], fx.Node]:
-    """Probe placeholders by (block, statistic)."""
-    return {n.meta["kfc_probe"]: n for n in graph.nodes if "kfc_probe" in n.meta}
 
 
 def _unused_name(graph: fx.Graph, wanted: str) -> str:
@@ -193,7 +202,7 @@ def _emission_node(
     forms: FactorForms,
 ) -> fx.Node:
     function, options = _emission(site, block, forms)
-    present = _probe_nodes(graph)
+    present = probe_nodes(graph)
     probes = [present[block.name, statistic] for statistic in statistic_shapes(block, forms)]
     arguments = (node, nodes[site.input_node], *probes, *_others(site, nodes))
     return graph.call_function(function, arguments, {**options, "block": block.name})
