@@ -120,6 +120,12 @@ class MatrixMuon(torch.optim.Muon):
         super().step()
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the weights' gradients; those of the views are set anew by each step."""
+        super().zero_grad(set_to_none)
+        for weight in self._weights:
+            weight.grad = None
+
 
 def muon_weights(network: nn.Module, head: str | None) -> list[Tensor]:
     """Weights of all linear and convolutional layers but the one called ``head``."""

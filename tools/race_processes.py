@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
@@ -113,6 +114,8 @@ def workers(count: int, threads: int, load: LoadData) -> Iterator[Workers]:
 
 def _work(sender: Connection, spec: RunSpec, path: Path, threads: int, count: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started it
+    # With multi_tensor, its default, heavyball takes a schedule, and warns all the same.
+    warnings.filterwarnings("ignore", message="Learning rate changed between steps")
     torch.set_num_threads(threads)
     answer: RunResult | str
     try:

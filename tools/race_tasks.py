@@ -106,7 +106,7 @@ TASKS = {
             "accuracy",
             "10",
             (
-                CellSpec(512, 50),
+                CellSpec(512, 60),
                 CellSpec(128, 60, FEW),
                 CellSpec(2048, 25, NO_MUON),
                 CellSpec(4096, 20, TWO),
@@ -120,7 +120,7 @@ TASKS = {
             "bernoulli",
             "loss",
             None,
-            (CellSpec(512, 60), CellSpec(128, 60, FEW)),
+            (CellSpec(512, 80), CellSpec(128, 60, FEW)),
         ),
         TaskSpec(
             "gpt",
@@ -130,7 +130,7 @@ TASKS = {
             "categorical",
             "loss",
             "head",
-            (CellSpec(128, 60), CellSpec(32, 100, FEW)),
+            (CellSpec(128, 80), CellSpec(32, 100, FEW)),
         ),
         TaskSpec(
             "vit",
@@ -140,7 +140,7 @@ TASKS = {
             "categorical",
             "accuracy",
             "head",
-            (CellSpec(512, 50), CellSpec(128, 60, FEW)),
+            (CellSpec(512, 60), CellSpec(128, 60, FEW)),
         ),
         TaskSpec(
             "resnet20",
@@ -150,7 +150,7 @@ TASKS = {
             "categorical",
             "accuracy",
             "14",
-            (CellSpec(128, 40),),
+            (CellSpec(128, 60),),
         ),
     )
 }
