@@ -37,10 +37,19 @@ class KFC(torch.optim.Optimizer):
         params: parameters or parameter groups to update; by default all of the model. A group
             may set ``lr`` and ``weight_decay``. Weight and bias of one layer share their ``lr``.
         lr: learning rate α.
-        scaling: ``"adam"``, Adam in the eigenbasis of Ω ⊗ Γ; or ``"inverse"``, the paper's
-            algorithm 1 (KFC-pre).
-        momentum: decay of the first moment ("adam", Nesterov) or μ ("inverse").
-        damping: γ of factored Tikhonov damping, and λ of ν; "adam" has none but ``eps``.
+        scaling: how a gradient is scaled by the factors of its block. ``"adam"``: Adam in the
+            eigenbasis of Ω ⊗ Γ. ``"spectral"``: steepest descent under the spectral norm in the
+            metric of Ω, which needs no Fisher pass and keeps no Γ. ``"eigen"``: EKFAC, a second
+            moment in the eigenbasis (George et al. 2018). ``"inverse"``: the paper's algorithm 1
+            (KFC-pre).
+        blocks: options of some blocks, by glob on block names:
+            ``{"layer4.*": {"scaling": "spectral", "input_factor": "dense"}}``; the last match
+            counts.
+        momentum: decay of the first moment, with Nesterov's step ahead ("adam", 0.9;
+            "spectral", 0.95), or μ of ``p ← μ p + v`` ("eigen" and "inverse", 0.9).
+        damping: γ. Of factored Tikhonov damping, and λ of ν ("inverse", 0.01); beside the second
+            moment ("eigen", 0.01); relative to Ω's mean eigenvalue ("spectral", 0.3). "adam" has
+            none but ``eps``.
         weight_decay: decoupled, ``θ ← (1 − lr·weight_decay) θ``.
         ema_decay: decay of the factors' moving average.
         factor_interval: T_s, steps between statistics.
@@ -49,7 +58,7 @@ class KFC(torch.optim.Optimizer):
             same. A layer whose input does not lead with the examples takes the same share of
             what it leads with.
         inverse_interval: T_f, steps between refreshes of the inverses or bases.
-        clip: C, the bound on ν = vᵀFv + λ vᵀv of a step ("inverse"); None for no bound.
+        clip: C, the bound on ν = vᵀFv + λ vᵀv of a step ("eigen", "inverse"); None for no bound.
         clip_by: ``"factors"`` computes ν from the Kronecker factors, which costs nothing;
             ``"exact"`` from Fisher-vector products through the model.
         clip_samples: examples of the batch that the exact ν is taken of; all by default.
@@ -59,10 +68,15 @@ class KFC(torch.optim.Optimizer):
             ``"empirical"`` ones, read off the gradient of the loss.
         input_factor: ``"dense"``, ``"separable"``, or ``"auto"``: separable for convolutions
             whose dense Ω is wide.
-        second_moment_decay: decay of the second moment ("adam").
+        second_moment_decay: decay of the second moment ("adam", "eigen").
         eps: ε of "adam".
         generic: rule for parameters without a block, ``"adamw"`` or ``"sgd"``; by default
-            "adamw" beside "adam", "sgd" beside "inverse".
+            "adamw" beside "adam" and "spectral", "sgd" beside the others. With "spectral" the
+            tables of embeddings, norms and sides beyond the limit of a dense factor are generic.
+        generic_lr_ratio: learning rate of generic parameters relative to their group's; by
+            default 1, and 0.1 beside "spectral", whose rates are larger than AdamW's.
+        masters: update parameters in bfloat16 or float16 through a copy in float32, which keeps
+            the steps that rounding would drop.
         seed: of the sampled targets; by default torch's initial seed.
 
     Raises:

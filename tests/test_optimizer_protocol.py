@@ -22,7 +22,7 @@ from tests.networks import (
     train,
 )
 
-SCALINGS = ["adam", "inverse"]
+SCALINGS = ["adam", "spectral", "eigen", "inverse"]
 
 
 # -- rates ----
@@ -306,7 +306,12 @@ def test_parameters_without_a_gradient_stay_with_their_state(scaling, average):
     changed = [not torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True)]
     assert changed == [False, False, False, True, True, True, True, True]
     now = opt.state_dict()["kfc"]
-    moments = {"adam": ("m", "v"), "inverse": ("p",)}[scaling]
+    moments = {
+        "adam": ("m", "v"),
+        "spectral": ("m",),
+        "eigen": ("v", "p"),
+        "inverse": ("p",),
+    }[scaling]
     for name in moments:
         assert torch.equal(now["blocks"]["0"][name], saved["blocks"]["0"][name])
         assert not torch.equal(now["blocks"]["3"][name], saved["blocks"]["3"][name])

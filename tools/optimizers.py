@@ -6,18 +6,31 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 import kfc_fx
+from kfc_fx.codegen.options import Scaling
 from kfc_fx.tools.failures import CommandError, unknown_name
 
 TITLES = {"kfc": "KFC", "sgd": "SGD Nesterov", "adamw": "AdamW"}
-SCALINGS = ("adam", "inverse")
-LEARNING_RATES = {"kfc adam": 0.01, "kfc inverse": 0.005, "sgd": 0.02, "adamw": 0.002}
+SCALINGS = get_args(Scaling)
+LEARNING_RATES = {
+    "kfc adam": 0.01,
+    "kfc spectral": 0.05,
+    "kfc eigen": 0.003,
+    "kfc inverse": 0.005,
+    "sgd": 0.02,
+    "adamw": 0.002,
+}
 # The best of at least three tried for each optimizer, at the demo's batch size.
-DIGITS_NET_RATES = {"kfc adam": 0.01, "kfc inverse": 0.005, "sgd": 0.1, "adamw": 0.02}
+DIGITS_NET_RATES = {
+    **LEARNING_RATES,
+    "sgd": 0.1,
+    "adamw": 0.02,
+}
 MOMENTUM = 0.9
 
 
