@@ -41,7 +41,9 @@ def train(
         list[str] | None,
         typer.Option(help="Peak learning rate of one optimizer, as kfc=0.01; may be repeated."),
     ] = None,
-    scaling: Annotated[str, typer.Option(help="KFC's scaling: adam, spectral, eigen or inverse.")] = "adam",
+    scaling: Annotated[
+        str, typer.Option(help="KFC's scaling: adam, spectral, eigen or inverse.")
+    ] = "adam",
     epochs: Annotated[int, typer.Option(min=1)] = 20,
     batch_size: Annotated[int, typer.Option(min=1)] = 256,
     seed: Annotated[
