@@ -58,7 +58,9 @@ class Binding:
         if self._engine is None or self._key != key:
             spec = update_spec(self._compiled, self._options, parameters, self.by_name(groups))
             if self._engine is None or self._engine.spec != spec:
-                self._engine = UpdateEngine(spec, self.saved(), parameters)
+                compiled = self._options.compile_update
+                _check_one_device(spec, parameters, compiled=compiled)
+                self._engine = UpdateEngine(spec, self.saved(), parameters, compiled=compiled)
                 self._loaded = SavedState.empty()
             self._key = key
         return self._engine
@@ -145,6 +147,17 @@ def update_spec(
 
 def _is_half(parameter: Tensor) -> bool:
     return parameter.dtype in (torch.bfloat16, torch.float16)
+
+
+def _check_one_device(
+    spec: UpdateSpec, parameters: Mapping[str, Tensor], *, compiled: bool
+) -> None:
+    devices = {str(parameters[name].device) for name in spec.parameters}
+    if compiled and len(devices) > 1:
+        raise OptionError(
+            "compile_update needs all parameters on one device, and these are on "
+            f"{', '.join(sorted(devices))}; leave it out, or make a KFC for each device"
+        )
 
 
 def _check_blocks(

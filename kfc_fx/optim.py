@@ -77,6 +77,8 @@ class KFC(torch.optim.Optimizer):
             default 1, and 0.1 beside "spectral", whose rates are larger than AdamW's.
         masters: update parameters in bfloat16 or float16 through a copy in float32, which keeps
             the steps that rounding would drop.
+        compile_update: run the step, but not the refreshes, through ``torch.compile`` with
+            ``fullgraph=True``: its pointwise ends become one loop. The first step compiles.
         seed: of the sampled targets; by default torch's initial seed.
 
     Raises:
@@ -109,6 +111,7 @@ class KFC(torch.optim.Optimizer):
         generic: str | None = None,
         generic_lr_ratio: float | None = None,
         masters: bool = False,
+        compile_update: bool = False,
         blocks: Mapping[str, Mapping[str, Any]] | None = None,
         seed: int | None = None,
     ) -> None:
@@ -136,6 +139,7 @@ class KFC(torch.optim.Optimizer):
             generic=generic,  # type: ignore[arg-type]
             generic_lr_ratio=generic_lr_ratio,
             masters=masters,
+            compile_update=compile_update,
             blocks=blocks or {},
         )
         check_group({"lr": lr, "weight_decay": weight_decay})

@@ -73,6 +73,7 @@ class KFCOptions:
     generic: GenericRule | None
     generic_lr_ratio: float | None
     masters: bool
+    compile_update: bool
     blocks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from kfc_fx.artifacts import record_artifact
+from kfc_fx.codegen.compiled_step import compile_step, tensor_arguments
 from kfc_fx.codegen.layout import StackSpec
 from kfc_fx.codegen.masters import MasterWeights
 from kfc_fx.codegen.options import UpdateSpec
@@ -48,9 +49,15 @@ class UpdateEngine:
     """
 
     def __init__(
-        self, spec: UpdateSpec, saved: SavedState, parameters: Mapping[str, Tensor]
+        self,
+        spec: UpdateSpec,
+        saved: SavedState,
+        parameters: Mapping[str, Tensor],
+        *,
+        compiled: bool = False,
     ) -> None:
         self.spec = spec
+        self._compiled = compiled
         self.parameters = parameters
         self.started = saved.started and all(b.name in saved.blocks for b in self.blocks)
         self.state: dict[str, Tensor] = stacked_state(spec, saved.blocks)
@@ -80,6 +87,8 @@ class UpdateEngine:
         if spec not in self._programs:
             self._programs[spec] = program = generate(spec)
             record_artifact("update", lambda: program.source)
+            if self._compiled:
+                compile_step(program)
         return self._programs[spec]
 
     def accumulate(self, statistics: ScreenedStatistics) -> None:
@@ -133,6 +142,8 @@ class UpdateEngine:
         if spec.partial:
             gradients, given["active"] = self._filled(gradients)
             given["gradients"] = gradients
+        if self._compiled:
+            given |= tensor_arguments(given, spec.stacks[0].device)
         moments: dict[str, Tensor] = {}
         if spec.clip == "exact":
             given["v"], views, moments = self._call(program, "precondition", given)

@@ -21,7 +21,7 @@ class UpdateProgram:
     """A generated update: its source, the functions compiled from it, and their graphs."""
 
     source: str
-    functions: Mapping[str, Callable[..., Any]]
+    functions: dict[str, Callable[..., Any]]
     graphs: Mapping[str, fx.GraphModule]
 
 

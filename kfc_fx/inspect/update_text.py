@@ -94,7 +94,7 @@ def _step(
 
         def printed(spec: UpdateSpec) -> UpdateProgram:
             program = own(spec)
-            return replace(program, functions=functions) if spec == engine.spec else program
+            return replace(program, functions=dict(functions)) if spec == engine.spec else program
 
         engine.program_for = printed  # type: ignore[method-assign]
     optimizer.step()
