@@ -92,7 +92,7 @@ class RaceData:
 FEW = ("sgd", "muon", "kfc-adam", "kfc-spectral")
 NO_MUON = ("sgd", "kfc-adam", "kfc-spectral")
 TWO = ("sgd", "kfc-adam")
-# Lengths and entrants are such that all of it takes about 100 minutes on two cores.
+# Lengths and entrants are such that all of it takes about two hours on two cores.
 
 TASKS = {
     task.name: task
