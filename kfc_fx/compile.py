@@ -26,8 +26,8 @@ from kfc_fx.capture.symbolic import refuse_to_run, symbolic_graph
 from kfc_fx.curvature.inputs import batch_size
 from kfc_fx.curvature.likelihood import CotangentFunction, Likelihood, resolve_likelihood
 from kfc_fx.curvature.recorder import StatisticsRecorder
-from kfc_fx.errors import CaptureError, CoverageError
-from kfc_fx.plan.coverage import build_plan
+from kfc_fx.errors import CaptureError
+from kfc_fx.plan.coverage import build_plan, refuse_generic_layers
 from kfc_fx.plan.forms import FactorForms, factor_forms, statistic_shapes
 from kfc_fx.plan.match import match_uses
 from kfc_fx.plan.sharing import SharingOption, check_sharing
@@ -214,7 +214,7 @@ class CompiledModel(nn.Module):
             choices = {name: self._options[name] for name in ("norm_layers", "weight_sharing")}
             plan = build_plan(parameters, uses, **choices)
             if self._options["strict"]:
-                _refuse_generic_layers(plan, self._graphs)
+                refuse_generic_layers(plan, uses)
             self.__dict__["_plan"] = (parameters, plan)
         return self._plan[1]
 
@@ -380,17 +380,6 @@ class CompiledModel(nn.Module):
 
 def _rebuild(model: nn.Module, options: dict[str, Any]) -> CompiledModel:
     return CompiledModel(model, **options)
-
-
-def _refuse_generic_layers(plan: CurvaturePlan, graphs: Sequence[CapturedGraph]) -> None:
-    """Raise for a conv or linear weight that is generic; the message names the use."""
-    uses = [graph.uses for graph in graphs]
-    weights = {s.weight for use in uses for s in use.sites if s.kind not in ("scale_shift",)}
-    weights |= {u.parameter for use in uses for u in use.unmatched if u.may_be_layer}
-    refused = [g for g in plan.generic if g.name in weights]
-    if refused:
-        reasons = "; ".join(f"{g.name}: {g.reason}" for g in refused)
-        raise CoverageError(f"strict: no curvature block for {reasons}")
 
 
 @contextmanager

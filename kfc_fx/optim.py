@@ -19,6 +19,7 @@ from kfc_fx.compile import CompiledModel
 from kfc_fx.curvature.diagnostics import Diagnostics
 from kfc_fx.curvature.factors import Factors
 from kfc_fx.curvature.fisher_vector import fisher_quadratic_form
+from kfc_fx.curvature.inputs import inputs_of
 from kfc_fx.curvature.run_report import Progress, append_entry
 from kfc_fx.curvature.schedule import Schedule, early_steps
 from kfc_fx.errors import KfcWarning, OptionError, StatisticsError, StepError
@@ -222,15 +223,10 @@ class KFC(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """Parameter groups, and under ``"kfc"`` the state by block and parameter name."""
-        saved = self._binding.saved()
         return {
             **super().state_dict(),
             "kfc": {
-                "blocks": saved.blocks,
-                "generic": saved.generic,
-                "average": saved.average,
-                "masters": saved.masters,
-                "started": saved.started,
+                **vars(self._binding.saved()),
                 "counters": self.diagnostics.counters(),
                 "generators": self.compiled.recorder.generator_states(),
             },
@@ -246,15 +242,7 @@ class KFC(torch.optim.Optimizer):
             raise OptionError("this state_dict is not of a KFC optimizer: it has no entry 'kfc'")
         kfc = state_dict["kfc"]
         super().load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
-        self._binding.load(
-            SavedState(
-                {name: dict(entry) for name, entry in kfc["blocks"].items()},
-                {name: dict(entry) for name, entry in kfc["generic"].items()},
-                dict(kfc["average"]),
-                dict(kfc["masters"]),
-                kfc["started"],
-            )
-        )
+        self._binding.load(SavedState.from_dict(kfc))
         self.diagnostics.restore(kfc["counters"])
         self.compiled.recorder.set_generator_states(kfc["generators"])
         self.compiled.recorder.take()
@@ -333,7 +321,7 @@ class KFC(torch.optim.Optimizer):
         recorder = self.compiled.recorder
         recorder.take()
         for batch in batches:
-            args, kwargs = _call_of(batch)
+            args, kwargs = inputs_of(batch)
             self.compiled.collect_statistics(*args, **kwargs)
         if not recorder.statistics.sums:
             raise StatisticsError("initialise got no batch with statistics; pass at least one")
@@ -421,15 +409,10 @@ class KFC(torch.optim.Optimizer):
         inputs = self.compiled.recorder.last_inputs
         if inputs is None:
             raise StepError("the exact ν needs a forward pass through the compiled model")
-        quadratic = fisher_quadratic_form(
-            self.compiled.original,
-            self.compiled.recorder.likelihood,
-            inputs,
-            vectors,
-            self.options.clip_samples,
-        )
-        squares = torch.stack([v.square().sum() for v in vectors.values()]).sum()
-        return quadratic + self.options.clip_damping * squares
+        model, likelihood = self.compiled.original, self.compiled.recorder.likelihood
+        samples, damping = self.options.clip_samples, self.options.clip_damping
+        quadratic = fisher_quadratic_form(model, likelihood, inputs, vectors, samples)
+        return quadratic + damping * torch.stack([v.square().sum() for v in vectors.values()]).sum()
 
     def _arm(self) -> None:
         """Let the next forward pass emit, if statistics are due at the next step."""
@@ -440,9 +423,3 @@ def _copy_into(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, value in values.items():
             own[name].copy_(value)
-
-
-def _call_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return (batch[0] if isinstance(batch, tuple | list) else batch,), {}

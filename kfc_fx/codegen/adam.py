@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from kfc_fx.codegen import bases
 from kfc_fx.codegen.bases import bases_of, basis_entries, refresh_bases, turn_moments
 from kfc_fx.codegen.context import Context
 from kfc_fx.codegen.layout import StackSpec
@@ -17,10 +18,8 @@ SUMMARY = """Adam in the eigenbasis of Ω ⊗ Γ.
     m with Nesterov's step ahead. ``step`` counts from one, ``lr`` holds one rate per block."""
 OPTIONS: tuple[str, ...] = ("step", "second_moment_decay", "eps")
 REFRESH_OPTIONS: tuple[str, ...] = ()
-REFRESH_SUMMARY = """Bases of all factors, and the moments turned into them.
-
-    Narrow factors are decomposed; wide ones follow by one orthogonal iteration."""
-START_SUMMARY: str | None = "Eigenbases of all factors, from scratch."
+REFRESH_SUMMARY = bases.REFRESH_SUMMARY
+START_SUMMARY: str | None = bases.START_SUMMARY
 
 
 def state_entries(stack: StackSpec, *, momentum: bool) -> dict[str, StateEntry]:
@@ -46,10 +45,10 @@ def step(context: Context, stack: StackSpec) -> Value:
     key, shape = stack.key, stack.matrix_shape
     decay, count = context.option("second_moment_decay", stack), arguments["step"]
     g = update.let(f"g_{key}", gather(update, stack, arguments["gradients"]), shape)
-    bases = bases_of(context, stack)
+    basis = bases_of(context, stack)
     rotated = g
-    if bases:
-        rotated = update.let(f"rotated_{key}", rotate(update, stack, bases, g), shape)
+    if basis:
+        rotated = update.let(f"rotated_{key}", rotate(update, stack, basis, g), shape)
     v = update.call(torch.lerp, context.state("v", stack), rotated.square(), 1 - decay)
     v = context.keep("v", stack, v)
     ahead = rotated
@@ -62,5 +61,5 @@ def step(context: Context, stack: StackSpec) -> Value:
     root = (v / (1 - decay**count)).sqrt()
     scale = update.let(f"scale_{key}", root + context.option("eps", stack), shape)
     scaled = update.let(f"scaled_{key}", ahead / scale, shape)
-    turned = rotate(update, stack, bases, scaled, back=True)
+    turned = rotate(update, stack, basis, scaled, back=True)
     return context.step(stack, turned * -arguments["lr"][key])

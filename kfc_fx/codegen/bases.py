@@ -11,6 +11,11 @@ from kfc_fx.codegen.state_entry import StateEntry
 from kfc_fx.codegen.update_graph import Value
 from kfc_fx.curvature.eigenbasis import eigenbasis, orthogonal_iteration
 
+START_SUMMARY = "Eigenbases of all factors, from scratch."
+REFRESH_SUMMARY = """Bases of all factors, and the moments turned into them.
+
+    Narrow factors are decomposed; wide ones follow by one orthogonal iteration."""
+
 
 def basis_entries(stack: StackSpec) -> dict[str, StateEntry]:
     """State of the bases."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from kfc_fx.codegen import bases
 from kfc_fx.codegen.bases import bases_of, basis_entries, refresh_bases, turn_moments
 from kfc_fx.codegen.context import Context
 from kfc_fx.codegen.layout import StackSpec
@@ -17,10 +18,8 @@ SUMMARY = """The inverse of a diagonal in the eigenbasis of Ω ⊗ Γ (George et
     p ← momentum p + v; θ ← θ + p."""
 OPTIONS: tuple[str, ...] = ("step", "second_moment_decay", "damping")
 REFRESH_OPTIONS: tuple[str, ...] = ()
-REFRESH_SUMMARY = """Bases of all factors, and the second moments turned into them.
-
-    Narrow factors are decomposed; wide ones follow by one orthogonal iteration."""
-START_SUMMARY: str | None = "Eigenbases of all factors, from scratch."
+REFRESH_SUMMARY = bases.REFRESH_SUMMARY
+START_SUMMARY: str | None = bases.START_SUMMARY
 
 
 def state_entries(stack: StackSpec, *, momentum: bool) -> dict[str, StateEntry]:
@@ -46,13 +45,13 @@ def direction(context: Context, stack: StackSpec) -> tuple[Value, Value]:
     key, shape = stack.key, stack.matrix_shape
     decay = context.option("second_moment_decay", stack)
     g = update.let(f"g_{key}", gather(update, stack, arguments["gradients"]), shape)
-    bases = bases_of(context, stack)
+    basis = bases_of(context, stack)
     rotated = g
-    if bases:
-        rotated = update.let(f"rotated_{key}", rotate(update, stack, bases, g), shape)
+    if basis:
+        rotated = update.let(f"rotated_{key}", rotate(update, stack, basis, g), shape)
     s = update.call(torch.lerp, context.state("v", stack), rotated.square(), 1 - decay)
     s = context.keep("v", stack, s)
     scale = s / (1 - decay ** arguments["step"]) + context.option("damping", stack)
     scaled = update.let(f"scaled_{key}", rotated / scale, shape)
-    natural = rotate(update, stack, bases, scaled, back=True)
+    natural = rotate(update, stack, basis, scaled, back=True)
     return g, update.let(f"vector_{key}", natural * -arguments["lr"][key], shape)

@@ -40,6 +40,16 @@ class SavedState:
         """Nothing: where an optimizer starts."""
         return cls({}, {}, {}, {})
 
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> SavedState:
+        """From what :func:`vars` of another returned."""
+        blocks, generic = (
+            {name: dict(entry) for name, entry in saved[part].items()}
+            for part in ("blocks", "generic")
+        )
+        average, masters = dict(saved["average"]), dict(saved["masters"])
+        return cls(blocks, generic, average, masters, saved["started"])
+
 
 class UpdateEngine:
     """State of one optimizer, and the programs generated for it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +26,14 @@ def first_examples(inputs: Inputs, samples: int | None) -> Inputs:
         lambda leaf: leaf[:samples] if _has_examples(leaf) and leaf.shape[0] == batch else leaf,
         inputs,
     )
+
+
+def inputs_of(batch: Any) -> Inputs:
+    """How a batch of a data loader calls the model: a mapping by keyword, of a tuple or list the
+    first entry, anything else as it is."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (batch[0] if isinstance(batch, tuple | list) else batch,), {}
 
 
 def _has_examples(leaf: Any) -> bool:

@@ -197,3 +197,13 @@ def _generic_reason(spec: ParameterSpec, sites: Sites, unmatched: Unmatched) -> 
     if layers:
         return f"bias of a layer without a block for it ({', '.join(layers)})"
     return "not used in any captured graph"
+
+
+def refuse_generic_layers(plan: CurvaturePlan, uses: Sequence[GraphUses]) -> None:
+    """Raise :class:`CoverageError` for a conv or linear weight that is generic, naming the use."""
+    weights = {s.weight for use in uses for s in use.sites if s.kind not in ("scale_shift",)}
+    weights |= {u.parameter for use in uses for u in use.unmatched if u.may_be_layer}
+    refused = [g for g in plan.generic if g.name in weights]
+    if refused:
+        reasons = "; ".join(f"{g.name}: {g.reason}" for g in refused)
+        raise CoverageError(f"strict: no curvature block for {reasons}")
