@@ -16,7 +16,7 @@ from kfc_fx.tools import data as data_sets
 from kfc_fx.tools import race_tasks
 from kfc_fx.tools.failures import CommandError, import_extra, one_line_failures
 from kfc_fx.tools.race_costs import measure_costs
-from kfc_fx.tools.race_optimizers import CENTRES, ENTRANTS, check_entrants, title
+from kfc_fx.tools.race_optimizers import CENTRES, ENTRANTS, check_entrants, check_installed, title
 from kfc_fx.tools.race_processes import Workers, workers
 from kfc_fx.tools.race_report import write_report
 from kfc_fx.tools.race_results import ResultsFile, RunResult, RunSpec
@@ -114,10 +114,11 @@ def train(
         if not report:
             names = _names(optimizers) or ENTRANTS
             check_entrants(names)
+            chosen = chosen_cells(tasks, batch_sizes, quick=quick)
+            cells = tuple(_with_data(chosen, data_dir, console))
+            check_installed(names)
             settings = RaceSettings(
-                cells=tuple(
-                    _with_data(chosen_cells(tasks, batch_sizes, quick=quick), data_dir, console)
-                ),
+                cells=cells,
                 optimizers=names,
                 data_dir=data_dir,
                 search=_search(quick, rates, seeds),

@@ -58,12 +58,16 @@ def title(name: str) -> str:
 
 
 def check_entrants(names: tuple[str, ...]) -> None:
-    """Raise :class:`CommandError` for an unknown optimizer, or one that is not installed."""
+    """Raise :class:`CommandError` for an unknown optimizer."""
     for name in names:
         if name not in ENTRANTS:
             raise unknown_name("optimizer", name, ENTRANTS)
-        if name in ("soap", "psgd"):
-            heavyball()
+
+
+def check_installed(names: tuple[str, ...]) -> None:
+    """Raise :class:`CommandError` for an optimizer whose package is not installed."""
+    if {"soap", "psgd"} & set(names):
+        heavyball()
 
 
 def heavyball() -> Any:

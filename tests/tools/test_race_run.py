@@ -19,6 +19,7 @@ from kfc_fx.tools.race_optimizers import (
     ENTRANTS,
     MatrixMuon,
     check_entrants,
+    check_installed,
     muon_weights,
 )
 from kfc_fx.tools.race_results import RunResult, RunSpec
@@ -239,9 +240,9 @@ def test_unknown_and_missing_optimizers_are_named(monkeypatch: pytest.MonkeyPatc
         return known(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    check_entrants(("sgd", "muon"))
+    check_installed(("sgd", "muon"))
     with pytest.raises(CommandError, match=r"pip install 'kfc_fx\[bench\]'"):
-        check_entrants(("psgd",))
+        check_installed(("psgd",))
 
 
 @pytest.mark.parametrize("optimizer", [n for n in ENTRANTS if n not in ("soap", "psgd")])
