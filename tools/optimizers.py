@@ -28,6 +28,7 @@ LEARNING_RATES = {
 # The best of at least three tried for each optimizer, at the demo's batch size.
 DIGITS_NET_RATES = {
     **LEARNING_RATES,
+    "kfc spectral": 0.03,
     "sgd": 0.1,
     "adamw": 0.02,
 }

@@ -20,10 +20,10 @@ SAFETY = 1.01
 
 
 def polar_factor(matrix: Tensor) -> Tensor:
-    """``U Vᵀ`` of the singular value decomposition ``U S Vᵀ``, to a few percent.
+    """``U Vᵀ`` of the singular value decomposition ``U S Vᵀ``, to 13 percent.
 
     Singular values from 1/1000 of the Frobenius norm up come out near one, smaller ones are
-    raised 1000 times and more. In bfloat16, whose products are several times as fast where a
+    raised about 1000 times. In bfloat16, whose products are several times as fast where a
     device has it.
 
     Args:

@@ -14,8 +14,8 @@ from kfc_fx.curvature.eigenbasis import eigendecomposition
 from kfc_fx.curvature.inverse import mean_eigenvalue
 
 ITERATIONS = 12
-"""Of the coupled Newton-Schulz iteration. Warm-started it has converged after 4 to 6; a factor
-that has changed 1000-fold since takes them all."""
+"""Of the coupled Newton-Schulz iteration. Warm-started it has converged after 4 to 6; from the
+identity, at a condition near 1000, it takes them all."""
 
 RESIDUAL_LIMIT = 1e-2
 """Largest root mean square entry of ``Wᵀ F W − I``, by rows, that passes for convergence."""
