@@ -14,12 +14,13 @@ from rich.console import Console
 
 from kfc_fx.tools import data as data_sets
 from kfc_fx.tools import race_tasks
-from kfc_fx.tools.failures import CommandError, import_extra, one_line_failures
+from kfc_fx.tools.failures import CommandError, import_extra, one_line_failures, unknown_name
 from kfc_fx.tools.race_costs import measure_costs
 from kfc_fx.tools.race_optimizers import CENTRES, ENTRANTS, check_entrants, check_installed, title
 from kfc_fx.tools.race_processes import Workers, workers
 from kfc_fx.tools.race_report import write_report
 from kfc_fx.tools.race_results import ResultsFile, RunResult, RunSpec
+from kfc_fx.tools.race_run import device_name, use_tensor_cores
 from kfc_fx.tools.race_search import Entry, SearchSpec, next_runs
 from kfc_fx.tools.race_tasks import TASKS, CellSpec, RaceData, TaskSpec, find_task
 from kfc_fx.tools.terminal import output_console
@@ -44,10 +45,12 @@ class RaceSettings:
     workers: int
     threads: int
     cost_rounds: int
+    device: torch.device
+    whole_data: bool
 
     def load(self, task: TaskSpec) -> RaceData:
         """The data of a task."""
-        return race_tasks.load(task.data, self.data_dir)
+        return race_tasks.load(task.data, self.data_dir, whole=self.whole_data)
 
     def entries(self) -> Iterator[Entry]:
         """Every optimizer in every cell, the cells in the order of their weight."""
@@ -83,6 +86,11 @@ def train(
             "--quick", help="Ten minutes: three tasks, one batch size, two rates, one seed."
         ),
     ] = False,
+    length: Annotated[int, typer.Option(min=1, help="Times the steps of every task.")] = 1,
+    whole_data: Annotated[
+        bool, typer.Option("--whole-data", help="Train on whole data sets, for longer runs.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for one GPU.")] = "cpu",
     costs_only: Annotated[
         bool, typer.Option("--costs-only", help="Measure only what a step costs; train nothing.")
     ] = False,
@@ -114,7 +122,11 @@ def train(
         if not report:
             names = _names(optimizers) or ENTRANTS
             check_entrants(names)
-            chosen = chosen_cells(tasks, batch_sizes, quick=quick)
+            place = _device(device)
+            chosen = [
+                (task, replace(cell, steps=cell.steps * length))
+                for task, cell in chosen_cells(tasks, batch_sizes, quick=quick)
+            ]
             cells = tuple(_with_data(chosen, data_dir, console))
             check_installed(names)
             settings = RaceSettings(
@@ -125,7 +137,10 @@ def train(
                 workers=worker_count or max(1, (os.cpu_count() or 1) // threads),
                 threads=threads,
                 cost_rounds=cost_rounds,
+                device=place,
+                whole_data=whole_data,
             )
+            _check_same_data(settings, file)
             failures: list[str] = []
             try:
                 if not costs_only:
@@ -204,18 +219,19 @@ def _due(
 
 
 def _runs(settings: RaceSettings, file: ResultsFile, console: Console) -> list[str]:
-    with workers(settings.workers, settings.threads, settings.load) as crew:
+    with workers(settings.workers, settings.threads, settings.load, settings.device) as crew:
         return run_all(list(settings.entries()), settings.search, file, crew, console)
 
 
 def _costs(settings: RaceSettings, file: ResultsFile, console: Console, *, repeat: bool) -> None:
     known = {(cost.task, cost.batch_size, cost.optimizer) for cost in file.costs}
     torch.set_num_threads(settings.workers * settings.threads)  # nothing runs beside it
+    use_tensor_cores(settings.device)
     for task, cell in settings.cells:
         names = cell.of(settings.optimizers)
         if not repeat and all((task.name, cell.batch_size, name) in known for name in names):
             continue
-        data = settings.load(task)
+        data = settings.load(task).to(settings.device)
         costs = measure_costs(task, cell.batch_size, names, data, settings.cost_rounds)
         file.add_costs(costs)
         shown = ", ".join(f"{title(cost.optimizer)} {cost.mean:.2f}" for cost in costs)
@@ -240,6 +256,33 @@ def _with_data(
     if len(missing) == len({task.name for task, _ in cells}):
         raise CommandError(f"no task has its data: {'; '.join(dict.fromkeys(missing.values()))}")
     yield from (cell for cell in cells if cell[0].name not in missing)
+
+
+def _device(name: str) -> torch.device:
+    """The device of all runs.
+
+    Raises:
+        CommandError: there is no such device.
+    """
+    if name not in ("cpu", "cuda"):
+        raise unknown_name("device", name, ("cpu", "cuda"))
+    if name == "cuda" and not torch.cuda.is_available():
+        raise CommandError("--device cuda: torch.cuda.is_available() is false")
+    return torch.device(name)
+
+
+def _check_same_data(settings: RaceSettings, file: ResultsFile) -> None:
+    """Raise :class:`CommandError` where the file holds runs on other data or another device:
+    they would stand in one table."""
+    device = device_name(settings.device)
+    for task in dict.fromkeys(task for task, _ in settings.cells):
+        size = len(settings.load(task).train)
+        for run in file.runs.values():
+            if run.spec.task == task.name and (run.train_size, run.device) != (size, device):
+                raise CommandError(
+                    f"--results {file.path} has runs of {task.name} on {run.train_size} examples "
+                    f"and {run.device}, not {size} and {device}: name another file"
+                )
 
 
 def _search(quick: bool, rates: int | None, seeds: int | None) -> SearchSpec:

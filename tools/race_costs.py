@@ -15,7 +15,7 @@ from kfc_fx.curvature.schedule import EARLY_STEPS
 from kfc_fx.optim import KFC
 from kfc_fx.tools.race_optimizers import Entered
 from kfc_fx.tools.race_results import CostResult
-from kfc_fx.tools.race_run import batches, make, take_step, versions
+from kfc_fx.tools.race_run import batches, device_name, make, take_step, versions
 from kfc_fx.tools.race_tasks import RaceData, TaskSpec
 
 REFERENCE = "sgd"
@@ -62,7 +62,8 @@ def measure_costs(
     for _ in range(rounds):
         for racer in racers:
             racer.round_seconds.append(racer.turn(interval))
-    return [_cost(task, batch_size, racer, racers[0], interval) for racer in racers]
+    device = data.train.inputs.device
+    return [_cost(task, batch_size, racer, racers[0], interval, device) for racer in racers]
 
 
 def whole_interval(racers: Sequence[Racer]) -> int:
@@ -96,7 +97,12 @@ def _stepper(
 
 
 def _cost(
-    task: TaskSpec, batch_size: int, racer: Racer, reference: Racer, interval: int
+    task: TaskSpec,
+    batch_size: int,
+    racer: Racer,
+    reference: Racer,
+    interval: int,
+    device: torch.device,
 ) -> CostResult:
     ratios = [
         own / other for own, other in zip(racer.round_seconds, reference.round_seconds, strict=True)
@@ -116,4 +122,5 @@ def _cost(
         sgd_seconds=statistics.median(reference.round_seconds),
         threads=torch.get_num_threads(),
         versions=versions(),
+        device=device_name(device),
     )

@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 
 from kfc_fx.tools.race_results import RunResult, RunSpec
-from kfc_fx.tools.race_run import train
+from kfc_fx.tools.race_run import train, use_tensor_cores
 from kfc_fx.tools.race_tasks import Examples, RaceData, TaskSpec
 
 # A process that was forked from one which has computed gradients cannot compute any.
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOAD = ["kfc_fx.tools.race_run"]
+CPU = torch.device("cpu")
 
 LoadData = Callable[[TaskSpec], RaceData]
 
@@ -52,10 +53,10 @@ def read_data(path: Path) -> RaceData:
 
 
 class Workers:
-    """Up to ``count`` runs at a time, each on ``threads`` threads."""
+    """Up to ``count`` runs at a time on one device, each on ``threads`` threads."""
 
-    def __init__(self, count: int, threads: int, files: DataFiles) -> None:
-        self._count, self._threads, self._files = count, threads, files
+    def __init__(self, count: int, threads: int, files: DataFiles, device: torch.device) -> None:
+        self._count, self._threads, self._files, self._device = count, threads, files, device
         self._active: dict[Connection, tuple[RunSpec, BaseProcess]] = {}
         CONTEXT.set_forkserver_preload(PRELOAD)
 
@@ -73,7 +74,9 @@ class Workers:
         receiver, sender = CONTEXT.Pipe(duplex=False)
         path = self._files.path(task)
         process = CONTEXT.Process(
-            target=_work, args=(sender, spec, path, self._threads, self._count), daemon=True
+            target=_work,
+            args=(sender, spec, path, self._threads, self._count, self._device),
+            daemon=True,
         )
         process.start()
         sender.close()
@@ -102,24 +105,29 @@ class Workers:
 
 
 @contextmanager
-def workers(count: int, threads: int, load: LoadData) -> Iterator[Workers]:
+def workers(
+    count: int, threads: int, load: LoadData, device: torch.device = CPU
+) -> Iterator[Workers]:
     """Workers and their data files, both gone at the end."""
     with tempfile.TemporaryDirectory(prefix="kfc-fx-race-") as folder:
-        made = Workers(count, threads, DataFiles(Path(folder), load))
+        made = Workers(count, threads, DataFiles(Path(folder), load), device)
         try:
             yield made
         finally:
             made.stop()
 
 
-def _work(sender: Connection, spec: RunSpec, path: Path, threads: int, count: int) -> None:
+def _work(
+    sender: Connection, spec: RunSpec, path: Path, threads: int, count: int, device: torch.device
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started it
     # With multi_tensor, its default, heavyball takes a schedule, and warns all the same.
     warnings.filterwarnings("ignore", message="Learning rate changed between steps")
     torch.set_num_threads(threads)
+    use_tensor_cores(device)
     answer: RunResult | str
     try:
-        answer = train(spec, read_data(path), workers=count)
+        answer = train(spec, read_data(path).to(device), workers=count)
     except Exception as error:
         answer = f"{type(error).__name__}: {error}"
     with suppress(BrokenPipeError):  # nobody waits any more

@@ -32,8 +32,8 @@ class RunResult:
     ``losses`` has one mini-batch loss per step, from before its update; one that is not finite
     is ``None``. ``seconds`` are per step by the run's own clock, the capture apart.
     ``test_loss`` and ``test_accuracy`` are of the end. ``peak_memory`` is in bytes beyond what
-    the process and the data took before the network was made, ``None`` where the system does
-    not tell.
+    the process (on a GPU, its allocator) and the data took before the network was made, ``None``
+    where the system does not tell.
     """
 
     spec: RunSpec
@@ -48,6 +48,7 @@ class RunResult:
     threads: int
     workers: int
     versions: dict[str, str]
+    device: str = "cpu"
 
     @property
     def curve(self) -> list[float]:
@@ -84,6 +85,7 @@ class CostResult:
     sgd_seconds: float
     threads: int
     versions: dict[str, str]
+    device: str = "cpu"
 
     def relative_seconds(self, steps: int) -> float:
         """Time of the first ``steps`` steps, in mean SGD steps."""

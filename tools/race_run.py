@@ -24,7 +24,8 @@ CLEAR_PEAK = Path("/proc/self/clear_refs")
 
 
 def train(spec: RunSpec, data: RaceData, *, workers: int = 1) -> RunResult:
-    """Train from the parameters and in the order that ``spec.seed`` gives.
+    """Train on the device of ``data``, from the parameters and in the order that ``spec.seed``
+    gives.
 
     It is stopped, and counted as diverged, where the loss is not finite, or more than three
     times that of the first step once the warm-up is over.
@@ -33,10 +34,11 @@ def train(spec: RunSpec, data: RaceData, *, workers: int = 1) -> RunResult:
         workers: runs that share the machine at the time, for the record.
     """
     task = find_task(spec.task)
-    memory_before = _reset_peak_memory()
+    device = data.train.inputs.device
+    memory_before = _reset_peak_memory(device)
     entered = make(task, spec.optimizer, spec.lr, spec.seed, data, spec.batch_size)
     losses, seconds, diverged = _loop(spec, task, data, entered)
-    peak = _memory("VmHWM")  # before the test set is looked at
+    peak = _peak_memory(device)  # before the test set is looked at
     tested = (None, None) if diverged else test(entered.network, task, data.test)
     return RunResult(
         spec=spec,
@@ -51,7 +53,20 @@ def train(spec: RunSpec, data: RaceData, *, workers: int = 1) -> RunResult:
         threads=torch.get_num_threads(),
         workers=workers,
         versions=versions(),
+        device=device_name(device),
     )
+
+
+def device_name(device: torch.device) -> str:
+    """The device as results name it: the GPU's own name, "cpu" for the processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def use_tensor_cores(device: torch.device) -> None:
+    """Let float32 products on a GPU be TF32, for everyone: what people train with there."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
 
 
 def make(
@@ -59,8 +74,8 @@ def make(
 ) -> Entered:
     """The task's network, freshly initialised, and the optimizer for it."""
     torch.manual_seed(seed)
-    network = task.build()
     example, _ = data.train.batch(slice(batch_size))
+    network = task.build().to(example.device)
     entered = enter(optimizer, network, task, lr, example)
     # What sampling comes from after this must not depend on how many numbers were drawn so far.
     torch.manual_seed(seed)
@@ -90,7 +105,8 @@ def batches(examples: Examples, batch_size: int, seed: int) -> Iterator[tuple[Te
     order = torch.Generator().manual_seed(seed)
     whole = len(examples) // batch_size * batch_size
     while True:
-        for rows in torch.randperm(len(examples), generator=order)[:whole].split(batch_size):
+        epoch = torch.randperm(len(examples), generator=order)[:whole]
+        for rows in epoch.to(examples.inputs.device).split(batch_size):
             yield examples.batch(rows)
 
 
@@ -156,13 +172,21 @@ def _has_diverged(losses: list[float | None], step: int) -> bool:
     return step >= WARM_UP_STEPS and last > DIVERGED_FACTOR * first
 
 
-def _reset_peak_memory() -> int | None:
-    """Forget the process's peak so far; its memory now, ``None`` where it cannot be had."""
+def _reset_peak_memory(device: torch.device) -> int | None:
+    """Forget the peak so far, of the GPU's allocator or of the process; what is held now,
+    ``None`` where it cannot be had."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
     try:
         CLEAR_PEAK.write_text("5", encoding="ascii")
     except OSError:
         return None
     return _memory("VmRSS")
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _memory("VmHWM")
 
 
 def _memory(field: str) -> int | None:

@@ -79,6 +79,10 @@ class Examples:
         """Inputs and targets at ``rows``, symbols and labels as int64."""
         return _wide(self.inputs[rows]), _wide(self.targets[rows])
 
+    def to(self, device: torch.device) -> Examples:
+        """The same on a device."""
+        return Examples(self.inputs.to(device), self.targets.to(device))
+
 
 @dataclass(frozen=True)
 class RaceData:
@@ -87,6 +91,10 @@ class RaceData:
     title: str
     train: Examples
     test: Examples
+
+    def to(self, device: torch.device) -> RaceData:
+        """The same on a device."""
+        return RaceData(self.title, self.train.to(device), self.test.to(device))
 
 
 FEW = ("sgd", "muon", "kfc-adam", "kfc-spectral")
@@ -164,15 +172,19 @@ def find_task(name: str) -> TaskSpec:
 
 
 @lru_cache
-def load(name: DataName, folder: Path) -> RaceData:
+def load(name: DataName, folder: Path, *, whole: bool = False) -> RaceData:
     """Read, shuffle and cut a data set; the same for every seed.
+
+    Args:
+        whole: cut nothing off the training images.
 
     Raises:
         CommandError: its files are not in ``folder``.
     """
     if name == "shakespeare":
         return _text(folder)
-    data = data_sets.shuffled(data_sets.load(name, folder), SHUFFLE_SEED, TRAIN_SIZES[name])
+    size = None if whole else TRAIN_SIZES[name]
+    data = data_sets.shuffled(data_sets.load(name, folder), SHUFFLE_SEED, size)
     order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(SHUFFLE_SEED))
     test = data.test.take(order[: TEST_SIZES[name]])
     return _pixels(data.title, data.train, test) if name == "mnist" else _classes(data, test)

@@ -141,6 +141,7 @@ def test_cells_are_chosen_by_task_and_batch_size_those_of_all_first() -> None:
         (["--batch-sizes", "big"], "--batch-sizes 'big': write them as 128,512"),
         (["--data-dir", "nowhere"], "no task has its data: no folder nowhere"),
         (["--report", "--results", "none.json"], "--report: no file none.json"),
+        (["--device", "gpu"], "unknown device 'gpu' (did you mean 'cpu'?)"),
     ],
 )
 def test_mistakes_get_one_line(
@@ -171,6 +172,31 @@ def test_a_task_without_data_is_skipped_by_name(
     assert "vit is skipped: no CIFAR-10 files in" in output
     assert raced == [("gpt", TASKS["gpt"].cells[0].steps)]
     assert (code, "no runs in" in output) == (0, True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_a_gpu_that_is_not_there_is_an_error() -> None:
+    code, output = invoke("--device", "cuda")
+    assert (code, "--device cuda: torch.cuda.is_available() is false" in output) == (2, True)
+
+
+def test_longer_runs_are_other_runs_and_other_data_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tinyshakespeare.txt").write_text("to be or not to be " * 400)
+    raced: list[int] = []
+    monkeypatch.setattr(race, "run_all", lambda entries, *_: raced.extend(e.steps for e in entries))
+    results = tmp_path / "results.json"
+    arguments = (
+        *("--data-dir", str(tmp_path), "--no-costs", "--results", str(results)),
+        *("--tasks", "gpt", "--batch-sizes", "128", "--optimizers", "sgd", "--length", "3"),
+    )
+    code, output = invoke(*arguments)
+    assert (code, raced) == (0, [3 * TASKS["gpt"].cells[0].steps]), output
+    ResultsFile(results).add_run(result(Entry("gpt", 128, 12, "sgd").run(0.1), 6.0))
+    code, output = invoke(*arguments)
+    assert code == 2
+    assert "has runs of gpt on 100 examples and cpu" in output
 
 
 def test_the_report_is_drawn_from_the_file_alone(tmp_path: Path) -> None:

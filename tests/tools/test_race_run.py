@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from kfc_fx.tools import race_costs, race_run, race_tasks
+from kfc_fx.tools.data import DataSet, ImageSet
 from kfc_fx.tools.failures import CommandError
 from kfc_fx.tools.race_costs import measure_costs, whole_early_phase
 from kfc_fx.tools.race_networks import CharacterGPT, VisionTransformer, autoencoder, resnet20
@@ -254,3 +256,19 @@ def test_no_gradient_outlives_its_step(
     inputs, targets = data.train.batch(slice(8))
     race_run.take_step(entered, task, inputs, targets)
     assert all(p.grad is None for p in entered.network.parameters())
+
+
+def test_whole_data_keeps_every_training_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def images(size: int) -> ImageSet:
+        return ImageSet(torch.randint(256, (size, 1, 6, 6), dtype=torch.uint8), torch.arange(size))
+
+    made = DataSet("mnist", "random", images(50), images(20))
+    monkeypatch.setattr(race_tasks.data_sets, "load", lambda name, folder: made)
+    monkeypatch.setitem(race_tasks.TRAIN_SIZES, "mnist", 30)
+    cut = race_tasks.load("mnist", tmp_path)
+    whole = race_tasks.load("mnist", tmp_path, whole=True)
+    assert (len(cut.train), len(whole.train)) == (30, 50)
+    assert torch.equal(whole.train.inputs[:30], cut.train.inputs)
+    assert torch.equal(whole.test.inputs, cut.test.inputs)
