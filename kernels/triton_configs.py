@@ -13,6 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+LEAST_STEPS = 8
+# Tensor cores truncate each sum to float32, always downwards: on an H100 a part loses about
+# rows · 2⁻²⁷ of its value, 2e-4 at this bound. Parts are added up with rounding to nearest.
+MOST_ROWS = 2**15
+SCRATCH_BYTES = 256 << 20
+PARTIAL_ITEMSIZE = 4
 INTERPRETER_PROCESSORS = 2
 INTERPRETER_SHARED_BYTES = 101_376
 
@@ -123,12 +129,14 @@ def _device_processor(index: int) -> Processor:
     return Processor(properties.multi_processor_count, shared, amd)
 
 
+@functools.lru_cache(maxsize=256)
 def fit_stages(config: GramConfig, itemsize: int, shared_bytes: int) -> GramConfig:
     """The config with no more stages than shared memory holds, and one at least."""
     stages = max(1, min(config.stages, shared_bytes // config.stage_bytes(itemsize)))
     return config if stages == config.stages else replace(config, stages=stages)
 
 
+@functools.lru_cache(maxsize=512)
 def default_symmetric(side: int, mode: str) -> GramConfig:
     """The largest square tile that wastes at most a quarter of its rows on ``side``."""
     configs = SYMMETRIC[mode]
@@ -139,6 +147,7 @@ def default_symmetric(side: int, mode: str) -> GramConfig:
     return configs[0] if side <= configs[0].block_m else configs[1]
 
 
+@functools.lru_cache(maxsize=512)
 def default_rectangular(side: int, mode: str, shared_bytes: int) -> GramConfig:
     """The largest tile that fits the device and wastes at most a quarter of its columns."""
     configs = RECTANGULAR[mode]
@@ -150,11 +159,19 @@ def default_rectangular(side: int, mode: str, shared_bytes: int) -> GramConfig:
     return configs[0] if side <= configs[0].block_n else configs[1]
 
 
-def default_splits(tiles: int, steps: int, processors: int, *, least_steps: int = 8) -> int:
-    """Into how many parts to cut the K loop, so that every processor has two programs.
+def default_splits(config: GramConfig, tiles: int, steps: int, processors: int) -> int:
+    """Into how many parts to cut the K loop of ``tiles`` results of ``block_m × block_m``.
 
-    A part has at least ``least_steps`` steps, so that its pipeline fills and its partial result
-    costs less than its products.
+    Every processor gets two programs, but no part fewer than ``LEAST_STEPS`` steps, so that its
+    pipeline fills and its partial result costs less than its products. Nor does a part add up
+    more than ``MOST_ROWS`` rows, as long as the partial results fit in ``SCRATCH_BYTES``.
     """
-    wanted = -(-2 * processors // max(1, tiles))
-    return max(1, min(wanted, steps // least_steps))
+    filling = min(-(-2 * processors // max(1, tiles)), steps // LEAST_STEPS)
+    accurate = -(-steps // most_steps(config.block_k))
+    affordable = SCRATCH_BYTES // (max(1, tiles) * config.block_m**2 * PARTIAL_ITEMSIZE)
+    return max(1, filling, min(accurate, affordable))
+
+
+def most_steps(block_k: int) -> int:
+    """How many steps of a K loop one accumulator may add up; see ``MOST_ROWS``."""
+    return max(1, MOST_ROWS // block_k)

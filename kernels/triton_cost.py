@@ -1,12 +1,15 @@
-"""Which Triton method makes a patch Gram sooner: products and bytes of each, at a GPU's rates.
+"""Which Triton method makes a patch Gram sooner: work of each, at the rates of a GPU.
 
-Only the ratio of the rates decides. Tiles count whole, with what overhangs the factor, since that
-is multiplied too.
+Only the ratios of the rates decide. Tiles count whole, with what overhangs the factor, since that
+is multiplied too. The rates below were measured on an H100 with steps launched from the host, as
+training does: a launch there costs much more than the device needs to start it, Python's work
+included. ``kfc_fx.tools.gpu_cost_fit`` finds them again from a run of ``kfc_fx.tools.gpu_check``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 from kfc_fx.kernels.products import product_plan
@@ -14,40 +17,57 @@ from kfc_fx.kernels.triton_configs import default_rectangular, default_symmetric
 from kfc_fx.kernels.triton_product_jobs import job_plan, total_steps
 from kfc_fx.plan.geometry import ConvGeometry
 
-# Multiplications in the time of one byte, by precision mode: datasheet ratios of an H100, halved.
-PRODUCTS_PER_BYTE = {"half": 75.0, "tf32": 37.0, "ieee": 5.0}
-LAUNCH_BYTES = 5_000_000.0  # what memory moves in the time of one launch
-STRUCTURED_LAUNCHES = 3
+# Multiplications in the time that memory takes for a byte, by precision mode. An H100 moves
+# 2.9 TB/s; the tensor cores did 130 and 67 times 10¹² multiplications a second in these kernels.
+PRODUCTS_PER_BYTE = {"half": 44.0, "tf32": 23.0, "ieee": 5.0}
+LAUNCH_BYTES = 400e6  # what memory moves in the time of one launch from the host
+STRUCTURED_LAUNCHES = 4  # pack, products, sums of slots, assembly
+IM2COL_LAUNCHES = 2  # pack and products; a second reduction is as short as the rest is then
 NUMBER = 4  # bytes of a result
 
 
 @dataclass(frozen=True)
-class TritonCost:
-    """Estimated time of each method, in bytes that memory would move meanwhile."""
+class Work:
+    """What one method does: multiplications, bytes moved beyond what both share, launches."""
 
-    structured: float
-    im2col: float
+    products: float
+    moved_bytes: float
+    launches: int
+
+    def time(self, mode: str) -> float:
+        """Estimated time, in bytes that memory would move meanwhile."""
+        products = self.products / PRODUCTS_PER_BYTE[mode]
+        return products + self.moved_bytes + self.launches * LAUNCH_BYTES
+
+
+@dataclass(frozen=True)
+class TritonCost:
+    """Work of each method in one precision mode."""
+
+    structured: Work
+    im2col: Work
+    mode: str
 
     @property
     def best(self) -> str:
         """The faster method."""
-        return "structured" if self.structured < self.im2col else "im2col"
+        faster = self.structured.time(self.mode) < self.im2col.time(self.mode)
+        return "structured" if faster else "im2col"
 
 
+@lru_cache(maxsize=512)
 def estimate(
     geometry: ConvGeometry, shape: tuple[int, ...], mode: str, shared_bytes: int
 ) -> TritonCost:
-    """Costs for an input of ``shape`` ``[N, C, *spatial]``, beyond what both share."""
+    """Costs for an input of ``shape`` ``[N, C, *spatial]``."""
     return TritonCost(
-        _structured(geometry, shape, mode, shared_bytes), _im2col(geometry, shape, mode)
+        _structured(geometry, shape, mode, shared_bytes), _im2col(geometry, shape, mode), mode
     )
 
 
-def _structured(
-    geometry: ConvGeometry, shape: tuple[int, ...], mode: str, shared_bytes: int
-) -> float:
+def _structured(geometry: ConvGeometry, shape: tuple[int, ...], mode: str, shared: int) -> Work:
     channels = shape[1] // geometry.groups
-    config = default_rectangular(channels, mode, shared_bytes)
+    config = default_rectangular(channels, mode, shared)
     jobs = job_plan(product_plan(geometry, tuple(shape[2:])))
     steps = total_steps(jobs, shape[0], config.block_k)
     tiles = -(-channels // config.block_m) * -(-channels // config.block_n)
@@ -56,14 +76,10 @@ def _structured(
     # Jobs are written and read once, slots written and read, Ω written.
     moved = 2 * (len(jobs.jobs) + len(jobs.jobs_of_slot)) * channels**2
     moved += (channels * geometry.offsets) ** 2
-    return (
-        products / PRODUCTS_PER_BYTE[mode]
-        + NUMBER * geometry.groups * moved
-        + STRUCTURED_LAUNCHES * LAUNCH_BYTES
-    )
+    return Work(products, NUMBER * geometry.groups * moved, STRUCTURED_LAUNCHES)
 
 
-def _im2col(geometry: ConvGeometry, shape: tuple[int, ...], mode: str) -> float:
+def _im2col(geometry: ConvGeometry, shape: tuple[int, ...], mode: str) -> Work:
     side = shape[1] // geometry.groups * geometry.offsets
     config = default_symmetric(side, mode)
     rows = -(-side // config.block_m)
@@ -71,4 +87,4 @@ def _im2col(geometry: ConvGeometry, shape: tuple[int, ...], mode: str) -> float:
     steps = prod(out[:-1]) * -(-out[-1] * shape[0] // config.block_k)
     products = geometry.groups * rows * (rows + 1) // 2 * steps
     products *= config.block_m**2 * config.block_k
-    return products / PRODUCTS_PER_BYTE[mode] + NUMBER * geometry.groups * side**2
+    return Work(products, NUMBER * geometry.groups * side**2, IM2COL_LAUNCHES)

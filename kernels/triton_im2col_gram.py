@@ -167,7 +167,7 @@ def im2col_gram(
     steps_per_line = -(-walk.out[2] * packed.padded_batch // config.block_k)
     steps = walk.lines * steps_per_line
     tiles = lower_tiles(side, config.block_m) * geometry.groups
-    steps_per_part = -(-steps // default_splits(tiles, steps, processor(x).count))
+    steps_per_part = -(-steps // default_splits(config, tiles, steps, processor(x).count))
     parts = -(-steps // steps_per_part)
     output = symmetric_output(x, geometry.groups, side, config.block_m, parts, bias)
     schedule = (steps, steps_per_part, steps_per_line)

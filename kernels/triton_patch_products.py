@@ -23,11 +23,13 @@ from torch import Tensor
 from kfc_fx.kernels.products import ProductPlan
 from kfc_fx.kernels.triton_case import KernelCase, argument_types, gram_cases
 from kfc_fx.kernels.triton_configs import (
+    PARTIAL_ITEMSIZE,
     RECTANGULAR,
+    SCRATCH_BYTES,
     GramConfig,
-    Processor,
     default_rectangular,
     fit_stages,
+    most_steps,
     precision_mode,
     processor,
 )
@@ -171,30 +173,50 @@ def packed_products(
     """The same from activations that are packed already, without padding."""
     side = packed.channels // groups
     tiles = (-(-side // config.block_m), -(-side // config.block_n))
-    programs = tiles[0] * tiles[1] * groups
-    steps = total_steps(jobs, packed.padded_batch, config.block_k)
-    length = _steps_per_part(steps, programs, processor(packed.buffer))
-    schedule = product_schedule(jobs, stride, spatial, packed.padded_batch, config.block_k, length)
+    schedule = _schedule(
+        jobs, stride, spatial, packed.padded_batch, config.block_k, (side, groups),
+        tiles[0] * tiles[1] * groups, processor(packed.buffer).count,
+    )  # fmt: skip
     target = packed.buffer.new_empty((schedule.targets, groups, side, side), dtype=torch.float32)
-    tables = schedule_tables(schedule, jobs.symmetric, packed.buffer.device)
+    tables = schedule_tables(schedule, jobs, packed.buffer.device)
     _launch(packed, target, tables[0], stride, groups, config, mode, tiles)
     _sum_slots(target, tables[1], tables[2])
     return target[: schedule.slots]
 
 
+@lru_cache(maxsize=512)
 def _bare(stride: tuple[int, ...], groups: int) -> ConvGeometry:
     ndim = len(stride)
     return ConvGeometry((1,) * ndim, stride, ((0, 0),) * ndim, (1,) * ndim, groups)
 
 
-def _steps_per_part(steps: int, programs: int, device: Processor) -> int:
-    wanted = device.count * PROGRAMS_PER_PROCESSOR
-    return max(LEAST_STEPS, -(-steps * programs // wanted))
+@lru_cache(maxsize=512)
+def _schedule(
+    jobs: JobPlan,
+    stride: tuple[int, ...],
+    spatial: tuple[int, ...],
+    padded_batch: int,
+    block_k: int,
+    result: tuple[int, int],
+    programs: int,
+    processors: int,
+) -> Schedule:
+    """The schedule that fills the device, with parts as short as accuracy asks for.
+
+    ``result`` is the side of a product and the groups, ``programs`` how many make a part.
+    """
+    steps = total_steps(jobs, padded_batch, block_k)
+    filling = max(LEAST_STEPS, -(-steps * programs // (processors * PROGRAMS_PER_PROCESSOR)))
+    side, groups = result
+    affordable = SCRATCH_BYTES // (PARTIAL_ITEMSIZE * groups * side**2)
+    accurate = max(most_steps(block_k), -(-steps // max(1, affordable)))
+    length = min(filling, accurate)
+    return product_schedule(jobs, stride, spatial, padded_batch, block_k, length)
 
 
 @lru_cache(maxsize=512)
 def schedule_tables(
-    schedule: Schedule, symmetric: tuple[bool, ...], device: torch.device
+    schedule: Schedule, jobs: JobPlan, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The schedule on a device: ``parts [P, 7]``, ``bounds [slots to sum, 4]``, ``sums``.
 
@@ -206,7 +228,7 @@ def schedule_tables(
     ]
     bounds, sums = [], list[int]()
     for slot, targets in schedule.sums:
-        bounds.append((slot, int(symmetric[slot]), len(sums), len(sums) + len(targets)))
+        bounds.append((slot, int(jobs.symmetric[slot]), len(sums), len(sums) + len(targets)))
         sums.extend(targets)
     return (
         torch.tensor(parts, dtype=torch.int64, device=device).reshape(-1, 7),

@@ -13,6 +13,7 @@ a kernel that multiplies them by the padded batch knows their divisibility.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import triton
 import triton.language as tl
@@ -75,8 +76,13 @@ class PatchWalk:
 
 def patch_walk(packed: Packed, geometry: ConvGeometry) -> PatchWalk:
     """The distances between a patch's entries and between output locations."""
-    missing = (1,) * (MAX_SPATIAL - geometry.ndim)
     _, depth, height, width, _ = packed.buffer.shape
+    return _walk(geometry, depth, height, width)
+
+
+@lru_cache(maxsize=512)
+def _walk(geometry: ConvGeometry, depth: int, height: int, width: int) -> PatchWalk:
+    missing = (1,) * (MAX_SPATIAL - geometry.ndim)
     stride, dilation = missing + geometry.stride, missing + geometry.dilation
     kernel = missing + geometry.kernel_size
     out = [

@@ -38,7 +38,7 @@ class ProductJob:
     box: tuple[Segment, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity, as the plans that they are cached for
 class JobPlan:
     """The jobs of a plan, and the jobs that each slot adds up."""
 
@@ -60,7 +60,7 @@ class Part:
     target: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Schedule:
     """All parts, and for each slot that is not written directly the targets that it adds up.
 
@@ -120,6 +120,7 @@ def job_steps(job: ProductJob, padded_batch: int, block_k: int) -> int:
     return prod(lengths[:-1]) * -(-lengths[-1] * padded_batch // block_k)
 
 
+@lru_cache(maxsize=512)
 def total_steps(jobs: JobPlan, padded_batch: int, block_k: int) -> int:
     """K steps of all jobs."""
     return sum(job_steps(job, padded_batch, block_k) for job in jobs.jobs)

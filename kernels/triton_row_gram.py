@@ -138,7 +138,7 @@ def row_gram(
     config = fit_stages(config, x.element_size(), device.shared_bytes)
     steps_per_batch = -(-layout.rows // config.block_k)
     steps = layout.batches * steps_per_batch
-    parts = default_splits(lower_tiles(side, config.block_m), steps, device.count)
+    parts = default_splits(config, lower_tiles(side, config.block_m), steps, device.count)
     steps_per_part = -(-steps // parts)
     parts = -(-steps // steps_per_part)
     output = symmetric_output(x, 1, side, config.block_m, parts, bias)

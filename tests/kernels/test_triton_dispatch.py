@@ -88,3 +88,34 @@ def test_the_cheaper_method_follows_the_shape() -> None:
     assert estimate(valid, (8, 64, 8, 8), "half", 232_448).best == "im2col"
     depthwise = conv_geometry((3, 3), padding=1, groups=64)
     assert estimate(depthwise, (64, 64, 28, 28), "half", 232_448).best == "im2col"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "shape", "mode", "faster"),
+    [
+        # Milliseconds on an H100, structured and im2col:
+        (3, 1, (128, 3, 32, 32), "half", "im2col"),  # 1.07, 0.29
+        (3, 1, (128, 64, 32, 32), "half", "im2col"),  # 1.12, 0.47
+        (3, 1, (128, 128, 16, 16), "half", "im2col"),  # 0.57, 0.40
+        (3, 1, (128, 512, 4, 4), "half", "im2col"),  # 0.71, 0.42
+        (7, 2, (64, 3, 224, 224), "half", "im2col"),  # 6.24, 0.38
+        (3, 1, (64, 128, 28, 28), "half", "im2col"),  # 0.73, 0.52
+        (3, 1, (64, 256, 14, 14), "half", "im2col"),  # 0.58, 0.48
+        (3, 1, (64, 512, 7, 7), "half", "im2col"),  # 0.64, 0.53
+        (3, 1, (16, 128, 112, 112), "half", "structured"),  # 0.77, 1.32
+        (5, 1, (128, 32, 15, 15), "half", "im2col"),  # 0.84, 0.31
+        (3, 1, (128, 3, 32, 32), "tf32", "im2col"),  # 0.59, 0.26
+        (7, 2, (64, 3, 224, 224), "tf32", "im2col"),  # 10.84, 0.54
+        (3, 1, (64, 64, 56, 56), "tf32", "structured"),  # 0.71, 0.86
+        (3, 1, (64, 512, 7, 7), "tf32", "structured"),  # 0.55, 0.75
+        (3, 1, (16, 128, 112, 112), "tf32", "structured"),  # 1.16, 2.34
+        (5, 1, (128, 32, 15, 15), "tf32", "im2col"),  # 1.06, 0.40
+    ],
+)
+def test_the_choice_is_right_where_methods_differed_by_a_fifth(
+    kernel: int, stride: int, shape: tuple[int, ...], mode: str, faster: str
+) -> None:
+    from kfc_fx.kernels.triton_cost import estimate
+
+    geometry = conv_geometry((kernel, kernel), stride=stride, padding=kernel // 2)
+    assert estimate(geometry, shape, mode, 232_448).best == faster

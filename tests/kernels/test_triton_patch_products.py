@@ -72,6 +72,22 @@ def test_long_jobs_are_cut_into_parts() -> None:
     check(random_values((40, 3, 30), torch.float32, 2), conv_geometry((2,)))
 
 
+def test_no_part_adds_up_more_rows_than_it_may_unless_memory_runs_out() -> None:
+    from kfc_fx.kernels import triton_configs as configs
+    from kfc_fx.kernels.triton_patch_products import _schedule
+    from kfc_fx.kernels.triton_product_jobs import job_plan
+
+    jobs = job_plan(product_plan(conv_geometry((3, 3), padding=1), (112, 112)))
+    for side, batch in ((128, 16), (1024, 128), (4096, 128)):
+        tiles = (side // 128) * (side // 256 or 1)
+        schedule = _schedule(jobs, (1, 1), (112, 112), batch, 64, (side, 1), tiles, 132)
+        most = max(part.last_step - part.first_step for part in schedule.parts) * 64
+        partial, limit = side**2 * 4, configs.SCRATCH_BYTES
+        parts = len(schedule.parts) - len(jobs.jobs)  # a job has one whether or not it is cut
+        assert most <= configs.MOST_ROWS or (parts + len(jobs.jobs)) * partial > limit
+        assert parts * partial <= limit
+
+
 def test_each_autocorrelation_is_multiplied_once() -> None:
     from kfc_fx.kernels.triton_product_jobs import job_plan, total_steps
 

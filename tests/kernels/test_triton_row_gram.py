@@ -131,3 +131,26 @@ def test_float64_is_refused() -> None:
 
     with pytest.raises(TypeError, match="float64"):
         row_gram(torch.zeros(2, 2, dtype=torch.float64, device=DEVICE))
+
+
+def test_no_part_adds_up_more_rows_than_it_may_unless_memory_runs_out() -> None:
+    from kfc_fx.kernels import triton_configs as configs
+    from kfc_fx.kernels.triton_split_reduction import lower_tiles
+
+    for side, rows in ((1040, 2**21), (64, 2**24), (4608, 200_000), (2**14, 2**20)):
+        config = configs.default_symmetric(side, "half")
+        tiles, steps = lower_tiles(side, config.block_m), rows // config.block_k
+        parts = configs.default_splits(config, tiles, steps, 132)
+        scratch = parts * tiles * config.block_m**2 * 4
+        assert parts == 1 or scratch <= configs.SCRATCH_BYTES
+        more = (parts + 1) * tiles * config.block_m**2 * 4
+        assert rows <= parts * configs.MOST_ROWS or more > configs.SCRATCH_BYTES
+
+
+def test_parts_short_enough_for_accuracy_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kfc_fx.kernels import triton_configs as configs
+
+    config = configs.default_symmetric(20, "half")
+    monkeypatch.setattr(configs, "MOST_ROWS", 4 * config.block_k)
+    assert configs.default_splits(config, 1, 24, 1) == 6
+    check(random_values((24 * config.block_k, 20), torch.bfloat16, 6), bias=True)
