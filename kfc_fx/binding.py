@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfc_fx.codegen.columns import stack_columns
 from kfc_fx.codegen.engine import SavedState, UpdateEngine
 from kfc_fx.codegen.layout import stack_blocks
 from kfc_fx.codegen.options import GenericParameter, UpdateSpec
@@ -58,11 +59,19 @@ class Binding:
         if self._engine is None or self._key != key:
             spec = update_spec(self._compiled, self._options, parameters, self.by_name(groups))
             if self._engine is None or self._engine.spec != spec:
-                compiled = self._options.compile_update
+                compiled, graph = self._options.compile_update, self._options.cuda_graph
                 _check_one_device(spec, parameters, compiled=compiled)
-                self._engine = UpdateEngine(spec, self.saved(), parameters, compiled=compiled)
+                captured = _captures(spec, parameters, graph)
+                self._engine = UpdateEngine(
+                    spec, self.saved(), parameters, compiled=compiled, captured=captured
+                )
                 self._loaded = SavedState.empty()
             self._key = key
+        return self._engine
+
+    @property
+    def current(self) -> UpdateEngine | None:
+        """The engine of the last step, if there was one."""
         return self._engine
 
     def learning_rates(self, engine: UpdateEngine, groups: Sequence[Group]) -> dict[str, Any]:
@@ -160,6 +169,25 @@ def _check_one_device(
         )
 
 
+def _captures(spec: UpdateSpec, parameters: Mapping[str, Tensor], wanted: bool | None) -> bool:
+    """Whether steps are replayed as a CUDA graph.
+
+    Raises:
+        OptionError: it is wanted, and cannot be.
+    """
+    kinds = {parameters[name].device for name in spec.parameters}
+    on_one_gpu = len(kinds) == 1 and next(iter(kinds)).type == "cuda"
+    possible = on_one_gpu and spec.clip != "exact"
+    if wanted and not possible:
+        why = (
+            "the exact ν is computed in the middle of a step (use clip_by='factors')"
+            if on_one_gpu
+            else f"the parameters are on {', '.join(sorted(map(str, kinds)))}, not on one GPU"
+        )
+        raise OptionError(f"cuda_graph=True: {why}")
+    return possible and wanted is not False
+
+
 def _check_blocks(
     plan: CurvaturePlan, blocks: Sequence[BlockSpec], groups: Mapping[str, Group]
 ) -> None:
@@ -189,9 +217,9 @@ def learning_rates(
     Raises:
         OptionError: weight and bias of one layer have different rates.
     """
-    rates: dict[str, Any] = {}
+    columns: dict[str, list[float]] = {}
     for stack in spec.stacks:
-        column: list[float] = []
+        column = columns.setdefault(stack.key, [])
         for block in stack.blocks:
             weight_rate = float(groups[block.weight]["lr"])
             if block.bias is not None and float(groups[block.bias]["lr"]) != weight_rate:
@@ -200,8 +228,7 @@ def learning_rates(
                     "they are one block [W b]; give them one rate"
                 )
             column += [weight_rate] * block.groups
-        dtype = getattr(torch, stack.dtype)
-        rates[stack.key] = torch.tensor(column, dtype=dtype, device=stack.device)[:, None, None]
+    rates: dict[str, Any] = dict(stack_columns(columns, spec.stacks))
     rates["generic"] = {p.name: generic_ratio * float(groups[p.name]["lr"]) for p in spec.generic}
     return rates
 

@@ -80,6 +80,10 @@ class KFC(torch.optim.Optimizer):
             the steps that rounding would drop.
         compile_update: run the step, but not the refreshes, through ``torch.compile`` with
             ``fullgraph=True``: its pointwise ends become one loop. The first step compiles.
+        cuda_graph: replay the step, but not statistics and refreshes, as a CUDA graph, which
+            takes one launch and asks the device for nothing; by default wherever all parameters
+            are on one GPU and ν is not exact. It keeps a second copy of the gradients. A gradient
+            that is not finite is found on the device then, and counted when that is next read.
         seed: of the sampled targets; by default torch's initial seed.
 
     Raises:
@@ -113,6 +117,7 @@ class KFC(torch.optim.Optimizer):
         generic_lr_ratio: float | None = None,
         masters: bool = False,
         compile_update: bool = False,
+        cuda_graph: bool | None = None,
         blocks: Mapping[str, Mapping[str, Any]] | None = None,
         seed: int | None = None,
     ) -> None:
@@ -141,6 +146,7 @@ class KFC(torch.optim.Optimizer):
             generic_lr_ratio=generic_lr_ratio,
             masters=masters,
             compile_update=compile_update,
+            cuda_graph=cuda_graph,
             blocks=blocks or {},
         )
         check_group({"lr": lr, "weight_decay": weight_decay})
@@ -156,7 +162,7 @@ class KFC(torch.optim.Optimizer):
         self.schedule = Schedule(
             factor_interval, inverse_interval, early_steps(self.options.scalings)
         )
-        self.diagnostics = Diagnostics(damping=self.options.damping_of(self.options.scaling))
+        self._diagnostics = Diagnostics(damping=self.options.damping_of(self.options.scaling))
         self._last_step_ended: float | None = None
         self._reported = Progress(0, {})
         self._token = object()
@@ -199,10 +205,13 @@ class KFC(torch.optim.Optimizer):
                 loss = closure()
         self._check_owner()
         gradients = named_gradients(self.param_groups, self._binding.names)
-        if not all_finite(gradients.values()):
-            self._skip_step()
+        engine, diagnostics = self._bound_engine(), self._diagnostics
+        if not engine.guards(gradients) and not all_finite(gradients.values()):
+            self._note_skipped(1)
+            self.compiled.recorder.take()
             return loss
-        engine, diagnostics = self._bound_engine(), self.diagnostics
+        if self.schedule.refresh_due(diagnostics.steps):  # a refresh waits for the device anyway
+            self._settle(engine)
         self._note_gradient_time()
         with engine.transaction(), diagnostics.transaction():
             self._use_statistics(engine)
@@ -256,6 +265,14 @@ class KFC(torch.optim.Optimizer):
         )
 
     # -- what users look at ----------------------------------------------------------------
+
+    @property
+    def diagnostics(self) -> Diagnostics:
+        """Counters, timings and last values; reading it may wait for the device."""
+        engine = self._binding.current
+        if engine is not None and self._settle(engine):
+            self._arm()
+        return self._diagnostics
 
     @property
     def factors(self) -> Mapping[str, Factors]:
@@ -335,10 +352,18 @@ class KFC(torch.optim.Optimizer):
         if self.compiled.recorder.owner is not self._token:
             raise StepError("another KFC was made for this compiled model; step that one")
 
-    def _skip_step(self) -> None:
-        self.diagnostics.skipped_steps += 1
-        self.compiled.recorder.take()
-        if self.diagnostics.skipped_steps == 1:
+    def _settle(self, engine: UpdateEngine) -> int:
+        """Count the steps that the device did not take as skipped; returns how many."""
+        skipped = engine.take_skipped()
+        self._diagnostics.steps -= skipped
+        if skipped:
+            self._note_skipped(skipped)
+        return skipped
+
+    def _note_skipped(self, count: int) -> None:
+        before = self._diagnostics.skipped_steps
+        self._diagnostics.skipped_steps += count
+        if not before:
             warnings.warn(
                 "a gradient is not finite: the step is skipped, parameters and state stay "
                 "(opt.diagnostics.skipped_steps counts these)",
@@ -348,7 +373,7 @@ class KFC(torch.optim.Optimizer):
 
     def _use_statistics(self, engine: UpdateEngine) -> None:
         """Statistics into factors, and factors into inverses or bases, where they are due."""
-        step, diagnostics = self.diagnostics.steps, self.diagnostics
+        step, diagnostics = self._diagnostics.steps, self._diagnostics
         statistics = self.compiled.recorder.statistics
         if statistics.sums:
             screened = screen(statistics, engine.spec.stacks, 1 - self.options.ema_decay)
@@ -356,7 +381,7 @@ class KFC(torch.optim.Optimizer):
             with diagnostics.timed("statistics"):
                 engine.accumulate(screened)
             diagnostics.statistics_steps += 1
-        elif self.schedule.statistics_due(step):
+        elif self.compiled.recorder.armed:
             self._note_missed(step)
         if not engine.started or self.schedule.refresh_due(step):
             with diagnostics.timed("refresh"):
@@ -366,7 +391,7 @@ class KFC(torch.optim.Optimizer):
 
     def _note_gradient_time(self) -> None:
         """Share the time since the last step between the gradient and the Fisher pass in it."""
-        recorder, seconds = self.compiled.recorder, self.diagnostics.seconds
+        recorder, seconds = self.compiled.recorder, self._diagnostics.seconds
         fisher, recorder.seconds = recorder.seconds, 0.0
         seconds["statistics"] += fisher  # type: ignore[assignment]
         if self._last_step_ended is not None:
@@ -379,17 +404,17 @@ class KFC(torch.optim.Optimizer):
             "compiled model (not the original) with gradients enabled, after KFC was made, and "
             "compute the loss from what it returns"
         )
-        if self.diagnostics.statistics_steps == 0:
+        if self._diagnostics.statistics_steps == 0:
             raise StatisticsError(text)
-        self.diagnostics.missed_statistics += 1
-        if self.diagnostics.missed_statistics == 1:
+        self._diagnostics.missed_statistics += 1
+        if self._diagnostics.missed_statistics == 1:
             warnings.warn(text, KfcWarning, stacklevel=5)
 
     def _arguments(self, engine: UpdateEngine) -> dict[str, Any]:
         options = self.options
         arguments: dict[str, Any] = {
             "lr": self._binding.learning_rates(engine, self.param_groups),
-            "step": self.diagnostics.steps + 1,
+            "step": self._diagnostics.steps + 1,
             **option_arguments(engine.spec, options),
         }
         if engine.spec.weight_decay:
@@ -416,7 +441,7 @@ class KFC(torch.optim.Optimizer):
 
     def _arm(self) -> None:
         """Let the next forward pass emit, if statistics are due at the next step."""
-        self.compiled.recorder.armed = self.schedule.statistics_due(self.diagnostics.steps)
+        self.compiled.recorder.armed = self.schedule.statistics_due(self._diagnostics.steps)
 
 
 def _copy_into(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

@@ -74,6 +74,7 @@ class KFCOptions:
     generic_lr_ratio: float | None
     masters: bool
     compile_update: bool
+    cuda_graph: bool | None
     blocks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

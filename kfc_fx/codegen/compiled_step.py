@@ -32,4 +32,5 @@ def tensor_arguments(given: Mapping[str, Any], device: str) -> dict[str, Any]:
 
 
 def _scalar(value: float, device: str) -> torch.Tensor:
-    return torch.tensor(value, dtype=torch.float32, device=device)
+    # A fill takes its number along; a copy from the host would wait for the device.
+    return torch.full((), value, dtype=torch.float32, device=device)

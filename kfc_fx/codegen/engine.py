@@ -19,6 +19,7 @@ from kfc_fx.codegen.options import UpdateSpec
 from kfc_fx.codegen.program import generate
 from kfc_fx.codegen.source import UpdateProgram
 from kfc_fx.codegen.state import stacked_state, state_by_block
+from kfc_fx.codegen.static_step import StaticStep
 from kfc_fx.codegen.statistics import ScreenedStatistics
 from kfc_fx.curvature.factors import Factors
 
@@ -65,9 +66,12 @@ class UpdateEngine:
         parameters: Mapping[str, Tensor],
         *,
         compiled: bool = False,
+        captured: bool = False,
     ) -> None:
         self.spec = spec
         self._compiled = compiled
+        self._captured = captured and spec.clip != "exact"
+        self._static: StaticStep | None = None
         self.parameters = parameters
         self.started = saved.started and all(b.name in saved.blocks for b in self.blocks)
         self.state: dict[str, Tensor] = stacked_state(spec, saved.blocks)
@@ -152,6 +156,15 @@ class UpdateEngine:
         if spec.partial:
             gradients, given["active"] = self._filled(gradients)
             given["gradients"] = gradients
+        if self._captured and spec is self.spec:
+            if self._static is None or not self._static.fits(given):
+                skipped = self.take_skipped()
+                self._static = StaticStep(spec, program, given)
+                self._static.skipped += skipped
+            with record_function("kfc_fx::apply"):
+                result = self._static.run(given)
+            self._masters.note_written()
+            return self._commit(spec, {**result, **self._static.report})
         if self._compiled:
             given |= tensor_arguments(given, spec.stacks[0].device)
         moments: dict[str, Tensor] = {}
@@ -162,6 +175,21 @@ class UpdateEngine:
             result = self._call(program, "apply", given)
         self._masters.note_written()
         return self._commit(spec, {**moments, **result})
+
+    def guards(self, gradients: Mapping[str, Tensor]) -> bool:
+        """Whether a step on these gradients looks itself, on the device, whether they are finite;
+        :meth:`take_skipped` tells afterwards."""
+        return self._captured and self._present(gradients) is self.spec
+
+    def take_skipped(self) -> int:
+        """How many of the steps since the last call were not taken; one synchronisation."""
+        if self._static is None:
+            return 0
+        count = int(self._static.skipped)
+        if count:
+            self._static.skipped.zero_()
+            self._static.forget_skipped(count)
+        return count
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

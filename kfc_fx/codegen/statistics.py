@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kfc_fx.codegen.columns import stack_columns
 from kfc_fx.codegen.layout import StackSpec
 from kfc_fx.curvature.recorder import Statistics
 
@@ -34,9 +35,10 @@ def screen(statistics: Statistics, stacks: Sequence[StackSpec], rate: float) -> 
     """
     finite = _finite_blocks(statistics)
     sums: dict[str, Tensor] = {}
-    rows, rates = {}, {}
+    rows: dict[str, list[float]] = {}
+    rates: dict[str, list[float]] = {}
     for stack in stacks:
-        row_counts, row_rates = [], []
+        row_counts, row_rates = rows.setdefault(stack.key, []), rates.setdefault(stack.key, [])
         for block in stack.blocks:
             counts = statistics.rows.get(block.name, [0] * block.groups)
             live = finite.get(block.name, False) and any(counts)
@@ -45,10 +47,14 @@ def screen(statistics: Statistics, stacks: Sequence[StackSpec], rate: float) -> 
                 sums[f"{block.name}.{factor}"] = _or_zeros(value, block.groups, shape, stack)
             row_counts += [float(max(count, 1)) for count in counts]
             row_rates += [rate if live and count else 0.0 for count in counts]
-        rows[stack.key] = _column(row_counts, stack)
-        rates[stack.key] = _column(row_rates, stack)
     dropped = [name for name, fine in finite.items() if not fine]
-    return ScreenedStatistics(sums, max(statistics.examples, 1), rows, rates, dropped)
+    return ScreenedStatistics(
+        sums,
+        max(statistics.examples, 1),
+        stack_columns(rows, stacks),
+        stack_columns(rates, stacks),
+        dropped,
+    )
 
 
 def _finite_blocks(statistics: Statistics) -> dict[str, bool]:
@@ -74,8 +80,3 @@ def _or_zeros(
     if value is None:
         return torch.zeros((groups, *shape[1:]), dtype=dtype, device=stack.device)
     return value.to(dtype)
-
-
-def _column(values: Sequence[float], stack: StackSpec) -> Tensor:
-    dtype = getattr(torch, stack.dtype)
-    return torch.tensor(values, dtype=dtype, device=stack.device)[:, None, None]
