@@ -1,9 +1,9 @@
 """Which Triton method makes a patch Gram sooner: work of each, at the rates of a GPU.
 
 Only the ratios of the rates decide. Tiles count whole, with what overhangs the factor, since that
-is multiplied too. The rates below were measured on an H100 with steps launched from the host, as
-training does: a launch there costs much more than the device needs to start it, Python's work
-included. ``kfc_fx.tools.gpu_cost_fit`` finds them again from a run of ``kfc_fx.tools.gpu_check``.
+is multiplied too. The rates below were fitted to 24 layers on an H100 with the calls launched from
+the host, as training does: a launch there costs much more than the device needs to start it,
+Python's work included. ``kfc_fx.tools.gpu_cost_fit`` fits them to a run of ``gpu_check``.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from kfc_fx.kernels.triton_configs import default_rectangular, default_symmetric
 from kfc_fx.kernels.triton_product_jobs import job_plan, total_steps
 from kfc_fx.plan.geometry import ConvGeometry
 
-# Multiplications in the time that memory takes for a byte, by precision mode. An H100 moves
-# 2.9 TB/s; the tensor cores did 130 and 67 times 10¹² multiplications a second in these kernels.
-PRODUCTS_PER_BYTE = {"half": 44.0, "tf32": 23.0, "ieee": 5.0}
-LAUNCH_BYTES = 400e6  # what memory moves in the time of one launch from the host
+# Multiplications in the time that memory takes for a byte, by precision mode; an H100 moves
+# 2.9 TB/s. "ieee" is its datasheet's ratio, halved.
+PRODUCTS_PER_BYTE = {"half": 50.0, "tf32": 26.0, "ieee": 5.0}
+LAUNCH_BYTES = 395e6  # what memory moves in the time of one launch from the host
 STRUCTURED_LAUNCHES = 4  # pack, products, sums of slots, assembly
 IM2COL_LAUNCHES = 2  # pack and products; a second reduction is as short as the rest is then
 NUMBER = 4  # bytes of a result

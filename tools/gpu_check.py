@@ -2,8 +2,9 @@
 
     python -m kfc_fx.tools.gpu_check --out gpu.json
 
-It needs torch, triton and numpy alone. Checks come first, and a failed one does not stop the
-others; benchmarks stop when the time is up, and what was measured by then is written.
+It needs torch, triton and numpy alone. Checks come first, each in a process of its own, so that
+none is stopped by another's failure, be it of the device, and their kernels compile side by side;
+benchmarks stop when the time is up, and what was measured by then is written.
 """
 
 from __future__ import annotations
@@ -13,16 +14,20 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kfc_fx.tools.gpu_correctness import CHECKS
-from kfc_fx.tools.gpu_timing import LAYERS, ceilings, layer_timings, step_timings
+from kfc_fx.tools.gpu_check_processes import run_in_processes
+from kfc_fx.tools.gpu_correctness import CHECKS, Check
+from kfc_fx.tools.gpu_timing import CLOCKS, LAYERS, ceilings, layer_timings, step_timings
 
-SECONDS = 450.0
+SECONDS = 230.0
+PROCESSES = 6
+COLUMNS = ("unfold", "structured", "im2col", "auto", "separable", "gradient")
+SHOWN_CHARACTERS = 200
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,13 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(options.device)
     deadline = time.monotonic() + options.seconds
     results: dict[str, Any] = {"machine": machine(device), "checks": []}
-    for check in CHECKS:
-        results["checks"].append(_run_check(check, device, options.tiny))
+    checks = [check for check in CHECKS if options.only in (None, check.name)]
+    for result in _results(checks, options, deadline):
+        results["checks"].append(result)
+        print(_check_line(result), flush=True)
         _save(results, options.out)
     if device.type == "cuda" and not options.no_benchmarks:
         _benchmarks(results, device, deadline, options.out)
     failed = [check["name"] for check in results["checks"] if not check["passed"]]
-    print(f"\n{len(CHECKS) - len(failed)} of {len(CHECKS)} checks passed", end="")
+    print(f"\n{len(checks) - len(failed)} of {len(checks)} checks passed", end="")
     print(f"; failed: {', '.join(failed)}" if failed else "")
     print(f"written to {options.out}")
     return 1 if failed else 0
@@ -69,10 +76,27 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--device", default="cuda", help="cuda, or cpu with TRITON_INTERPRET=1 to try the command"
     )
     parser.add_argument("--tiny", action="store_true", help="small sizes only")
+    parser.add_argument("--only", choices=[check.name for check in CHECKS], help="one check")
+    parser.add_argument(
+        "--processes", type=int, default=PROCESSES, help="checks at a time; 0: in this process"
+    )
     return parser.parse_args(arguments)
 
 
-def _run_check(check: Any, device: torch.device, tiny: bool) -> dict[str, Any]:
+def _results(
+    checks: Sequence[Check], options: argparse.Namespace, deadline: float
+) -> Iterator[dict[str, Any]]:
+    if options.processes:
+        names = [check.name for check in checks]
+        yield from run_in_processes(
+            names, options.processes, options.device, tiny=options.tiny, deadline=deadline
+        )
+    else:
+        for check in checks:
+            yield _run_check(check, torch.device(options.device), options.tiny)
+
+
+def _run_check(check: Check, device: torch.device, tiny: bool) -> dict[str, Any]:
     begin = time.monotonic()
     try:
         detail, passed = check.run(device, tiny), True
@@ -80,21 +104,27 @@ def _run_check(check: Any, device: torch.device, tiny: bool) -> dict[str, Any]:
         traceback.print_exc()
         detail, passed = f"{type(error).__name__}: {error}", False
     seconds = time.monotonic() - begin
-    print(f"{'ok    ' if passed else 'FAILED'} {check.name:26} {seconds:6.1f} s  {detail}"[:200])
     return {"name": check.name, "passed": passed, "seconds": seconds, "detail": detail}
 
 
+def _check_line(result: dict[str, Any]) -> str:
+    word = "ok    " if result["passed"] else "FAILED"
+    line = f"{word} {result['name']:26} {result['seconds']:6.1f} s  {result['detail']}"
+    return line[:SHOWN_CHARACTERS] if result["passed"] else line
+
+
 def _benchmarks(results: dict[str, Any], device: torch.device, deadline: float, out: Path) -> None:
-    results["ceilings"] = ceilings(device)
-    for name, value in results["ceilings"].items():
-        print(f"{name:32} {value:9.1f}")
     results["steps"] = _attempt(lambda: step_timings(device))
     for name, value in results["steps"].items():
         print(f"{name:44} {value}")
-    results["layers"] = []
-    print(f"\n{'layer':26} {'dtype':9} {'unfold':>8} {'struct':>8} {'im2col':>8} {'auto':>8} ratio")
     # Not the user's setting, which may be full precision: the baseline must use tensor cores too.
     torch.set_float32_matmul_precision("high")
+    results["ceilings"] = ceilings(device)
+    for name, value in results["ceilings"].items():
+        print(f"{name:32} {value:9.1f}")
+    results["layers"] = []
+    print(f"\n{'milliseconds':41} " + " ".join(f"{name[:8]:>8}" for name in COLUMNS), end="")
+    print("  plain way / auto")
     for dtype in (torch.bfloat16, torch.float32):
         for layer in LAYERS:
             if time.monotonic() > deadline:
@@ -107,7 +137,7 @@ def _benchmarks(results: dict[str, Any], device: torch.device, deadline: float, 
                 )
             )
             results["layers"].append({"layer": layer.name, "dtype": str(dtype)} | row)
-            print(_line(results["layers"][-1]))
+            print("\n".join(_lines(results["layers"][-1])), flush=True)
             _save(results, out)
     _save(results, out)
 
@@ -121,11 +151,19 @@ def _attempt(measurement: Any) -> dict[str, Any]:
     return found
 
 
-def _line(row: dict[str, Any]) -> str:
-    names = ("unfold ms", "structured ms", "im2col ms", "auto ms", "auto ratio")
-    cells = [f"{row[name]:8.3f}" if row.get(name) is not None else "       –" for name in names]
-    dtype = row["dtype"].removeprefix("torch.")
-    return f"{row['layer']:26} {dtype:9} " + " ".join(cells) + f"  {row.get('error', '')}"
+def _lines(row: dict[str, Any]) -> Iterator[str]:
+    head = f"{row['layer']:23} {row['dtype'].removeprefix('torch.'):9}"
+    if "error" in row:
+        yield f"{head} {row['error']}"
+        return
+    for clock in CLOCKS:
+        found = [row["times"].get(name, {}).get(clock) for name in COLUMNS]
+        cells = [f"{timing['median']:8.3f}" if timing else "       –" for timing in found]
+        ratio = row["ratios"]["auto"].get(clock)
+        yield f"{head} {clock:7} " + " ".join(cells) + (f"  {ratio:.2f}" if ratio else "")
+    reasons = {f"{name}: {t['not captured']}" for name, t in row["times"].items()
+               if "not captured" in t}  # fmt: skip
+    yield from (f"{head} no time of the device for {reason}" for reason in sorted(reasons))
 
 
 def _save(results: dict[str, Any], out: Path) -> None:

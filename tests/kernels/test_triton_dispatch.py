@@ -82,7 +82,7 @@ def test_the_cheaper_method_follows_the_shape() -> None:
     from kfc_fx.kernels.triton_cost import estimate
 
     same = conv_geometry((3, 3), padding=1)
-    assert estimate(same, (64, 64, 56, 56), "half", 232_448).best == "structured"
+    assert estimate(same, (64, 128, 56, 56), "half", 232_448).best == "structured"
     assert estimate(same, (64, 512, 28, 28), "half", 232_448).best == "structured"
     valid = conv_geometry((5, 5))
     assert estimate(valid, (8, 64, 8, 8), "half", 232_448).best == "im2col"
