@@ -177,10 +177,11 @@ def _captures(spec: UpdateSpec, parameters: Mapping[str, Tensor], wanted: bool |
     """
     kinds = {parameters[name].device for name in spec.parameters}
     on_one_gpu = len(kinds) == 1 and next(iter(kinds)).type == "cuda"
-    possible = on_one_gpu and spec.clip != "exact"
+    possible = on_one_gpu and not spec.pauses
     if wanted and not possible:
         why = (
-            "the exact ν is computed in the middle of a step (use clip_by='factors')"
+            "the exact Fisher matrix is asked in the middle of a step (use clip_by='factors', and "
+            "no quadratic_model)"
             if on_one_gpu
             else f"the parameters are on {', '.join(sorted(map(str, kinds)))}, not on one GPU"
         )
@@ -233,8 +234,14 @@ def learning_rates(
     return rates
 
 
-def option_arguments(spec: UpdateSpec, options: KFCOptions) -> dict[str, Any]:
-    """Options as arguments of the generated code, by the names that it may have for them."""
+def option_arguments(
+    spec: UpdateSpec, options: KFCOptions, inverse_damping: float | None = None
+) -> dict[str, Any]:
+    """Options as arguments of the generated code, by the names that it may have for them.
+
+    Args:
+        inverse_damping: of "inverse", where it was adapted.
+    """
     arguments: dict[str, Any] = {
         "generic_momentum": options.generic_momentum,
         "clip": options.clip,
@@ -246,5 +253,7 @@ def option_arguments(spec: UpdateSpec, options: KFCOptions) -> dict[str, Any]:
             "second_moment_decay": options.second_moment_decay,
             "eps": options.eps,
         }
+        if scaling == "inverse" and inverse_damping is not None:
+            own["damping"] = inverse_damping
         arguments |= {spec.option(name, scaling): value for name, value in own.items()}
     return arguments

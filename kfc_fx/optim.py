@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from kfc_fx.codegen.statistics import screen
 from kfc_fx.compile import CompiledModel
 from kfc_fx.curvature.diagnostics import Diagnostics
 from kfc_fx.curvature.factors import Factors
-from kfc_fx.curvature.fisher_vector import fisher_quadratic_form
 from kfc_fx.curvature.inputs import inputs_of
 from kfc_fx.curvature.run_report import Progress, append_entry
 from kfc_fx.curvature.schedule import Schedule, early_steps
 from kfc_fx.errors import KfcWarning, OptionError, StatisticsError, StepError
+from kfc_fx.exact_fisher import ExactFisher
 from kfc_fx.gradients import all_finite, named_gradients
 from kfc_fx.optim_options import KFCOptions, check_group
 
@@ -62,7 +63,16 @@ class KFC(torch.optim.Optimizer):
         clip: C, the bound on ν = vᵀFv + λ vᵀv of a step ("eigen", "inverse"); None for no bound.
         clip_by: ``"factors"`` computes ν from the Kronecker factors, which costs nothing;
             ``"exact"`` from Fisher-vector products through the model.
-        clip_samples: examples of the batch that the exact ν is taken of; all by default.
+        clip_samples: examples of the batch that the exact Fisher matrix is taken of, for ν, the
+            quadratic model and the adapted damping; all by default.
+        quadratic_model: take step size and momentum of every step from the exact quadratic model
+            of the loss instead of ``lr``, ``momentum`` and ``clip`` ("eigen" and "inverse"; Martens
+            & Grosse 2015, sections 6.4 and 7). Costs two forward-mode passes a step. ``lr`` is
+            that of generic parameters then.
+        adapt_damping: T₁, steps between adaptations of the damping to how well the quadratic
+            model predicts the loss ("inverse"; there, section 6.5; 5 in the paper); None keeps the
+            damping. Needs ``step(closure)``, and calls the closure once more at those steps, to
+            see the loss that the step has led to.
         average: τ in steps of the Polyak average ``θ̄ ← ξ θ̄ + (1 − ξ) θ``, ``ξ = e^(−1/τ)``;
             None for no average. See :meth:`averaged`.
         fisher: ``"sampled"`` targets from the model's predictive distribution, or
@@ -108,6 +118,8 @@ class KFC(torch.optim.Optimizer):
         clip: float | None = 1e-2,
         clip_by: str = "factors",
         clip_samples: int | None = None,
+        quadratic_model: bool = False,
+        adapt_damping: int | None = None,
         average: float | None = None,
         fisher: str = "sampled",
         input_factor: str = "auto",
@@ -137,6 +149,8 @@ class KFC(torch.optim.Optimizer):
             clip=clip,
             clip_by=clip_by,  # type: ignore[arg-type]
             clip_samples=clip_samples,
+            quadratic_model=quadratic_model,
+            adapt_damping=adapt_damping,
             average=average,
             fisher=fisher,  # type: ignore[arg-type]
             input_factor=input_factor,  # type: ignore[arg-type]
@@ -163,6 +177,7 @@ class KFC(torch.optim.Optimizer):
             factor_interval, inverse_interval, early_steps(self.options.scalings)
         )
         self._diagnostics = Diagnostics(damping=self.options.damping_of(self.options.scaling))
+        self._exact = ExactFisher(compiled, self.options, self._diagnostics)
         self._last_step_ended: float | None = None
         self._reported = Progress(0, {})
         self._token = object()
@@ -170,7 +185,7 @@ class KFC(torch.optim.Optimizer):
         recorder.owner, recorder.seed, recorder.fisher = self._token, seed, self.options.fisher
         recorder.samples = factor_samples
         recorder.take()
-        recorder.keep_inputs = self.options.clipping == "exact"
+        recorder.keep_inputs = self.options.needs_inputs
         compiled.forms_of = self.options.forms_of
         recorder.armed = self.schedule.statistics_due(0)
 
@@ -196,9 +211,11 @@ class KFC(torch.optim.Optimizer):
             closure: clears the gradients, computes the loss, runs backward, returns the loss.
 
         Raises:
-            StepError: no parameter has a gradient.
+            StepError: no parameter has a gradient; or the damping is to be adapted and there is
+                no closure.
             StatisticsError: statistics are due for the first time and none have arrived.
         """
+        trial = self._exact.trial(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -216,10 +233,13 @@ class KFC(torch.optim.Optimizer):
         with engine.transaction(), diagnostics.transaction():
             self._use_statistics(engine)
             with diagnostics.timed("update"):
-                report = engine.apply(gradients, self._arguments(engine), self._exact_nu)
+                scales_of = partial(self._exact.scales, gradients)
+                report = engine.apply(gradients, self._arguments(engine), scales_of)
         diagnostics.last_nu = report.get("nu")
         diagnostics.last_clip_scale = report.get("clip_scale")
         diagnostics.steps += 1
+        if trial is not None and closure is not None:
+            self._exact.adapt_damping(trial, closure, loss, gradients)
         self.compiled.recorder.take()
         self._arm()
         self._last_step_ended = time.perf_counter()
@@ -385,7 +405,7 @@ class KFC(torch.optim.Optimizer):
             self._note_missed(step)
         if not engine.started or self.schedule.refresh_due(step):
             with diagnostics.timed("refresh"):
-                failed = engine.refresh(option_arguments(engine.spec, self.options))
+                failed = engine.refresh(self._option_arguments(engine))
             diagnostics.count("inverse_failures", failed, UNDECOMPOSED)
             diagnostics.refreshes += 1
 
@@ -415,7 +435,7 @@ class KFC(torch.optim.Optimizer):
         arguments: dict[str, Any] = {
             "lr": self._binding.learning_rates(engine, self.param_groups),
             "step": self._diagnostics.steps + 1,
-            **option_arguments(engine.spec, options),
+            **self._option_arguments(engine),
         }
         if engine.spec.weight_decay:
             arguments["shrink"] = {
@@ -429,15 +449,8 @@ class KFC(torch.optim.Optimizer):
     def _bound_engine(self) -> UpdateEngine:
         return self._binding.engine(self.param_groups)
 
-    def _exact_nu(self, vectors: Mapping[str, Tensor]) -> Tensor:
-        """ν = vᵀFv + γ vᵀv by Fisher-vector products on the last batch."""
-        inputs = self.compiled.recorder.last_inputs
-        if inputs is None:
-            raise StepError("the exact ν needs a forward pass through the compiled model")
-        model, likelihood = self.compiled.original, self.compiled.recorder.likelihood
-        samples, damping = self.options.clip_samples, self.options.clip_damping
-        quadratic = fisher_quadratic_form(model, likelihood, inputs, vectors, samples)
-        return quadratic + damping * torch.stack([v.square().sum() for v in vectors.values()]).sum()
+    def _option_arguments(self, engine: UpdateEngine) -> dict[str, Any]:
+        return option_arguments(engine.spec, self.options, self._exact.inverse_damping)
 
     def _arm(self) -> None:
         """Let the next forward pass emit, if statistics are due at the next step."""

@@ -65,6 +65,8 @@ class KFCOptions:
     clip: float | None
     clip_by: Clip
     clip_samples: int | None
+    quadratic_model: bool
+    adapt_damping: int | None
     average: float | None
     fisher: Fisher
     input_factor: InputFactorOption
@@ -109,6 +111,21 @@ class KFCOptions:
             raise OptionError(
                 f"factor_samples must be a whole number of examples, at least 1, or None; "
                 f"got {samples!r}"
+            )
+        if self.quadratic_model and not set(self.scalings) <= set(VECTOR_RULES):
+            raise OptionError(
+                "quadratic_model is for scalings that step by a vector: "
+                f"{' and '.join(VECTOR_RULES)}; got {' and '.join(self.scalings)}"
+            )
+        interval = self.adapt_damping
+        if interval is not None and not (isinstance(interval, int) and interval >= 1):
+            raise OptionError(
+                f"adapt_damping must be a whole number of steps, at least 1, or None; "
+                f"got {interval!r}"
+            )
+        if interval is not None and not self._all("inverse"):
+            raise OptionError(
+                f"adapt_damping is for scaling='inverse', got {' and '.join(self.scalings)}"
             )
         if not self.eps > 0:
             raise OptionError(f"eps must be positive, got {self.eps!r}")
@@ -198,14 +215,17 @@ class KFCOptions:
 
     @property
     def clipping(self) -> Clip:
-        """What ν is computed from; "none" where nothing is clipped."""
+        """How steps by a vector are scaled: by the quadratic model, by what ν is computed from,
+        or not."""
+        if self.quadratic_model:
+            return "model"
         clips = self.clip is not None and any(s in VECTOR_RULES for s in self.scalings)
         return self.clip_by if clips else "none"
 
     @property
-    def clip_damping(self) -> float:
-        """λ of ν = vᵀFv + λ vᵀv: the damping of the scalings that it clips."""
-        return self.damping_of("inverse" if "inverse" in self.scalings else "eigen")
+    def needs_inputs(self) -> bool:
+        """Whether the exact Fisher matrix is asked, which takes the inputs of the last batch."""
+        return self.clipping in ("exact", "model") or self.adapt_damping is not None
 
 
 def check_group(group: Mapping[str, Any]) -> None:

@@ -9,39 +9,51 @@ from kfc_fx.codegen.context import Context
 from kfc_fx.codegen.generic import generic_steps
 from kfc_fx.codegen.layout import StackSpec
 from kfc_fx.codegen.matrices import scatter
-from kfc_fx.codegen.options import UpdateSpec
+from kfc_fx.codegen.options import Clip, UpdateSpec
 from kfc_fx.codegen.scaling import RULES, STEP_RULES, VECTOR_RULES
 from kfc_fx.codegen.update_graph import UpdateGraph, Value
 
-CLIP_TEXT = ", scaled by sqrt(clip / ν) where ν = vᵀ(F + γ)v > clip"
-PRECONDITION_SUMMARY = "The vectors v of blocks that step by one, before they are clipped."
+BOUND_TEXT = ", scaled by sqrt(clip / ν) where ν = vᵀ(F + γ)v > clip"
+CLIP_TEXTS: dict[Clip, str] = {
+    "none": "",
+    "factors": BOUND_TEXT,
+    "exact": BOUND_TEXT,
+    "model": ", scaled by the step size that the quadratic model is least at",
+}
+PRECONDITION_SUMMARY = "The vectors v of blocks that step by one, before they are scaled."
 
 
 def apply_graphs(spec: UpdateSpec) -> list[UpdateGraph]:
-    """``apply(...)``, and before it ``precondition(...)`` where ν is computed between the two."""
-    if spec.clip == "exact":
+    """``apply(...)``, and before it ``precondition(...)`` where the scale of v is computed between
+    the two."""
+    if spec.pauses:
         return [_precondition_graph(spec), _apply_graph(spec)]
     return [_apply_graph(spec)]
 
 
 def _precondition_graph(spec: UpdateSpec) -> UpdateGraph:
-    """``precondition(gradients, state, lr, ...) -> (v by stack, v by parameter, new state)``."""
+    """``precondition(gradients, state, lr, ...) -> (v by stack, v by parameter, new state)``; for
+    the quadratic model, the momentum by parameter before the new state."""
     update = UpdateGraph("precondition", PRECONDITION_SUMMARY)
     names = ["gradients", "state", "lr", *_options(spec, by_vector=True)]
     names += ["active"] * spec.partial
     context = Context(update, spec, {name: update.argument(name) for name in names})
     views: dict[str, Value] = {}
     matrices: dict[str, Value] = {}
+    momenta: dict[str, Value] = {}
     for stack in _vector_stacks(spec):
         update.section(describe(stack))
         _, v = VECTOR_RULES[stack.scaling].direction(context, stack)
         matrices[stack.key] = v
         views.update(scatter(update, stack, v))
-    return update.finish((matrices, views, context.result))
+        if spec.clip == "model" and context.has_momentum(stack):
+            momenta.update(scatter(update, stack, context.state("p", stack)))
+    found = (matrices, views, momenta) if spec.clip == "model" else (matrices, views)
+    return update.finish((*found, context.result))
 
 
 def _apply_graph(spec: UpdateSpec) -> UpdateGraph:
-    clip = CLIP_TEXT if spec.clip != "none" else ""
+    clip = CLIP_TEXTS[spec.clip]
     summaries = [RULES[scaling].SUMMARY.format(clip=clip) for scaling in spec.scalings]
     update = UpdateGraph("apply", "One step of " + "\n\n    And of ".join(summaries) + "\n    ")
     context = Context(update, spec, _arguments(update, spec))
@@ -67,7 +79,7 @@ def _vectors(context: Context) -> dict[str, Value]:
     since F v = −lr ∇."""
     update, spec, arguments = context.update, context.spec, context.arguments
     stacks = _vector_stacks(spec)
-    if spec.clip == "exact":
+    if spec.pauses:
         vectors = {stack.key: arguments["v"][stack.key] for stack in stacks}
     else:
         vectors, nu = {}, None
@@ -82,7 +94,7 @@ def _vectors(context: Context) -> dict[str, Value]:
         if spec.clip == "factors":
             update.section("ν = vᵀ(F + γ)v = −Σ lr ⟨∇, v⟩, since (F + γ) v = −lr ∇")
             arguments["nu"] = update.let("nu", nu)
-    if spec.clip != "none":
+    if spec.clip in ("factors", "exact"):
         scale = (arguments["clip"] / arguments["nu"].clamp(min=1e-30)).sqrt().clamp(max=1)
         arguments["clip_scale"] = update.let("clip_scale", scale)
         context.result |= {"nu": arguments["nu"], "clip_scale": arguments["clip_scale"]}
@@ -91,7 +103,8 @@ def _vectors(context: Context) -> dict[str, Value]:
 
 def _vector_step(context: Context, stack: StackSpec, v: Value) -> Value:
     """``p ← momentum p + v``."""
-    moved = context.arguments["clip_scale"] * v if context.spec.clip != "none" else v
+    scale = {"none": None, "model": "step_size"}.get(context.spec.clip, "clip_scale")
+    moved = context.arguments[scale] * v if scale else v
     if context.has_momentum(stack):
         moved = context.option("momentum", stack) * context.state("p", stack) + moved
         moved = context.keep("p", stack, moved)
@@ -116,11 +129,16 @@ def _options(spec: UpdateSpec, *, by_vector: bool = False) -> list[str]:
 
 def _arguments(update: UpdateGraph, spec: UpdateSpec) -> dict[str, Value]:
     names = ["parameters", "gradients", "state", "lr"]
-    names += [] if spec.clip == "exact" else _options(spec)
-    if spec.clip == "exact":
+    names += [] if spec.pauses else _options(spec)
+    if spec.pauses:
         taken = set(_options(spec, by_vector=True))
         names += [name for name in _options(spec) if name not in taken]
-    names += {"none": [], "factors": ["clip"], "exact": ["v", "nu", "clip"]}[spec.clip]
+    names += {
+        "none": [],
+        "factors": ["clip"],
+        "exact": ["v", "nu", "clip"],
+        "model": ["v", "step_size"],
+    }[spec.clip]
     names += ["active"] * spec.partial
     names += ["shrink"] * spec.weight_decay
     names += ["average_decay"] * spec.average

@@ -17,6 +17,7 @@ from kfc_fx.codegen.layout import StackSpec
 from kfc_fx.codegen.masters import MasterWeights
 from kfc_fx.codegen.options import UpdateSpec
 from kfc_fx.codegen.program import generate
+from kfc_fx.codegen.scaling import VECTOR_RULES
 from kfc_fx.codegen.source import UpdateProgram
 from kfc_fx.codegen.state import stacked_state, state_by_block
 from kfc_fx.codegen.static_step import StaticStep
@@ -70,7 +71,7 @@ class UpdateEngine:
     ) -> None:
         self.spec = spec
         self._compiled = compiled
-        self._captured = captured and spec.clip != "exact"
+        self._captured = captured and not spec.pauses
         self._static: StaticStep | None = None
         self.parameters = parameters
         self.started = saved.started and all(b.name in saved.blocks for b in self.blocks)
@@ -131,14 +132,16 @@ class UpdateEngine:
         self,
         gradients: Mapping[str, Tensor],
         arguments: Mapping[str, Any],
-        nu_of: Callable[[Mapping[str, Tensor]], Tensor],
+        scales_of: Callable[..., dict[str, Tensor]],
     ) -> dict[str, Any]:
         """One step; returns what it reports, ν and the clip scale.
 
         Args:
             gradients: by name; parameters without one are left alone.
             arguments: values for the generated function's other arguments.
-            nu_of: from v by parameter name to ν; called where it is computed exactly.
+            scales_of: called in the middle of a step that pauses, with v by parameter name and,
+                for the quadratic model, the momentum; returns ``nu``, or ``step_size`` and
+                ``momentum``.
         """
         spec = self._present(gradients)
         program = self.program_for(spec)
@@ -168,9 +171,13 @@ class UpdateEngine:
         if self._compiled:
             given |= tensor_arguments(given, spec.stacks[0].device)
         moments: dict[str, Tensor] = {}
-        if spec.clip == "exact":
-            given["v"], views, moments = self._call(program, "precondition", given)
-            given["nu"] = nu_of(views)
+        if spec.pauses:
+            given["v"], *views, moments = self._call(program, "precondition", given)
+            scales = scales_of(*views)
+            momentum = scales.pop("momentum", None)
+            if momentum is not None:
+                given |= dict.fromkeys(self._momentum_arguments(spec), momentum)
+            given |= scales
         with record_function("kfc_fx::apply"):
             result = self._call(program, "apply", given)
         self._masters.note_written()
@@ -248,6 +255,12 @@ class UpdateEngine:
         nodes = program.graphs[function].graph.nodes
         names = [str(node.target) for node in nodes if node.op == "placeholder"]
         return program.functions[function](**{name: given[name] for name in names})
+
+    @staticmethod
+    def _momentum_arguments(spec: UpdateSpec) -> list[str]:
+        """Arguments for the momentum of the scalings that step by a vector."""
+        kept = [scaling for scaling in spec.scalings if scaling in VECTOR_RULES]
+        return [spec.option("momentum", scaling) for scaling in kept if scaling in spec.momentum]
 
     def _present(self, gradients: Mapping[str, Tensor]) -> UpdateSpec:
         """The spec for the parameters that have a gradient in this step."""

@@ -8,7 +8,9 @@ from typing import Literal
 from kfc_fx.codegen.layout import Scaling, StackSpec
 
 GenericRule = Literal["adamw", "sgd"]
-Clip = Literal["none", "factors", "exact"]
+Clip = Literal["none", "factors", "exact", "model"]
+"""How the vectors v are scaled: not at all, by a bound on ν that is taken from the factors or from
+the exact Fisher matrix, or by the rates that the exact quadratic model is least at."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ class UpdateSpec:
     """Whether some block has no gradient in this step, so that updates must be masked."""
     orthogonal_iteration_from: int
     """Sides at least this wide refresh their basis by orthogonal iteration, not ``eigh``."""
+
+    @property
+    def pauses(self) -> bool:
+        """Whether a step has two functions, between which the exact Fisher matrix is asked."""
+        return self.clip in ("exact", "model")
 
     @property
     def parameters(self) -> tuple[str, ...]:

@@ -36,8 +36,13 @@ class Diagnostics:
     """Seconds of the host so far: in "gradient" (between steps, but for the next part),
     "statistics", "refresh" and "update". A GPU may still be at work when they end."""
     damping: float = 0.0
+    """Of the scaling that the optimizer was made with; changes where it is adapted."""
+    reduction_ratio: float | None = None
+    """Last change of the loss over what the quadratic model predicted; None before the first."""
     last_nu: Tensor | None = field(default=None, repr=False)
     last_clip_scale: Tensor | None = field(default=None, repr=False)
+    last_step_size: Tensor | None = field(default=None, repr=False)
+    last_momentum: Tensor | None = field(default=None, repr=False)
 
     @property
     def nu(self) -> float | None:
@@ -48,6 +53,16 @@ class Diagnostics:
     def clip_scale(self) -> float | None:
         """Last factor by which the step was scaled, one where it was not clipped."""
         return None if self.last_clip_scale is None else float(self.last_clip_scale)
+
+    @property
+    def step_size(self) -> float | None:
+        """Last step size by the quadratic model, in units of ``lr``; None without one."""
+        return None if self.last_step_size is None else float(self.last_step_size)
+
+    @property
+    def momentum(self) -> float | None:
+        """Last momentum by the quadratic model; None without one."""
+        return None if self.last_momentum is None else float(self.last_momentum)
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -80,6 +95,7 @@ class Diagnostics:
             "missed_statistics": self.missed_statistics,
             "dropped_statistics": dict(self.dropped_statistics),
             "inverse_failures": dict(self.inverse_failures),
+            "damping": self.damping,
         }
 
     @contextmanager

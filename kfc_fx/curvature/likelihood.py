@@ -29,8 +29,15 @@ class Likelihood(Protocol):
     def empirical_cotangent(self, output: Tensor, cotangent: Tensor) -> Tensor:
         """Per-example cotangent of the true targets, from the loss's own cotangent."""
 
-    def curvature(self, output: Tensor, tangent: Tensor) -> Tensor:
-        """``tangentᵀ F_z tangent`` summed over examples, F_z the Fisher matrix of the output."""
+    def curvature(self, output: Tensor, tangents: Tensor) -> Tensor:
+        """``T F_z Tᵀ`` summed over examples, F_z the Fisher matrix of the output.
+
+        Args:
+            tangents: T, k tangents of the output stacked along a leading dimension.
+
+        Returns:
+            ``[k, k]``.
+        """
 
 
 class _BatchFirst:
@@ -83,12 +90,12 @@ class Categorical(_BatchFirst):
         minus_one = -torch.ones_like(target, dtype=output.dtype)
         return output.softmax(dim).scatter_add(dim, target, minus_one) * counted
 
-    def curvature(self, output: Tensor, tangent: Tensor) -> Tensor:
-        """``Σ p t² − (Σ p t)²`` per prediction."""
-        dim = self._class_dim(output)
+    def curvature(self, output: Tensor, tangents: Tensor) -> Tensor:
+        """``Σ p s t − (Σ p s)(Σ p t)`` per prediction, of tangents s and t."""
+        dim = self._class_dim(output) % output.dim()
         probability = output.softmax(dim)
-        mean = (probability * tangent).sum(dim, keepdim=True)
-        return (probability * (tangent - mean).square()).sum()
+        means = (probability * tangents).sum(dim + 1, keepdim=True)
+        return _gram(probability.sqrt() * (tangents - means))
 
     def _class_dim(self, output: Tensor) -> int:
         if self.dim is not None:
@@ -113,9 +120,9 @@ class Gaussian(_BatchFirst):
             "gaussian likelihood does not allow; use fisher='sampled'"
         )
 
-    def curvature(self, output: Tensor, tangent: Tensor) -> Tensor:
-        """``tᵀt``."""
-        return tangent.square().sum()
+    def curvature(self, output: Tensor, tangents: Tensor) -> Tensor:
+        """``sᵀt``, of tangents s and t."""
+        return _gram(tangents)
 
     def __repr__(self) -> str:
         return "Gaussian()"
@@ -134,10 +141,10 @@ class Bernoulli(_BatchFirst):
         """The target is one where the loss pushes the logit up, at whatever scale."""
         return (output.sigmoid() - (cotangent < 0).to(output.dtype)) * (cotangent != 0)
 
-    def curvature(self, output: Tensor, tangent: Tensor) -> Tensor:
-        """``Σ p(1−p) t²``."""
+    def curvature(self, output: Tensor, tangents: Tensor) -> Tensor:
+        """``Σ p(1−p) s t``, of tangents s and t."""
         probability = output.sigmoid()
-        return (probability * (1 - probability) * tangent.square()).sum()
+        return _gram((probability * (1 - probability)).sqrt() * tangents)
 
     def __repr__(self) -> str:
         return "Bernoulli()"
@@ -171,13 +178,18 @@ class SampledCotangents(_BatchFirst):
             "use fisher='sampled'"
         )
 
-    def curvature(self, output: Tensor, tangent: Tensor) -> Tensor:
-        """One-sample estimate ``Σ_n (cₙᵀtₙ)²``."""
+    def curvature(self, output: Tensor, tangents: Tensor) -> Tensor:
+        """One-sample estimate ``Σ_n (cₙᵀsₙ)(cₙᵀtₙ)``, of tangents s and t."""
         cotangent = self.sampled_cotangent(output, None)
-        return (cotangent * tangent).flatten(1).sum(1).square().sum()
+        return _gram((cotangent * tangents).flatten(2).sum(2))
 
     def __repr__(self) -> str:
         return getattr(self.function, "__name__", repr(self.function))
+
+
+def _gram(rows: Tensor) -> Tensor:
+    flat = rows.flatten(1)
+    return flat @ flat.mT
 
 
 NAMED: dict[str, type[Categorical] | type[Gaussian] | type[Bernoulli]] = {

@@ -70,9 +70,9 @@ def update_work(
     refreshed = counted_call(counter, lambda: refresh(**taken))
     gradients = {name: torch.empty_like(without_data[name]) for name in spec.parameters}
     arguments = _arguments(engine.spec, options, groups)
+    scales = dict.fromkeys(("nu", "step_size", "momentum"), torch.empty((), device="meta"))
     applied = counted_call(
-        counter,
-        lambda: engine.apply(gradients, arguments, lambda _: torch.empty((), device="meta")),
+        counter, lambda: engine.apply(gradients, arguments, lambda *_: dict(scales))
     )
     return UpdateWork(accumulate, refreshed, applied)
 
