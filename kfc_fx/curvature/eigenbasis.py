@@ -27,12 +27,30 @@ def eigendecomposition(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     if factor.shape[1] == 2:
         return _of_two_by_two(factor)
-    no_failure = torch.zeros(factor.shape[0], dtype=torch.bool, device=factor.device)
     try:
-        values, basis = torch.linalg.eigh(factor)
+        values, basis = torch.linalg.eigh(_without_rows_of_zeros(factor))
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        return _one_by_one(factor)
-    return values, basis, no_failure
+        values, basis = factor.new_full(factor.shape[:2], torch.nan), torch.empty_like(factor)
+    # Checked besides: LAPACK may report success and give NaN.
+    doubtful = ~(_is_finite(values) & _is_finite(basis))
+    failed = torch.zeros_like(doubtful)
+    for index in doubtful.nonzero().flatten().tolist():
+        values[index], basis[index], failed[index] = _in_float64(factor[index])
+    return values, basis, failed
+
+
+def _without_rows_of_zeros(factor: Tensor) -> Tensor:
+    """``F + ε (tr F / D) I``: the same eigenvectors, and eigenvalues to within rounding.
+
+    Few examples and dead units make factors of low rank with rows of zeros. For most of those of
+    side 300, MKL's divide and conquer fails in float32, for some it gives NaN and reports success.
+    """
+    shift = torch.finfo(factor.dtype).eps * factor.diagonal(dim1=1, dim2=2).mean(1)
+    return factor + torch.diag_embed(shift[:, None].expand(factor.shape[:2]))
+
+
+def _is_finite(matrices: Tensor) -> Tensor:
+    return matrices.isfinite().flatten(1).all(1)
 
 
 def _of_two_by_two(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,21 +82,18 @@ def orthogonal_iteration(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]
         The new basis and ``failed`` ``[L]``: where the result was not finite the old one stays.
     """
     turned = torch.linalg.qr(factor @ basis).Q
-    failed = ~turned.isfinite().flatten(1).all(1)
+    failed = ~_is_finite(turned)
     return torch.where(failed[:, None, None], basis, turned), failed
 
 
-def _one_by_one(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each matrix alone, in float64, so that one that fails does not take the others along."""
-    values = factor.new_ones(factor.shape[:2])
-    basis = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device)
-    basis = basis.repeat(factor.shape[0], 1, 1)
-    failed = torch.zeros(factor.shape[0], dtype=torch.bool, device=factor.device)
-    for index, matrix in enumerate(factor):
-        try:
-            found, vectors = torch.linalg.eigh(matrix.double())
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            failed[index] = True
-            continue
-        values[index], basis[index] = found.to(factor.dtype), vectors.to(factor.dtype)
-    return values, basis, failed
+def _in_float64(matrix: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """The decomposition of one matrix, so that one that fails does not take others along."""
+    try:
+        values, basis = torch.linalg.eigh(matrix.double())
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        failed = True
+    else:
+        failed = not bool(values.isfinite().all() & basis.isfinite().all())
+    if failed:
+        return torch.ones_like(matrix[0]), torch.eye(*matrix.shape).to(matrix), True
+    return values.to(matrix.dtype), basis.to(matrix.dtype), False

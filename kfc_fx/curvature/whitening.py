@@ -114,7 +114,6 @@ def _checked(whitening: Tensor, damped: Tensor, doubtful: Tensor) -> tuple[Tenso
     if not len(rows):
         return whitening, failed
     values, vectors, lost = eigendecomposition(damped[rows])
-    lost = lost | ~_is_finite(vectors) | ~_is_finite(values)
     floor = torch.finfo(values.dtype).eps * values.amax(1, keepdim=True).abs()
     found = vectors * values.clamp(min=floor).rsqrt()[:, None, :]
     identity = torch.eye(damped.shape[1], dtype=damped.dtype, device=damped.device)
