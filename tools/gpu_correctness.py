@@ -24,6 +24,7 @@ from kfc_fx.tools.gpu_accuracy import (
     check_row_gram,
     values,
 )
+from kfc_fx.tools.gpu_graph import check_cuda_graph
 from kfc_fx.tools.gpu_training import (
     check_autocast,
     check_compiled_update,
@@ -95,6 +96,7 @@ CHECKS = (
     Check("op registration", check_registration),
     Check("every scaling as on CPU", check_scalings),
     Check("whitening", check_whitening),
+    Check("update as a CUDA graph", check_cuda_graph),
     Check("compiled update", check_compiled_update),
     Check("inductor", check_inductor),
     Check("autocast", check_autocast),
