@@ -70,7 +70,7 @@ def assemble(slots: Tensor, plan: ProductPlan, channels: int, bias: bool) -> Ten
     omega = slots.new_empty((groups, leading, leading))
     if omega.numel() == 0:
         return omega
-    grid = (triton.cdiv(leading, BLOCK_ROWS), triton.cdiv(leading, BLOCK_COLUMNS), groups)
+    grid = (-(-leading // BLOCK_ROWS), -(-leading // BLOCK_COLUMNS), groups)
     assemble_kernel[grid](
         slots.contiguous(), omega, *_tables(plan, slots.device), channels, offsets, numbers,
         len(plan.slots) * channels**2, leading,

@@ -116,7 +116,7 @@ def pack(x: Tensor, geometry: ConvGeometry, *, round_tf32: bool = False) -> Pack
     vectors = -(-batch // unit)
     packed = x.new_empty((channels, *padded, vectors * unit))
     positions = channels * padded[0] * padded[1] * padded[2]
-    blocks = triton.cdiv(positions, BLOCK_POSITIONS) * triton.cdiv(vectors * unit, BLOCK_BATCH)
+    blocks = -(-positions // BLOCK_POSITIONS) * -(-vectors * unit // BLOCK_BATCH)
     pack_kernel[(blocks,)](
         volume, packed, batch, channels, *sizes, *padded, *(pad[0] for pad in padding),
         *volume.stride(), vectors,

@@ -247,13 +247,13 @@ def _launch(
     mode: str,
     tiles: tuple[int, int],
 ) -> None:
-    if not len(parts):
+    if not parts.shape[0]:
         return
     _, depth, height, width, _ = packed.buffer.shape
     steps = (1,) * (MAX_SPATIAL - len(stride)) + stride
     pixels = depth * height * width
     side = packed.channels // groups
-    patch_products_kernel[(len(parts) * tiles[0] * tiles[1], groups)](
+    patch_products_kernel[(parts.shape[0] * tiles[0] * tiles[1], groups)](
         packed.buffer, target, parts, side, groups, *tiles,
         packed.padded_batch // packed.unit, side * pixels, pixels,
         steps[0] * height * width, steps[1] * width, steps[2],
@@ -265,11 +265,11 @@ def _launch(
 
 
 def _sum_slots(target: Tensor, bounds: Tensor, sums: Tensor) -> None:
-    if not len(bounds):
+    if not bounds.shape[0]:
         return
     _, groups, side, _ = target.shape
-    block = min(128, triton.next_power_of_2(side))
-    grid = (len(bounds), triton.cdiv(side, ROWS) * triton.cdiv(side, block), groups)
+    block = min(128, 1 << (side - 1).bit_length())
+    grid = (bounds.shape[0], -(-side // ROWS) * -(-side // block), groups)
     slot_sum_kernel[grid](target, sums, bounds, side, groups, ROWS=ROWS, BLOCK=block, num_warps=4)
 
 

@@ -8,12 +8,14 @@ A symmetric ``D × D`` result is computed in its lower tiles only. Tile number `
 
 from __future__ import annotations
 
+import functools
 import os
 
 import triton
 import triton.language as tl
 
 
+@functools.cache  # Triton decides when a kernel is defined
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

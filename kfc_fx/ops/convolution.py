@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -74,6 +75,11 @@ def encoded(geometry: ConvGeometry) -> list[int]:
 
 def decoded(numbers: Sequence[int]) -> ConvGeometry:
     """The inverse of :func:`encoded`."""
+    return _decoded(tuple(numbers))
+
+
+@lru_cache(maxsize=512)
+def _decoded(numbers: tuple[int, ...]) -> ConvGeometry:
     *per_axis, groups = numbers
     axes = len(per_axis) // 5
     kernel_size, stride, before, after, dilation = (
