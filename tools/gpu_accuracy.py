@@ -18,6 +18,7 @@ from torch import Tensor
 from kfc_fx.kernels.products import product_plan
 from kfc_fx.kernels.triton_configs import MOST_ROWS
 from kfc_fx.kernels.triton_im2col_gram import im2col_gram_reference
+from kfc_fx.kernels.triton_pack import round_to_tf32_reference
 from kfc_fx.kernels.triton_row_gram import row_gram_reference
 from kfc_fx.ops import cuda_dispatch
 from kfc_fx.ops.convolution import encoded
@@ -65,6 +66,9 @@ class Mode:
 
     def __str__(self) -> str:
         return f"{self.dtype}".removeprefix("torch.") + f" {self.precision}"
+
+
+TF32 = Mode(torch.float32, "high")
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ def check_patch_gram(device: torch.device, tiny: bool) -> str:
 def check_large_addresses(device: torch.device, tiny: bool) -> str:
     """Row Gram of more than 2³¹ elements, rows or columns adjacent.
 
-    The last 64th of the rows, which lie beyond 2³¹, is eight times as large and makes half of
+    The last 64th of the rows, which lies beyond 2³¹, is eight times as large and makes half of
     the result: what is read from elsewhere is far outside the bound.
     """
     if not tiny and torch.cuda.get_device_properties(device).total_memory < LEAST_MEMORY:
@@ -206,11 +210,14 @@ def _inputs(
 ) -> Iterator[tuple[Mode, Tensor]]:
     modes = [Mode(torch.float32, "highest"), Mode(torch.bfloat16, "high")]
     if device.type == "cuda":
-        modes.append(Mode(torch.float32, "high"))
+        modes.append(TF32)
     if halves:
         modes.append(Mode(torch.float16, "high"))
     for mode in modes:
-        yield mode, values(shape, mode.dtype, device)
+        x = values(shape, mode.dtype, device)
+        # Torch rounds to TF32 otherwise than the kernels, and not at all where it multiplies
+        # without tensor cores: with numbers that TF32 holds, only the sums differ.
+        yield mode, round_to_tf32_reference(x) if mode == TF32 else x
 
 
 def _memory_formats(x: Tensor) -> tuple[Tensor, Tensor]:

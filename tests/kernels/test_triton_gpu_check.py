@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,13 +25,13 @@ def tiny_network() -> nn.Module:
 
 
 def test_every_check_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from kfc_fx.tools.gpu_check import main
+    from kfc_fx.tools.gpu_check import CHECKS, main
 
     out = tmp_path / "gpu.json"
     status = main(["--device", "cpu", "--tiny", "--processes", "0", "--out", str(out)])
     assert status == 0, capsys.readouterr()
     checks = json.loads(out.read_text())["checks"]
-    assert len(checks) == 10
+    assert [check["name"] for check in checks] == [check.name for check in CHECKS]
     assert all(check["passed"] for check in checks)
 
 
@@ -197,3 +198,45 @@ def test_what_cannot_be_fitted_is_refused() -> None:
         fit_cost(results, "device")
     with pytest.raises(ValueError, match="do not determine"):
         fit_cost(results_of_a_gpu(-1e6, {"half": 60.0}))
+
+
+def test_inputs_in_turn_do_not_fit_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kfc_fx.tools.gpu_clock import MOST_COPIES, copies
+
+    properties = SimpleNamespace(L2_cache_size=50 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    device = torch.device("cuda")
+    assert [copies(size << 20, device) for size in (60, 50, 40, 1)] == [1, 2, 3, MOST_COPIES]
+
+
+def test_calls_are_timed_in_turn_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kfc_fx.tools import gpu_clock
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = len(made)
+
+        def elapsed_time(self, end: Event) -> float:
+            return float(end.at - self.at)
+
+    made: list[str] = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    calls = [lambda: made.append("a"), lambda: made.append("b")]
+    timing = gpu_clock.host_time(calls, torch.device("cuda"))
+    assert (timing.low, timing.median, timing.high) == (1.0, 1.0, 1.0)
+    assert made == [*"aba", *"ab" * 7, "a"]
+
+
+def test_what_cannot_be_captured_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kfc_fx.tools import gpu_clock
+
+    def refuse(calls: object, device: object) -> None:
+        raise RuntimeError("called a synchronizing CUDA operation\nat some line")
+
+    monkeypatch.setattr(gpu_clock, "_captured", refuse)
+    with pytest.raises(gpu_clock.NotCapturedError, match=r"synchronizing CUDA operation$"):
+        gpu_clock.device_time([lambda: None], torch.device("cuda"))
