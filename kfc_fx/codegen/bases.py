@@ -9,7 +9,8 @@ from kfc_fx.codegen.layout import StackSpec
 from kfc_fx.codegen.matrices import rotate, transposed
 from kfc_fx.codegen.state_entry import StateEntry
 from kfc_fx.codegen.update_graph import Value
-from kfc_fx.curvature.eigenbasis import eigenbasis, orthogonal_iteration
+from kfc_fx.curvature.eigenbasis import eigenbasis
+from kfc_fx.curvature.orthogonal_iteration import orthogonal_iteration
 
 START_SUMMARY = "Eigenbases of all factors, from scratch."
 REFRESH_SUMMARY = """Bases of all factors, and the moments turned into them.
