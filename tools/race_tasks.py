@@ -99,7 +99,6 @@ class RaceData:
 
 FEW = ("sgd", "muon", "kfc-adam", "kfc-spectral")
 NO_MUON = ("sgd", "kfc-adam", "kfc-spectral")
-TWO = ("sgd", "kfc-adam")
 # Lengths and entrants are such that all of it takes about two hours on two cores.
 
 TASKS = {
@@ -117,7 +116,7 @@ TASKS = {
                 CellSpec(512, 60),
                 CellSpec(128, 60, FEW),
                 CellSpec(2048, 25, NO_MUON),
-                CellSpec(4096, 20, TWO),
+                CellSpec(4096, 20, NO_MUON),
             ),
         ),
         TaskSpec(
