@@ -68,24 +68,6 @@ def _of_two_by_two(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return values, torch.where(failed[:, None, None], identity, basis), failed
 
 
-def orthogonal_iteration(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """One step of orthogonal iteration, ``Q ← qr(F Q)`` (Golub & Van Loan, section 8.2.4).
-
-    Warm-started from the basis of a slightly older factor it follows the eigenvectors at the
-    price of one product and one QR decomposition.
-
-    Args:
-        factor: ``[L, D, D]`` symmetric positive semidefinite.
-        basis: ``[L, D, D]`` orthonormal.
-
-    Returns:
-        The new basis and ``failed`` ``[L]``: where the result was not finite the old one stays.
-    """
-    turned = torch.linalg.qr(factor @ basis).Q
-    failed = ~_is_finite(turned)
-    return torch.where(failed[:, None, None], basis, turned), failed
-
-
 def _in_float64(matrix: Tensor) -> tuple[Tensor, Tensor, bool]:
     """The decomposition of one matrix, so that one that fails does not take others along."""
     try:
