@@ -85,10 +85,13 @@ def _descending(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     δ, next to the rounding of F's largest eigenvalue, moves no eigenvector: directions of which
     the factor knows nothing stay where they were.
     """
-    product = factor @ basis
-    quotients = (basis * product).sum(1)
+    # Eigenvectors in rows: that is how LAPACK left them in memory, and whole rows move quickly.
+    rows = basis.mT
+    product = rows @ factor
+    quotients = (rows * product).sum(2)
     number = torch.finfo(factor.dtype)
     largest = quotients.amax(1).clamp(min=number.tiny**0.5)[:, None, None]
-    product = torch.addcmul(product, basis, largest, value=FLOOR * number.eps)
-    order = quotients.argsort(1, descending=True)[:, None, :].expand_as(basis)
-    return basis.gather(2, order), product.gather(2, order)
+    product = torch.addcmul(product, rows, largest, value=FLOOR * number.eps)
+    order = quotients.argsort(1, descending=True)
+    matrix = torch.arange(len(factor), device=factor.device)[:, None]
+    return rows[matrix, order].mT, product[matrix, order].mT
