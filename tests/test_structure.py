@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "optim_options": {"errors", "plan", "curvature", "codegen"},
     "binding": {"errors", "plan", "codegen", "compile", "optim_options"},
     "gradients": {"errors"},
+    "exact_fisher": {"errors", "curvature", "compile", "optim_options"},
     "optim": {
         "errors",
         "plan",
@@ -30,6 +31,7 @@ MAY_IMPORT = {
         "optim_options",
         "binding",
         "gradients",
+        "exact_fisher",
     },
 }
 MAY_IMPORT["inspect"] = {*MAY_IMPORT, "kernels", "inspect"}  # and tools alone imports it
