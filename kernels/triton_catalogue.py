@@ -9,6 +9,7 @@ from kfc_fx.kernels import (
     triton_pack,
     triton_patch_products,
     triton_row_gram,
+    triton_separable_gram,
     triton_split_reduction,
 )
 from kfc_fx.kernels.triton_case import KernelCase
@@ -20,6 +21,7 @@ KERNEL_MODULES = (
     triton_pack,
     triton_patch_products,
     triton_row_gram,
+    triton_separable_gram,
     triton_split_reduction,
 )
 

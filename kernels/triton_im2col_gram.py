@@ -159,34 +159,69 @@ def im2col_gram(
     locations = x.shape[0] * prod(geometry.output_size(x.shape[2:]))
     if x.numel() == 0 or locations == 0:
         return _without_products(x, geometry.groups, side, locations, bias, scale)
-    config = fit_stages(
-        config or default_symmetric(side, mode), x.element_size(), processor(x).shared_bytes
-    )
     packed = pack(x, geometry, round_tf32=mode == "tf32")
+    corner = scale * locations
+    return packed_gram(packed, geometry, mode, bias=bias, scale=scale, corner=corner, config=config)
+
+
+def packed_gram(
+    packed: Packed,
+    geometry: ConvGeometry,
+    mode: str,
+    *,
+    results: int | None = None,
+    bias: bool = False,
+    scale: float = 1.0,
+    corner: float = 0.0,
+    config: GramConfig | None = None,
+) -> Tensor:
+    """Gram matrices of the patches of a packed map, in float32.
+
+    Args:
+        packed: with the zeros of the padding in it, rounded as ``mode`` wants it.
+        geometry: of the convolution; every group of channels gives one Gram matrix.
+        mode: of ``precision_mode``.
+        results: the Gram matrices of ``groups / results`` groups after each other are added up;
+            by default none are.
+        bias, scale, config: as for :func:`im2col_gram`.
+        corner: the last entry with a bias: ``scale`` times the number of patches.
+
+    Returns:
+        ``[results, D, D]``.
+    """
+    groups = geometry.groups
+    results = results or groups
+    device = processor(packed.buffer)
+    side = packed.channels // groups * geometry.offsets
+    config = fit_stages(
+        config or default_symmetric(side, mode), packed.buffer.element_size(), device.shared_bytes
+    )
     walk = patch_walk(packed, geometry)
     steps_per_line = -(-walk.out[2] * packed.padded_batch // config.block_k)
     steps = walk.lines * steps_per_line
-    tiles = lower_tiles(side, config.block_m) * geometry.groups
-    steps_per_part = -(-steps // default_splits(config, tiles, steps, processor(x).count))
-    parts = -(-steps // steps_per_part)
-    output = symmetric_output(x, geometry.groups, side, config.block_m, parts, bias)
+    tiles = lower_tiles(side, config.block_m) * groups
+    steps_per_part = -(-steps // default_splits(config, tiles, steps, device.count))
+    parts = -(-steps // steps_per_part) * (groups // results)
+    output = symmetric_output(packed.buffer, results, side, config.block_m, parts, bias)
     schedule = (steps, steps_per_part, steps_per_line)
-    _launch(packed, walk, output, config, mode, schedule, scale, scale * locations)
-    return reduce_splits(output, scale, scale * locations)
+    _launch(packed, walk, output, groups, config, mode, schedule, scale, corner)
+    return reduce_splits(output, scale, corner)
 
 
 def _launch(
     packed: Packed,
     walk: PatchWalk,
     output: SymmetricOutput,
+    groups: int,
     config: GramConfig,
     mode: str,
     schedule: tuple[int, int, int],
     scale: float,
     corner: float,
 ) -> None:
-    grid = (output.tiles + output.border_blocks, output.parts, output.groups)
-    group_step = packed.channels // output.groups * walk.channel_step
+    parts = output.parts * output.groups // groups
+    grid = (output.tiles + output.border_blocks, parts, groups)
+    group_step = packed.channels // groups * walk.channel_step
     im2col_gram_kernel[grid](
         packed.buffer, output.target, output.sums, output.side, output.leading, output.tiles,
         *schedule, packed.padded_batch // packed.unit, group_step, walk.channel_step,

@@ -39,18 +39,17 @@ def round_to_tf32(values):
 
 
 @triton.jit
-def pack_kernel(
-    x, packed, batch, channels, depth, height, width, padded_depth, padded_height, padded_width,
+def read_block(
+    x, batch, channels, depth, height, width, padded_depth, padded_height, padded_width,
     before_depth, before_height, before_width,
-    stride_batch, stride_channel, stride_depth, stride_height, stride_width, batch_vectors,
-    CHANNELS_LAST: tl.constexpr, ROUND_TF32: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    stride_batch, stride_channel, stride_depth, stride_height, stride_width, padded_batch,
+    CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``[blocks of positions · blocks of the batch]``; reads ``[N, P]``, writes ``[P, N]``.
+    """What a program packs: values ``[N, P]``, its images, and of its positions the channel, the
+    padded pixel, the place ``(d, h, w)`` in the map, and whether each exists and is in the map.
 
     Positions run over ``(c, d, h, w)``, or over ``(d, h, w, c)`` where channels are adjacent.
     """
-    padded_batch = batch_vectors * UNIT
     batch_blocks = tl.cdiv(padded_batch, BLOCK_N)
     place = tl.program_id(0) // batch_blocks * BLOCK_P + tl.arange(0, BLOCK_P)
     image = tl.program_id(0) % batch_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -70,11 +69,30 @@ def pack_kernel(
     source += h.to(tl.int64) * stride_height + w.to(tl.int64) * stride_width
     pointers = x + image.to(tl.int64)[:, None] * stride_batch + source[None, :]
     values = tl.load(pointers, mask=(image < batch)[:, None] & inside[None, :], other=0.0)
+    return values, image, channel, pixel, d, h, w, exists, inside
+
+
+@triton.jit
+def pack_kernel(
+    x, packed, batch, channels, depth, height, width, padded_depth, padded_height, padded_width,
+    before_depth, before_height, before_width,
+    stride_batch, stride_channel, stride_depth, stride_height, stride_width, batch_vectors,
+    CHANNELS_LAST: tl.constexpr, ROUND_TF32: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Grid ``[blocks of positions · blocks of the batch]``; reads ``[N, P]``, writes ``[P, N]``."""
+    padded_batch = batch_vectors * UNIT
+    values, image, channel, pixel, _, _, _, exists, _ = read_block(
+        x, batch, channels, depth, height, width, padded_depth, padded_height, padded_width,
+        before_depth, before_height, before_width,
+        stride_batch, stride_channel, stride_depth, stride_height, stride_width, padded_batch,
+        CHANNELS_LAST, BLOCK_P, BLOCK_N)  # fmt: skip
     if ROUND_TF32:
         values = round_to_tf32(values)
-    target = (channel * pixels + pixel).to(tl.int64) * padded_batch
+    target = (channel * (padded_depth * padded_height * padded_width) + pixel).to(tl.int64)
     mask = exists[:, None] & (image < padded_batch)[None, :]
-    tl.store(packed + target[:, None] + image[None, :], tl.trans(values), mask=mask)
+    tl.store(packed + (target * padded_batch)[:, None] + image[None, :], tl.trans(values),
+             mask=mask)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,7 +127,7 @@ def pack(x: Tensor, geometry: ConvGeometry, *, round_tf32: bool = False) -> Pack
         round_tf32: round float32 to the nearest number that TF32 holds.
     """
     padding = ((0, 0),) * (MAX_SPATIAL - geometry.ndim) + geometry.padding
-    volume = _with_three_dimensions(x)
+    volume = with_three_dimensions(x)
     batch, channels, *sizes = volume.shape
     padded = [size + sum(pad) for size, pad in zip(sizes, padding, strict=True)]
     unit = VECTOR_BYTES // x.element_size()
@@ -128,15 +146,14 @@ def pack(x: Tensor, geometry: ConvGeometry, *, round_tf32: bool = False) -> Pack
 
 def pack_reference(x: Tensor, geometry: ConvGeometry) -> Tensor:
     """The same buffer in plain torch."""
-    volume = _with_three_dimensions(
-        F.pad(x, [p for pad in reversed(geometry.padding) for p in pad])
-    )
+    volume = with_three_dimensions(F.pad(x, [p for pad in reversed(geometry.padding) for p in pad]))
     unit = VECTOR_BYTES // x.element_size()
     missing = -volume.shape[0] % unit
     return F.pad(volume.permute(1, 2, 3, 4, 0), (0, missing)).contiguous()
 
 
-def _with_three_dimensions(x: Tensor) -> Tensor:
+def with_three_dimensions(x: Tensor) -> Tensor:
+    """``[N, C, *spatial]`` as ``[N, C, D, H, W]``; missing dimensions have size one."""
     missing = MAX_SPATIAL + 2 - x.ndim
     return x.reshape(*x.shape[:2], *(1,) * missing, *x.shape[2:])
 

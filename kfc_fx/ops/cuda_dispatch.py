@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from kfc_fx.kernels import cpu_patch_gram
+from kfc_fx.kernels import cpu_patch_gram, cpu_separable_gram
 from kfc_fx.kernels.cpu_assemble import assemble_slots, pack_slots, reach_sums
 from kfc_fx.kernels.products import product_plan
 from kfc_fx.ops.convolution import decoded
@@ -58,6 +58,16 @@ def row_gram(x: Tensor, bias: bool) -> Tensor:
     if bias:
         rows = torch.cat([rows, rows.new_ones(rows.shape[0], 1)], dim=1)
     return rows.mT @ rows
+
+
+def separable_gram(x: Tensor, numbers: list[int]) -> tuple[Tensor, Tensor]:
+    """``kfc_fx::separable_gram`` on CUDA."""
+    geometry = decoded(numbers)
+    if not uses_triton(x):
+        return cpu_separable_gram.separable_gram(x, geometry)
+    from kfc_fx.kernels.triton_separable_gram import separable_gram as triton_separable_gram
+
+    return triton_separable_gram(x, geometry)
 
 
 def patch_products(
@@ -129,5 +139,5 @@ def _assemble_slots(
     return triton_assemble(slots, plan, channels, bias)
 
 
-for _implementation in (patch_gram, row_gram, patch_products, assemble):
+for _implementation in (patch_gram, row_gram, separable_gram, patch_products, assemble):
     LIBRARY.impl(_implementation.__name__, _implementation, "CUDA")
