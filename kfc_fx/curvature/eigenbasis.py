@@ -45,8 +45,10 @@ def _without_rows_of_zeros(factor: Tensor) -> Tensor:
     Few examples and dead units make factors of low rank with rows of zeros. For most of those of
     side 300, MKL's divide and conquer fails in float32, for some it gives NaN and reports success.
     """
-    shift = torch.finfo(factor.dtype).eps * factor.diagonal(dim1=1, dim2=2).mean(1)
-    return factor + torch.diag_embed(shift[:, None].expand(factor.shape[:2]))
+    shifted = factor.clone()
+    diagonal = shifted.diagonal(dim1=1, dim2=2)
+    diagonal.add_(diagonal.mean(1, keepdim=True), alpha=torch.finfo(factor.dtype).eps)
+    return shifted
 
 
 def _is_finite(matrices: Tensor) -> Tensor:
