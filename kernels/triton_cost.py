@@ -1,9 +1,9 @@
 """Which Triton method makes a patch Gram sooner: work of each, at the rates of a GPU.
 
 Only the ratios of the rates decide. Tiles count whole, with what overhangs the factor, since that
-is multiplied too. The rates below were fitted to 24 layers on an H100 with the calls launched from
-the host, as training does: a launch there costs much more than the device needs to start it,
-Python's work included. ``kfc_fx.tools.gpu_cost_fit`` fits them to a run of ``gpu_check``.
+is multiplied too. The rates below were fitted to 19 layers on an H100, the time of the device: that
+of the host differs less between the two. ``kfc_fx.tools.gpu_cost_fit`` fits them to a run of
+``gpu_check``.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from kfc_fx.plan.geometry import ConvGeometry
 
 # Multiplications in the time that memory takes for a byte, by precision mode; an H100 moves
 # 2.9 TB/s. "ieee" is its datasheet's ratio, halved.
-PRODUCTS_PER_BYTE = {"half": 50.0, "tf32": 26.0, "ieee": 5.0}
-LAUNCH_BYTES = 395e6  # what memory moves in the time of one launch from the host
+PRODUCTS_PER_BYTE = {"half": 45.0, "tf32": 23.0, "ieee": 5.0}
+LAUNCH_BYTES = 32e6  # what memory moves in the time of one launch
 STRUCTURED_LAUNCHES = 4  # pack, products, sums of slots, assembly
 IM2COL_LAUNCHES = 2  # pack and products; a second reduction is as short as the rest is then
 NUMBER = 4  # bytes of a result
