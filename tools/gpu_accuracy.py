@@ -20,9 +20,11 @@ from kfc_fx.kernels.triton_configs import MOST_ROWS
 from kfc_fx.kernels.triton_im2col_gram import im2col_gram_reference
 from kfc_fx.kernels.triton_pack import round_to_tf32_reference
 from kfc_fx.kernels.triton_row_gram import row_gram_reference
+from kfc_fx.kernels.triton_separable_gram import separable_gram_reference
 from kfc_fx.ops import cuda_dispatch
 from kfc_fx.ops.convolution import encoded
 from kfc_fx.plan.geometry import ConvGeometry, conv_geometry
+from kfc_fx.tools.gpu_clock import refuse_synchronising
 
 EPSILON = torch.finfo(torch.float32).eps
 HALF_SHAPES = 2  # float16 takes the kernels of bfloat16; more shapes would only compile longer
@@ -63,6 +65,13 @@ class Mode:
     def truncates(self) -> bool:
         """Whether tensor cores multiply."""
         return self.dtype != torch.float32 or self.precision != "highest"
+
+    @property
+    def rounding(self) -> float:
+        """Relative error of the product of two numbers that are rounded for the tensor cores."""
+        if self == TF32:
+            return 2.0**-10
+        return torch.finfo(self.dtype).eps if self.truncates else 0.0
 
     def __str__(self) -> str:
         return f"{self.dtype}".removeprefix("torch.") + f" {self.precision}"
@@ -131,6 +140,19 @@ def check_patch_gram(device: torch.device, tiny: bool) -> str:
         for laid in _memory_formats(x)[: 1 if tiny else 2]
         for method in ("structured", "im2col")
     ]  # fmt: skip
+    return summary(found)
+
+
+def check_separable_gram(device: torch.device, tiny: bool) -> str:
+    """Both traces of the patch Gram; from the second call on the host never waits."""
+    shapes = [shape for shape in PATCHES if not tiny or shape.programs <= TINY_PROGRAMS]
+    found = []
+    for number, shape in enumerate(shapes):
+        for mode, x in _inputs(shape.shape, device, halves=number < HALF_SHAPES):
+            for laid in _memory_formats(x)[: 1 if tiny else 2]:
+                found += _compare_traces(laid, shape, mode)
+                if device.type == "cuda":
+                    refuse_synchronising(partial(_separable_gram, laid, shape.geometry, 0))
     return summary(found)
 
 
@@ -228,6 +250,29 @@ def _patch_gram(x: Tensor, geometry: ConvGeometry, method: str) -> Tensor:
     return cuda_dispatch.patch_gram(x, encoded(geometry), True, method)
 
 
+def _separable_gram(x: Tensor, geometry: ConvGeometry, factor: int) -> Tensor:
+    return cuda_dispatch.separable_gram(x, encoded(geometry))[factor]
+
+
+def _compare_traces(x: Tensor, shape: PatchShape, mode: Mode) -> list[Comparison]:
+    channels = x.shape[1] // shape.geometry.groups
+    # Pixels are weighted, and rounded after that, for the trace over offsets only.
+    terms = (x.numel() // x.shape[1], shape.rows * channels)
+    rounding = (mode.rounding, 0.0)
+    return [
+        _compare(
+            partial(_separable_gram, x, shape.geometry, factor),
+            partial(_trace, geometry=shape.geometry, factor=factor),
+            x, terms[factor], mode, rounding[factor],
+        )
+        for factor in (0, 1)
+    ]  # fmt: skip
+
+
+def _trace(x: Tensor, geometry: ConvGeometry, factor: int) -> Tensor:
+    return separable_gram_reference(x, geometry)[factor]
+
+
 def _gram_by_chunks(x: Tensor) -> Tensor:
     total = x.new_zeros((x.shape[1], x.shape[1]), dtype=torch.float64)
     for chunk in x.split(CHUNK_ROWS):
@@ -242,8 +287,10 @@ def _compare(
     x: Tensor,
     rows: int,
     mode: Mode,
+    rounding: float = 0.0,
 ) -> Comparison:
-    """At most twice torch's own error and the bound of a sum may be lost."""
+    """At most twice torch's own error, the bound of a sum and ``rounding`` of every product may
+    be lost."""
     exact = reference(x.double())
     with matmul_precision(mode.precision):
         result, again = compute(), compute()
@@ -251,7 +298,8 @@ def _compare(
     # By Cauchy and Schwarz no sum of magnitudes exceeds the largest sum of squares.
     magnitude = exact.diagonal(dim1=-2, dim2=-1).max().item()
     own = (in_torch.double() - exact).abs().max().item()
-    allowed = 2 * own + summation_error(rows, truncates=mode.truncates) * magnitude
+    lost = summation_error(rows, truncates=mode.truncates) + rounding
+    allowed = 2 * own + lost * magnitude
     error = (result.double() - exact).abs().max().item()
     problem = "" if torch.equal(result, again) else "two runs gave different bits"
     if not torch.equal(result, result.mT):

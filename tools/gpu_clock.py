@@ -91,7 +91,8 @@ def _captured(calls: Sequence[Call], device: torch.device) -> torch.cuda.CUDAGra
     with torch.cuda.stream(stream):
         for call in calls:
             call()
-        _refuse_synchronising(calls[0])
+        # A capture that fails leaves the allocator in a state that later measurements would feel.
+        refuse_synchronising(calls[0])
     torch.cuda.current_stream(device).wait_stream(stream)
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
@@ -101,8 +102,8 @@ def _captured(calls: Sequence[Call], device: torch.device) -> torch.cuda.CUDAGra
     return graph
 
 
-def _refuse_synchronising(call: Call) -> None:
-    # A capture that fails leaves the allocator in a state that later measurements would feel.
+def refuse_synchronising(call: Call) -> None:
+    """Make a call in which it is an error that the host waits for the device."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:

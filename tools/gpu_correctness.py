@@ -22,6 +22,7 @@ from kfc_fx.tools.gpu_accuracy import (
     check_large_addresses,
     check_patch_gram,
     check_row_gram,
+    check_separable_gram,
     values,
 )
 from kfc_fx.tools.gpu_graph import check_cuda_graph
@@ -77,6 +78,7 @@ def check_registration(device: torch.device, tiny: bool) -> str:
     torch.library.opcheck(library.row_gram.default, (x, True))
     torch.library.opcheck(library.patch_products.default, (x, numbers, True))
     torch.library.opcheck(library.patch_gram.default, (x, numbers, True, "auto"))
+    torch.library.opcheck(library.separable_gram.default, (x, numbers))
     torch.library.opcheck(library.assemble.default, (slots, list(x.shape[1:]), numbers, True))
 
     def statistic(maps: Tensor) -> Tensor:
@@ -85,12 +87,13 @@ def check_registration(device: torch.device, tiny: bool) -> str:
     compiled = torch.compile(statistic, fullgraph=True, dynamic=True)
     for batch in (6, 3):
         torch.testing.assert_close(compiled(x[:batch]), statistic(x[:batch]))
-    return "4 ops"
+    return "5 ops"
 
 
 CHECKS = (
     Check("row Gram", check_row_gram),
     Check("patch Gram", check_patch_gram),
+    Check("separable Gram", check_separable_gram),
     Check("more than 2^31 elements", check_large_addresses),
     Check("multi-tensor", check_multi_tensor),
     Check("op registration", check_registration),

@@ -1,7 +1,7 @@
 """Separable input factor of a convolution: Ω ≈ Ω_C ⊗ Ω_Δ / tr Ω.
 
 The factors are the two partial traces of the patch Gram, over offsets and over channels; both
-are formed without patches (``kernels.cpu_separable_gram``).
+are formed without patches (``kernels.cpu_separable_gram``, ``kernels.triton_separable_gram``).
 """
 
 from __future__ import annotations

@@ -99,6 +99,24 @@ def test_the_bound_of_a_sum_sees_a_wrong_product(monkeypatch: pytest.MonkeyPatch
             check(torch.device("cpu"), True)
 
 
+@pytest.mark.parametrize("factor", [0, 1])
+def test_a_trace_that_is_wrong_is_seen(factor: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kfc_fx.ops import cuda_dispatch
+    from kfc_fx.tools.gpu_accuracy import check_separable_gram
+
+    right = cuda_dispatch.separable_gram
+
+    def wrong(x: Tensor, numbers: list[int]) -> tuple[Tensor, ...]:
+        return tuple(
+            gram * (1.001 if place == factor else 1.0)
+            for place, gram in enumerate(right(x, numbers))
+        )
+
+    monkeypatch.setattr(cuda_dispatch, "separable_gram", wrong)
+    with pytest.raises(AssertionError, match="of allowed"):
+        check_separable_gram(torch.device("cpu"), True)
+
+
 def test_benchmarks_fill_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
