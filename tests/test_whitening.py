@@ -11,7 +11,6 @@ from kfc_fx.curvature.whitening import (
     bias_whitening,
     cholesky_whitening,
     newton_schulz_whitening,
-    whitening_diagonal,
 )
 
 
@@ -67,7 +66,7 @@ def test_cholesky_whitens(side, damping):
 def test_newton_schulz_follows_a_factor_that_changes(side):
     old, new = factor(side), 0.6 * factor(side) + 0.4 * factor(side, 1)
     w, _ = cholesky_whitening(old, 0.3)
-    followed, failed = newton_schulz_whitening(new, 0.3, w)
+    followed, failed = newton_schulz_whitening(new, w, 0.3)
     assert error(w, new, 0.3) > 1e-2, "nothing to follow"
     assert error(followed, new, 0.3) < 1e-3
     assert not failed.any()
@@ -77,7 +76,7 @@ def test_both_whitening_matrices_precondition_alike():
     """They differ by a rotation, which ``polar(m W) Wᵀ`` does not see."""
     matrix = factor(32, dtype=torch.float64)
     first, _ = cholesky_whitening(matrix, 0.3)
-    second, _ = newton_schulz_whitening(matrix, 0.3, torch.eye(32).double().repeat(2, 1, 1))
+    second, _ = newton_schulz_whitening(matrix, torch.eye(32).double().repeat(2, 1, 1), 0.3)
     m = torch.randn(2, 7, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     found = [polar_factor_by_gram(m @ w) @ w.mT for w in (first, second)]
     assert (first - second).abs().max() > 0.1
@@ -92,7 +91,7 @@ def test_what_has_not_converged_is_decomposed(monkeypatch):
     monkeypatch.setattr(
         whitening, "eigendecomposition", lambda f: calls.append(len(f)) or decompose(f)
     )
-    w, failed = newton_schulz_whitening(matrix, 0.3, torch.eye(64).repeat(2, 1, 1))
+    w, failed = newton_schulz_whitening(matrix, torch.eye(64).repeat(2, 1, 1), 0.3)
     assert calls == [2]
     assert error(w, matrix, 0.3) < 1e-3
     assert not failed.any()
@@ -106,7 +105,7 @@ def test_one_bad_factor_is_the_identity_and_spares_the_others(whiten):
     if whiten == "cholesky":
         w, failed = cholesky_whitening(matrix, 0.3)
     else:
-        w, failed = newton_schulz_whitening(matrix, 0.3, start)
+        w, failed = newton_schulz_whitening(matrix, start, 0.3)
     assert failed.tolist() == [True, False]
     torch.testing.assert_close(w[0], torch.eye(6))
     assert error(w[1:], matrix[1:], 0.3) < 1e-3
@@ -126,13 +125,7 @@ def test_a_factor_of_zeros_is_whitened_by_its_damping():
     assert not failed.any()
 
 
-def test_diagonal_factors_and_the_bias():
-    diagonal = torch.tensor([[[1.0, 3.0]]])
-    w, failed = whitening_diagonal(diagonal, 0.5)
-    torch.testing.assert_close(w, torch.tensor([[[1.0, 0.5**0.5]]]))
-    assert not failed.any()
-    w, failed = whitening_diagonal(torch.tensor([[[1.0, float("inf")]]]), 0.5)
-    assert failed.all()
+def test_the_bias_is_whitened_in_the_units_of_the_rest():
     channel = torch.diag_embed(torch.tensor([[2.0, 6.0]]))
     weight = bias_whitening(channel, 4, torch.tensor([[[7.5]]]), 0.25)
     torch.testing.assert_close(weight, torch.tensor([[[0.5]]]))

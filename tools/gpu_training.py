@@ -109,7 +109,7 @@ def check_whitening(device: torch.device, tiny: bool) -> str:
         old = rows.mT @ rows / rows.shape[1]
         new = 0.7 * old + 0.3 * (change.mT @ change) / rows.shape[1]
         start, _ = cholesky_whitening(old, damping)
-        found, failed = newton_schulz_whitening(new, damping, start)
+        found, failed = newton_schulz_whitening(new, start, damping)
     assert not failed.any(), "it fell back to the identity"
     eigenvalues, basis = torch.linalg.eigh(new.double())
     scale = eigenvalues.mean(1)[:, None]

@@ -6,6 +6,7 @@ import torch
 
 from kfc_fx.codegen import bases
 from kfc_fx.codegen.bases import bases_of, basis_entries, refresh_bases, turn_moments
+from kfc_fx.codegen.bases import decompositions as decompositions
 from kfc_fx.codegen.context import Context
 from kfc_fx.codegen.layout import StackSpec
 from kfc_fx.codegen.matrices import gather, rotate

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kfc_fx.codegen.context import Context
+from kfc_fx.codegen.decompositions import Decomposition, decomposed
 from kfc_fx.codegen.layout import StackSpec
 from kfc_fx.codegen.matrices import rotate, transposed
 from kfc_fx.codegen.state_entry import StateEntry
@@ -32,21 +33,26 @@ def bases_of(context: Context, stack: StackSpec) -> dict[str, Value]:
     return bases
 
 
-def refresh_bases(context: Context, stack: StackSpec, *, first: bool) -> list[Value]:
-    """New bases into the result; returns what failed.
-
-    Narrow factors are decomposed; wide ones follow by one orthogonal iteration.
-    """
-    update, result, key = context.update, context.result, stack.key
-    failed: list[Value] = []
+def decompositions(context: Context, stack: StackSpec, *, first: bool) -> list[Decomposition]:
+    """The bases' own: narrow factors are decomposed; wide ones follow by one orthogonal
+    iteration."""
+    found = []
     for factor, shape in stack.basis_shapes.items():
-        ema, basis = context.state(factor, stack), f"q_{factor}_{key}"
+        ema, name = context.state(factor, stack), f"q_{factor}"
         if not first and shape[-1] >= context.spec.orthogonal_iteration_from:
-            call = update.call(orthogonal_iteration, ema, context.state(f"q_{factor}", stack))
+            tensors = (ema, context.state(name, stack))
+            found.append(Decomposition(stack, factor, name, orthogonal_iteration, tensors))
         else:
-            call = update.call(eigenbasis, ema)
-        found, lost = update.let_tuple((basis, f"failed_{factor}_{key}"), call)
-        result[basis] = found
+            found.append(Decomposition(stack, factor, name, eigenbasis, (ema,)))
+    return found
+
+
+def refresh_bases(context: Context, stack: StackSpec, *, first: bool) -> list[Value]:
+    """New bases into the result; returns what failed."""
+    update, result = context.update, context.result
+    failed: list[Value] = []
+    for wanted in decompositions(context, stack, first=first):
+        result[wanted.key], lost = decomposed(context, wanted)
         failed.append(lost)
     if not failed:  # both factors are diagonal: nothing can fail
         failed.append(update.call(torch.zeros_like, context.state("mass", stack)[:, 0, 0]) != 0)

@@ -20,6 +20,8 @@ class Context:
     arguments: dict[str, Value]
     result: dict[str, Value] = field(default_factory=dict)
     """New state by name: what the function returns."""
+    together: dict[str, tuple[Value, Value]] = field(default_factory=dict)
+    """Decompositions that were made for several stacks at once, and what failed, by state key."""
 
     def state(self, name: str, stack: StackSpec) -> Value:
         """A state tensor of a stack."""

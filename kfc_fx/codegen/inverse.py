@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kfc_fx.codegen.context import Context
+from kfc_fx.codegen.decompositions import Decomposition
 from kfc_fx.codegen.layout import StackSpec
 from kfc_fx.codegen.matrices import gather, rotate_input
 from kfc_fx.codegen.state_entry import StateEntry
@@ -32,6 +33,11 @@ def state_entries(stack: StackSpec, *, momentum: bool) -> dict[str, StateEntry]:
     if momentum:
         entries["p"] = StateEntry(stack.matrix_shape, "zeros")
     return entries
+
+
+def decompositions(context: Context, stack: StackSpec, *, first: bool) -> list[Decomposition]:
+    """None: both factors of a block are inverted in one call."""
+    return []
 
 
 def refresh(context: Context, stack: StackSpec, *, first: bool) -> list[Value]:

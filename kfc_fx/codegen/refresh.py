@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kfc_fx.codegen.accumulate import describe
 from kfc_fx.codegen.context import Context
+from kfc_fx.codegen.decompositions import decompose_together
 from kfc_fx.codegen.options import UpdateSpec
 from kfc_fx.codegen.scaling import RULES
 from kfc_fx.codegen.update_graph import UpdateGraph, Value
@@ -33,6 +34,12 @@ def _refresh_graph(spec: UpdateSpec, name: str, summary: str, *, first: bool) ->
     ]
     context = Context(update, spec, {name: update.argument(name) for name in names})
     failed: dict[str, list[Value]] = {}
+    wanted = [
+        each
+        for stack in spec.stacks
+        for each in RULES[stack.scaling].decompositions(context, stack, first=first)
+    ]
+    decompose_together(context, wanted)
     for stack in spec.stacks:
         update.section(describe(stack))
         failed[stack.key] = RULES[stack.scaling].refresh(context, stack, first=first)

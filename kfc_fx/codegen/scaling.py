@@ -6,6 +6,7 @@ from typing import Protocol
 
 from kfc_fx.codegen import adam, eigen, inverse, spectral
 from kfc_fx.codegen.context import Context
+from kfc_fx.codegen.decompositions import Decomposition
 from kfc_fx.codegen.layout import Scaling, StackSpec
 from kfc_fx.codegen.state_entry import StateEntry
 from kfc_fx.codegen.update_graph import Value
@@ -26,6 +27,11 @@ class ScalingRule(Protocol):
 
     def state_entries(self, stack: StackSpec, *, momentum: bool) -> dict[str, StateEntry]:
         """State besides the EMA of the factors, without the stack's key."""
+
+    def decompositions(
+        self, context: Context, stack: StackSpec, *, first: bool
+    ) -> list[Decomposition]:
+        """Those of ``refresh`` that may be made together with other stacks'."""
 
     def refresh(self, context: Context, stack: StackSpec, *, first: bool) -> list[Value]:
         """Factors into what ``apply`` needs; returns flags ``[depth]`` of what failed."""

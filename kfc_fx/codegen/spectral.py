@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from kfc_fx.codegen.context import Context
+from kfc_fx.codegen.decompositions import Decomposition, decomposed
 from kfc_fx.codegen.layout import StackSpec
 from kfc_fx.codegen.matrices import gather, rotate_input
 from kfc_fx.codegen.state_entry import StateEntry
@@ -14,7 +18,6 @@ from kfc_fx.curvature.whitening import (
     bias_whitening,
     cholesky_whitening,
     newton_schulz_whitening,
-    whitening_diagonal,
 )
 
 SUMMARY = """Steepest descent under the spectral norm, in the metric of Ω.
@@ -31,8 +34,7 @@ START_SUMMARY: str | None = "Whitening matrices of all input factors, from scrat
 def state_entries(stack: StackSpec, *, momentum: bool) -> dict[str, StateEntry]:
     """Whitening matrices by factor, and the EMA of the gradient."""
     entries = {
-        f"w_{name}": StateEntry(shape, "identity" if name in stack.basis_shapes else "ones")
-        for name, shape in stack.factor_shapes.items()
+        f"w_{name}": StateEntry(shape, "identity") for name, shape in stack.factor_shapes.items()
     }
     if stack.has_bias_apart:
         entries["w_bias"] = StateEntry((stack.depth, 1, 1), "ones")
@@ -41,22 +43,29 @@ def state_entries(stack: StackSpec, *, momentum: bool) -> dict[str, StateEntry]:
     return entries
 
 
+def decompositions(context: Context, stack: StackSpec, *, first: bool) -> list[Decomposition]:
+    """Whitening matrices; each factor of a separable Ω takes the root of the damping."""
+    damping, number = context.option("damping", stack), "damping"
+    if stack.forms.input == "separable":
+        damping, number = damping**0.5, "root of the damping"
+    found = []
+    for factor in stack.basis_shapes:
+        ema, name = context.state(factor, stack), f"w_{factor}"
+        function: Callable[..., Any] = cholesky_whitening
+        tensors: tuple[Value, ...] = (ema,)
+        if not first and stack.device != "cpu":
+            function, tensors = newton_schulz_whitening, (ema, context.state(name, stack))
+        found.append(Decomposition(stack, factor, name, function, tensors, damping, number))
+    return found
+
+
 def refresh(context: Context, stack: StackSpec, *, first: bool) -> list[Value]:
-    """New whitening matrices; each factor of a separable Ω takes the root of the damping."""
+    """New whitening matrices."""
     update, result, key = context.update, context.result, stack.key
     damping = context.option("damping", stack)
     failed: list[Value] = []
-    for factor in stack.factor_shapes:
-        ema, name = context.state(factor, stack), f"w_{factor}_{key}"
-        own = damping**0.5 if stack.forms.input == "separable" else damping
-        if factor not in stack.basis_shapes:
-            call = update.call(whitening_diagonal, ema, own)
-        elif first or stack.device == "cpu":
-            call = update.call(cholesky_whitening, ema, own)
-        else:
-            last = context.state(f"w_{factor}", stack)
-            call = update.call(newton_schulz_whitening, ema, own, last)
-        result[name], lost = update.let_tuple((name, f"failed_{factor}_{key}"), call)
+    for wanted in decompositions(context, stack, first=first):
+        result[wanted.key], lost = decomposed(context, wanted)
         failed.append(lost)
     if stack.has_bias_apart:
         width = stack.first.channels * stack.first.offsets

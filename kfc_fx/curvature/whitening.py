@@ -43,7 +43,7 @@ def cholesky_whitening(factor: Tensor, damping: float) -> tuple[Tensor, Tensor]:
 
 
 def newton_schulz_whitening(
-    factor: Tensor, damping: float, whitening: Tensor
+    factor: Tensor, whitening: Tensor, damping: float
 ) -> tuple[Tensor, Tensor]:
     """:func:`cholesky_whitening` by products alone, from the W of a slightly older factor.
 
@@ -51,8 +51,9 @@ def newton_schulz_whitening(
     2008, equation 6.35): ``Wᵀ F W`` is close to I, where it converges quadratically.
 
     Args:
-        factor, damping: as there.
+        factor: as there.
         whitening: ``[L, D, D]``, the last W.
+        damping: as there.
 
     Returns:
         As there; where the residual says that the iteration has not converged, by ``eigh``.
@@ -71,14 +72,6 @@ def newton_schulz_whitening(
     residual = fresh.mT @ damped @ fresh - identity
     size = torch.linalg.matrix_norm(residual) / factor.shape[1] ** 0.5
     return _checked(fresh, damped, ~(size < RESIDUAL_LIMIT))
-
-
-def whitening_diagonal(factor: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """W of a diagonal factor ``[L, 1, D]``, and ``failed``."""
-    mean = _positive(mean_eigenvalue(factor))
-    weights = (factor / mean + damping).rsqrt()
-    failed = ~_is_finite(weights)
-    return torch.where(failed[:, None, None], torch.ones_like(weights), weights), failed
 
 
 def bias_whitening(channel: Tensor, columns: int, locations: Tensor, damping: float) -> Tensor:
