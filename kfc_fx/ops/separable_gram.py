@@ -35,7 +35,8 @@ def separable_gram(
     Returns:
         ``channel``: ``[groups, C/groups, C/groups]``, the trace over kernel offsets, and
         ``offset``: ``[groups, K, K]`` with ``K = prod(kernel_size)``, the trace over channels;
-        float64 for a float64 input, else float32.
+        float64 for a float64 input, else float32. On CUDA the pixels of ``channel``, weighted, are
+        rounded again for the tensor cores, where those multiply.
 
     Raises:
         ValueError: a geometry that does not fit ``x``.

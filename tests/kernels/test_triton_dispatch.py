@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from kfc_fx.kernels.cpu_assemble import pack_slots, reach_sums
 from kfc_fx.kernels.products import product_plan
 from kfc_fx.ops import cuda_dispatch
 from kfc_fx.ops.convolution import encoded
@@ -25,6 +29,24 @@ from tests.kernels.triton_oracle import (
 
 pytest.importorskip("triton")
 pytestmark = needs_triton
+
+
+class CalledOperators(TorchDispatchMode):
+    """Notes the names of the ATen operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def check(x: Tensor, geometry: ConvGeometry, *, bias: bool, method: str) -> None:
@@ -60,6 +82,19 @@ def test_assembly_puts_every_slot_in_its_place(groups: int, bias: bool) -> None:
     with poisoned_memory():
         omega = assemble(slots, plan, 4, bias)
     assert torch.equal(omega, assemble_reference(slots, plan, 4, bias))
+
+
+def test_the_biass_part_of_slots_reads_no_lists_and_no_numbers() -> None:
+    """On CUDA the host would wait for the device at each of them."""
+    x = random_values((2, 6, 5, 6), torch.float32, 2)
+    plan = product_plan(conv_geometry((3, 3), padding=1, groups=2), (5, 6))
+    products = torch.zeros(len(plan.slots), 2, 3, 3, device=DEVICE)
+    called = CalledOperators()
+    with called:
+        pack_slots(products, reach_sums(x, plan, (1, 1), 2), 60)
+    waits = {"index", "lift_fresh", "_local_scalar_dense", "_to_copy", "copy_"}
+    assert {"sum", "stack"} <= called.names
+    assert not called.names & waits
 
 
 def test_pointwise_convolutions_are_row_grams() -> None:
