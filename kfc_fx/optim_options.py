@@ -30,6 +30,7 @@ GENERIC_MOMENTUM = 0.9
 class ScalingDefaults:
     """Options whose meaning, and so whose default, depends on the scaling."""
 
+    lr: float
     momentum: float
     damping: float
     generic: GenericRule
@@ -37,10 +38,10 @@ class ScalingDefaults:
 
 
 DEFAULTS: dict[Scaling, ScalingDefaults] = {
-    "adam": ScalingDefaults(0.9, 1e-2, "adamw", 1.0),
-    "spectral": ScalingDefaults(0.95, 0.3, "adamw", 0.1),
-    "eigen": ScalingDefaults(0.9, 1e-2, "sgd", 1.0),
-    "inverse": ScalingDefaults(0.9, 1e-2, "sgd", 1.0),
+    "adam": ScalingDefaults(0.01, 0.9, 1e-2, "adamw", 1.0),
+    "spectral": ScalingDefaults(0.07, 0.95, 0.3, "adamw", 0.1),
+    "eigen": ScalingDefaults(0.03, 0.9, 1e-2, "sgd", 1.0),
+    "inverse": ScalingDefaults(0.03, 0.9, 1e-2, "sgd", 1.0),
 }
 
 BLOCK_OPTIONS = ("scaling", "input_factor")
@@ -196,6 +197,11 @@ class KFCOptions:
     def damping_of(self, scaling: Scaling) -> float:
         """Damping of a scaling's blocks."""
         return DEFAULTS[scaling].damping if self.damping is None else self.damping
+
+    @property
+    def default_lr(self) -> float:
+        """Learning rate where none is given."""
+        return DEFAULTS[self.scaling].lr
 
     @property
     def generic_momentum(self) -> float:

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import kfc_fx
@@ -201,3 +202,11 @@ def test_parameters_without_a_gradient_are_left_alone():
     assert torch.equal(
         now["generic"]["1.weight"]["generic_v"], saved["generic"]["1.weight"]["generic_v"]
     )
+
+
+@pytest.mark.parametrize(
+    ("scaling", "lr"), [("adam", 0.01), ("spectral", 0.07), ("eigen", 0.03), ("inverse", 0.03)]
+)
+def test_the_learning_rate_has_a_default(scaling, lr):
+    opt = kfc_fx.KFC(kfc_fx.compile(nn.Linear(3, 2)), scaling=scaling)
+    assert opt.param_groups[0]["lr"] == lr

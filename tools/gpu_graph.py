@@ -18,8 +18,14 @@ from kfc_fx.tools.gpu_training import COMPILED_BOUND, SCALINGS, difference, trai
 WARM_UP = 21  # the early phase, in which nearly every step has statistics
 STEPS = 6
 INTERVAL = 1_000
-# Rates and bias corrections are float32 numbers in a graph, as in a compiled update.
-BOUNDS = {"adam": COMPILED_BOUND, "spectral": 1e-5, "eigen": 1e-5, "inverse": 1e-5}
+# Rates and bias corrections are float32 numbers in a graph, as in a compiled update; and the polar
+# factor of "spectral", in bfloat16, turns any rounding into one of its own.
+BOUNDS = {
+    "adam": COMPILED_BOUND,
+    "spectral": SCALINGS["spectral"].bound,
+    "eigen": 1e-5,
+    "inverse": 1e-5,
+}
 
 
 def check_cuda_graph(device: torch.device, tiny: bool) -> str:
