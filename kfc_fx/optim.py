@@ -93,7 +93,7 @@ class KFC(torch.optim.Optimizer):
         compile_update: run the step, but not the refreshes, through ``torch.compile`` with
             ``fullgraph=True``: its pointwise ends become one loop. The first step compiles.
         cuda_graph: replay the step, but not statistics and refreshes, as a CUDA graph, which
-            takes one launch and asks the device for nothing; by default wherever all parameters
+            spares its launches and asks the device for nothing; by default wherever all parameters
             are on one GPU and ν is not exact. It keeps a second copy of the gradients. A gradient
             that is not finite is found on the device then, and counted when that is next read.
         seed: of the sampled targets; by default torch's initial seed.
