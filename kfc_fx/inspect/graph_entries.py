@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +15,7 @@ from kfc_fx.inspect.inspection import Inspection, changed_nodes
 from kfc_fx.inspect.nodes import dtype_of, module_of, shape_of, source_of, target_name
 from kfc_fx.ops.emission import EMISSIONS
 from kfc_fx.ops.input_factors import INPUT_FACTORS
+from kfc_fx.plan.regions import Region, regions
 
 
 def graph_entries(inspection: Inspection) -> list[dict[str, Any]]:
@@ -34,7 +36,10 @@ def _stage_entry(
     graph: CapturedGraph, before: Stage | None, stage: Stage, owners: Mapping[str, str]
 ) -> dict[str, Any]:
     created, erased = changed_nodes(before, stage)
-    sites = {site.node: owners.get(site.weight) for site in graph.uses.sites if not site.region}
+    sites = {
+        f"{site.region}.{site.node}" if site.region else site.node: owners.get(site.weight)
+        for site in graph.uses.sites
+    }
     return {
         "name": stage.name,
         "code": print_graph(stage.module, stage.name, created, erased),
@@ -43,31 +48,71 @@ def _stage_entry(
         "seconds": stage.seconds,
         "skipped": stage.skipped,
         "nodes": [
-            _node_entry(node, graph.parameters, sites, owners) for node in stage.module.graph.nodes
+            _node_entry(shown, graph.parameters, sites, owners)
+            for shown in _shown_nodes(stage.module.graph)
         ],
     }
 
 
+@dataclass(frozen=True)
+class ShownNode:
+    """A node under the name that it has among all that are shown, and the names of its inputs."""
+
+    node: fx.Node
+    name: str
+    arguments: tuple[str, ...]
+
+
+def _shown_nodes(graph: fx.Graph) -> Iterator[ShownNode]:
+    """The nodes of a graph; before the call of a checkpoint those of its body, between the
+    operands and the call."""
+    bodies = {region.call: region for region in regions(graph)}
+    for node in graph.nodes:
+        region = bodies.get(node)
+        if region is None:
+            yield ShownNode(node, node.name, tuple(used.name for used in node.all_input_nodes))
+            continue
+        yield from _inside(region)
+        results = [f"{region.name}.{used.name}" for used in _output(region).all_input_nodes]
+        held = [used.name for used in node.all_input_nodes if used.op == "get_attr"]
+        yield ShownNode(node, node.name, (*held, *results))
+
+
+def _inside(region: Region) -> Iterator[ShownNode]:
+    outer = {
+        inner: operand.name for inner, operand in region.operands if isinstance(operand, fx.Node)
+    }
+    for node in region.body.graph.nodes:
+        if node.op not in ("placeholder", "output"):
+            used = [outer.get(n, f"{region.name}.{n.name}") for n in node.all_input_nodes]
+            yield ShownNode(node, f"{region.name}.{node.name}", tuple(used))
+
+
+def _output(region: Region) -> fx.Node:
+    return next(node for node in region.body.graph.nodes if node.op == "output")
+
+
 def _node_entry(
-    node: fx.Node,
+    shown: ShownNode,
     parameters: Mapping[str, str],
     sites: Mapping[str, str | None],
     owners: Mapping[str, str],
 ) -> dict[str, Any]:
+    node = shown.node
     shape = shape_of(node)
     path, kind = module_of(node)
-    role = _role(node, parameters, sites)
+    role = _role(shown, parameters, sites)
     block = {
-        "parameter": owners.get(parameters.get(node.name, "")),
+        "parameter": owners.get(parameters.get(shown.name, "")),
         "probe": node.meta.get("kfc_probe", (None,))[0],
         "emission": node.meta.get("kfc_block"),
-        "site": sites.get(node.name),
+        "site": sites.get(shown.name),
     }
     return {
-        "name": node.name,
+        "name": shown.name,
         "op": node.op,
         "target": target_name(node),
-        "args": [used.name for used in node.all_input_nodes],
+        "args": list(shown.arguments),
         "shape": None if shape is None else list(shape),
         "dtype": dtype_of(node),
         "module": path,
@@ -78,10 +123,11 @@ def _node_entry(
     }
 
 
-def _role(node: fx.Node, parameters: Mapping[str, str], sites: Mapping[str, str | None]) -> str:
+def _role(shown: ShownNode, parameters: Mapping[str, str], sites: Mapping[str, str | None]) -> str:
+    node = shown.node
     if node.op == "output":
         return "output"
-    if node.name in parameters:
+    if shown.name in parameters:
         return "parameter"
     if "kfc_probe" in node.meta:
         return "probe"
@@ -89,4 +135,4 @@ def _role(node: fx.Node, parameters: Mapping[str, str], sites: Mapping[str, str 
         return "input"
     if node.target in EMISSIONS or node.target in INPUT_FACTORS.values():
         return "emission"
-    return "site" if sites.get(node.name) is not None else "op"
+    return "site" if sites.get(shown.name) is not None else "op"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class ConvNet(nn.Module):
@@ -81,6 +82,19 @@ class Branching(nn.Module):
         if x.shape[0] > 1 and x.sum() > 1e30:
             return x
         return self.layer(x)
+
+
+class Checkpointed(nn.Module):
+    """A layer inside an activation checkpoint, and one outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = checkpoint(lambda h: self.inside(h).tanh(), x, use_reentrant=False)
+        return self.head(hidden)
 
 
 class Functional(nn.Module):

@@ -14,7 +14,15 @@ from kfc_fx.inspect.inputs import parse_input
 from kfc_fx.inspect.inspection import InspectionOptions, inspect_model
 from kfc_fx.inspect.page import render
 from kfc_fx.rewrite.pipeline import without_passes
-from tests.inspect.small_networks import INPUTS, Broken, ConvNet, Functional, GroupedNet, TokenNet
+from tests.inspect.small_networks import (
+    INPUTS,
+    Broken,
+    Checkpointed,
+    ConvNet,
+    Functional,
+    GroupedNet,
+    TokenNet,
+)
 
 
 @cache
@@ -110,6 +118,22 @@ def test_nodes_have_roles_blocks_modules_and_sources():
     probes = [node for node in nodes.values() if node["role"] == "probe"]
     assert {node["block"] for node in probes} == {"first", "norm", "second", "third", "head"}
     assert all(used in nodes for node in nodes.values() for used in node["args"])
+
+
+def test_layers_inside_a_checkpoint_are_sites():
+    found = build_document(inspect_model(Checkpointed(), "Checkpointed", [parse_input("5x4")]))
+    jsonschema.validate(found, load_schema())
+    (graph,) = found["graphs"]
+    for stage in graph["stages"]:
+        nodes = {node["name"]: node for node in stage["nodes"]}
+        assert len(nodes) == len(stage["nodes"])
+        assert all(used in nodes for node in nodes.values() for used in node["args"])
+        sites = [node for node in nodes.values() if node["role"] == "site"]
+        assert [node["block"] for node in sites] == ["inside", "head"]
+        assert sites[0]["name"].startswith("wrap_body_0.")
+        (call,) = (n for n in nodes.values() if n["target"] == "tag_activation_checkpoint")
+        assert any(used.startswith("wrap_body_0.") for used in call["args"])
+    assert any(n["role"] == "emission" and "." in n["name"] for n in nodes.values())
 
 
 def test_a_model_in_two_graphs_has_both_and_a_warning():
