@@ -56,7 +56,7 @@ class KFC(torch.optim.Optimizer):
             none but ``eps``.
         weight_decay: decoupled, ``θ ← (1 − lr·weight_decay) θ``.
         ema_decay: decay of the factors' moving average.
-        factor_interval: T_s, steps between statistics.
+        factor_interval: T_s, steps between statistics once the early phase is over.
         factor_samples: examples of each batch that statistics are estimated from, the first
             ones; all by default. The factor products cost that share, the Fisher pass all the
             same. A layer whose input does not lead with the examples takes the same share of
@@ -94,7 +94,8 @@ class KFC(torch.optim.Optimizer):
             ``fullgraph=True``: its pointwise ends become one loop. The first step compiles.
         cuda_graph: replay the step, but not statistics and refreshes, as a CUDA graph, which
             spares its launches and asks the device for nothing; by default wherever all parameters
-            are on one GPU and ν is not exact. It keeps a second copy of the gradients. A gradient
+            are on one GPU and ν is not exact. It keeps a second copy of the gradients, and the
+            memory of a step's intermediates between steps. A gradient
             that is not finite is found on the device then, and counted when that is next read.
         seed: of the sampled targets; by default torch's initial seed.
 
@@ -114,7 +115,7 @@ class KFC(torch.optim.Optimizer):
         damping: float | None = None,
         weight_decay: float = 0.0,
         ema_decay: float = 0.95,
-        factor_interval: int = 5,
+        factor_interval: int = 10,
         factor_samples: int | None = None,
         inverse_interval: int = 10,
         clip: float | None = 1e-2,

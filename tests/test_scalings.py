@@ -149,7 +149,7 @@ def test_spectral_runs_no_backward_pass_for_statistics_and_keeps_no_gamma(monkey
     )
     train(compiled, opt, 7)
     assert not calls
-    assert opt.diagnostics.statistics_steps == 5
+    assert opt.diagnostics.statistics_steps == 4
     assert not [name for name in opt.engine.state if name.startswith("gamma")]
     with pytest.raises(kfc_fx.KfcError, match="no output factor"):
         _ = next(iter(opt.factors.values())).gamma
