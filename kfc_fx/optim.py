@@ -68,9 +68,9 @@ class KFC(torch.optim.Optimizer):
         clip_samples: examples of the batch that the exact Fisher matrix is taken of, for ν, the
             quadratic model and the adapted damping; all by default.
         quadratic_model: take step size and momentum of every step from the exact quadratic model
-            of the loss instead of ``lr``, ``momentum`` and ``clip`` ("eigen" and "inverse"; Martens
-            & Grosse 2015, sections 6.4 and 7). Costs two forward-mode passes a step. ``lr`` is
-            that of generic parameters then.
+            of the loss instead of ``lr``, ``momentum`` and ``clip`` ("inverse"; Martens & Grosse
+            2015, sections 6.4 and 7). Costs two forward-mode passes a step. ``lr`` is that of
+            generic parameters then.
         adapt_damping: T₁, steps between adaptations of the damping to how well the quadratic
             model predicts the loss ("inverse"; there, section 6.5; 5 in the paper); None keeps the
             damping. Needs ``step(closure)``, and calls the closure once more at those steps, to

@@ -113,10 +113,9 @@ class KFCOptions:
                 f"factor_samples must be a whole number of examples, at least 1, or None; "
                 f"got {samples!r}"
             )
-        if self.quadratic_model and not set(self.scalings) <= set(VECTOR_RULES):
+        if self.quadratic_model and not self._all("inverse"):
             raise OptionError(
-                "quadratic_model is for scalings that step by a vector: "
-                f"{' and '.join(VECTOR_RULES)}; got {' and '.join(self.scalings)}"
+                f"quadratic_model is for scaling='inverse', got {' and '.join(self.scalings)}"
             )
         interval = self.adapt_damping
         if interval is not None and not (isinstance(interval, int) and interval >= 1):

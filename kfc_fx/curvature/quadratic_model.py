@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-SINGULAR = 1e-10
-"""Share of the largest eigenvalue below which a direction of the model counts as absent."""
+ROUNDINGS = 100
+"""Roundings of the Fisher products within which a curvature counts as zero: vectors that are nearly
+parallel, as a step and the one before may be, leave nothing but rounding across them."""
 
 
 def inner_products(
@@ -33,14 +34,18 @@ def best_combination(fisher: Tensor, squares: Tensor, slopes: Tensor, damping: f
         damping: λ.
 
     Returns:
-        ``[k]`` in float64, zero for a vector that is zero.
+        ``[k]`` in float64, zero for a vector that is zero; of vectors that are parallel the
+        combination of least length.
     """
     curvature = fisher.double() + damping * squares.double()
     # Vectors may differ by orders of magnitude in length: of unit curvature, they are comparable.
     lengths = curvature.diagonal().clamp(min=0).sqrt()
     inverse = torch.where(lengths > 0, 1 / lengths, torch.zeros_like(lengths))
     scaled = curvature * inverse[:, None] * inverse
-    solved = torch.linalg.pinv(scaled, rtol=SINGULAR, hermitian=True) @ (-slopes.double() * inverse)
+    values, vectors = torch.linalg.eigh(scaled)
+    least = ROUNDINGS * torch.finfo(fisher.dtype).eps * values[-1]
+    weights = torch.where(values > least, 1 / values, torch.zeros_like(values))
+    solved = vectors @ (weights * (vectors.mT @ (-slopes.double() * inverse)))
     return solved * inverse
 
 
