@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import triton
@@ -126,22 +127,54 @@ def pack(x: Tensor, geometry: ConvGeometry, *, round_tf32: bool = False) -> Pack
         geometry: of the convolution; its padding is applied.
         round_tf32: round float32 to the nearest number that TF32 holds.
     """
-    padding = ((0, 0),) * (MAX_SPATIAL - geometry.ndim) + geometry.padding
-    volume = with_three_dimensions(x)
-    batch, channels, *sizes = volume.shape
-    padded = [size + sum(pad) for size, pad in zip(sizes, padding, strict=True)]
-    unit = VECTOR_BYTES // x.element_size()
-    vectors = -(-batch // unit)
-    packed = x.new_empty((channels, *padded, vectors * unit))
-    positions = channels * padded[0] * padded[1] * padded[2]
-    blocks = -(-positions // BLOCK_POSITIONS) * -(-vectors * unit // BLOCK_BATCH)
-    pack_kernel[(blocks,)](
-        volume, packed, batch, channels, *sizes, *padded, *(pad[0] for pad in padding),
-        *volume.stride(), vectors,
-        CHANNELS_LAST=volume.stride(1) == 1 and channels > 1, ROUND_TF32=round_tf32, UNIT=unit,
-        BLOCK_P=BLOCK_POSITIONS, BLOCK_N=BLOCK_BATCH, num_warps=4,
+    source = pack_source(x, geometry)
+    batch, channels, *sizes = source.volume.shape
+    packed = x.new_empty((channels, *source.padded, source.padded_batch))
+    pack_kernel[(source.blocks,)](
+        source.volume, packed, batch, channels, *sizes, *source.padded, *source.before,
+        *source.volume.stride(), source.vectors,
+        CHANNELS_LAST=source.volume.stride(1) == 1 and channels > 1, ROUND_TF32=round_tf32,
+        UNIT=source.unit, BLOCK_P=BLOCK_POSITIONS, BLOCK_N=BLOCK_BATCH, num_warps=4,
     )  # fmt: skip
     return Packed(packed, batch)
+
+
+@dataclass(frozen=True)
+class PackSource:
+    """What a packing kernel reads, and how large what it writes is.
+
+    ``volume`` is ``[N, C, D, H, W]``, ``padded`` its ``D', H', W'``, ``before`` the padding at the
+    front of each; ``unit`` elements have 16 bytes, and ``vectors`` of them hold the batch.
+    """
+
+    volume: Tensor
+    padded: tuple[int, ...]
+    before: tuple[int, ...]
+    unit: int
+    vectors: int
+
+    @property
+    def padded_batch(self) -> int:
+        """N'."""
+        return self.vectors * self.unit
+
+    @property
+    def blocks(self) -> int:
+        """Programs of a launch."""
+        positions = self.volume.shape[1] * prod(self.padded)
+        return -(-positions // BLOCK_POSITIONS) * -(-self.padded_batch // BLOCK_BATCH)
+
+
+def pack_source(x: Tensor, geometry: ConvGeometry) -> PackSource:
+    """``x``, ``[N, C, *spatial]``, with the padding of ``geometry`` around it."""
+    padding = ((0, 0),) * (MAX_SPATIAL - geometry.ndim) + geometry.padding
+    volume = with_three_dimensions(x)
+    sizes = volume.shape[2:]
+    padded = tuple(size + sum(pad) for size, pad in zip(sizes, padding, strict=True))
+    unit = VECTOR_BYTES // x.element_size()
+    return PackSource(
+        volume, padded, tuple(pad[0] for pad in padding), unit, -(-volume.shape[0] // unit)
+    )
 
 
 def pack_reference(x: Tensor, geometry: ConvGeometry) -> Tensor:

@@ -38,11 +38,10 @@ from kfc_fx.kernels.triton_pack import (
     BLOCK_BATCH,
     BLOCK_POSITIONS,
     MAX_SPATIAL,
-    VECTOR_BYTES,
     Packed,
+    pack_source,
     read_block,
     round_to_tf32,
-    with_three_dimensions,
 )
 from kfc_fx.kernels.triton_row_gram import row_gram
 from kfc_fx.plan.geometry import ConvGeometry
@@ -139,25 +138,20 @@ def separable_pack(
         geometry: of the convolution; ``T`` divides its channels per group.
         round_tf32: round float32 to the nearest number that TF32 holds.
     """
-    padding = ((0, 0),) * (MAX_SPATIAL - geometry.ndim) + geometry.padding
-    volume = with_three_dimensions(x)
-    batch, channels, *sizes = volume.shape
-    padded = [size + sum(pad) for size, pad in zip(sizes, padding, strict=True)]
-    unit = VECTOR_BYTES // x.element_size()
-    vectors = -(-batch // unit)
-    padded_batch = vectors * unit
+    source = pack_source(x, geometry)
+    batch, channels, *sizes = source.volume.shape
+    padded_batch = source.padded_batch
     line = geometry.output_size(x.shape[2:])[-1] * padded_batch
     together = channels_together(
         channels // geometry.groups, geometry.groups, line, processor(x).count
     )
     weighted = x.new_empty((channels, 1, 1, prod(sizes), padded_batch))
-    maps = x.new_empty((channels // together, *padded, together * padded_batch))
+    maps = x.new_empty((channels // together, *source.padded, together * padded_batch))
     counts, most = _counts(geometry, tuple(x.shape[2:]), x.device)
-    blocks = -(-channels * prod(padded) // BLOCK_POSITIONS) * -(-padded_batch // BLOCK_BATCH)
-    separable_pack_kernel[(blocks,)](
-        volume, counts, weighted, maps, batch, channels, *sizes, *padded,
-        *(pad[0] for pad in padding), *volume.stride(), vectors, together, most,
-        CHANNELS_LAST=volume.stride(1) == 1, ROUND_TF32=round_tf32, UNIT=unit,
+    separable_pack_kernel[(source.blocks,)](
+        source.volume, counts, weighted, maps, batch, channels, *sizes, *source.padded,
+        *source.before, *source.volume.stride(), source.vectors, together, most,
+        CHANNELS_LAST=source.volume.stride(1) == 1, ROUND_TF32=round_tf32, UNIT=source.unit,
         BLOCK_P=BLOCK_POSITIONS, BLOCK_N=BLOCK_BATCH, num_warps=4,
     )  # fmt: skip
     return Packed(weighted, batch), Packed(maps, together * batch), most
