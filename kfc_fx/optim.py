@@ -21,7 +21,7 @@ from kfc_fx.curvature.diagnostics import Diagnostics
 from kfc_fx.curvature.factors import Factors
 from kfc_fx.curvature.inputs import inputs_of
 from kfc_fx.curvature.run_report import Progress, append_entry
-from kfc_fx.curvature.schedule import Schedule, early_steps
+from kfc_fx.curvature.schedule import averaging_rate, schedule_for
 from kfc_fx.errors import KfcWarning, OptionError, StatisticsError, StepError
 from kfc_fx.exact_fisher import ExactFisher
 from kfc_fx.gradients import all_finite, named_gradients
@@ -55,8 +55,10 @@ class KFC(torch.optim.Optimizer):
             moment ("eigen", 0.01); relative to Ω's mean eigenvalue ("spectral", 0.3). "adam" has
             none but ``eps``.
         weight_decay: decoupled, ``θ ← (1 − lr·weight_decay) θ``.
-        ema_decay: decay of the factors' moving average.
-        factor_interval: T_s, steps between statistics once the early phase is over.
+        ema_decay: decay of the factors' moving average. Of the first 2/(1 − ema_decay) statistics
+            the n-th weighs n times the first instead.
+        factor_interval: T_s, steps between statistics. It begins as one step and grows by a quarter
+            of the steps so far until it is T_s, and so does T_f.
         factor_samples: examples of each batch that statistics are estimated from, the first
             ones; all by default. The factor products cost that share, the Fisher pass all the
             same. A layer whose input does not lead with the examples takes the same share of
@@ -177,9 +179,7 @@ class KFC(torch.optim.Optimizer):
         self._binding = Binding(compiled, self.options)
         chosen = list(compiled.original.parameters() if params is None else params)
         super().__init__(chosen, {"lr": lr, "weight_decay": weight_decay})
-        self.schedule = Schedule(
-            factor_interval, inverse_interval, early_steps(self.options.scalings)
-        )
+        self.schedule = schedule_for(self.options.scalings, factor_interval, inverse_interval)
         self._diagnostics = Diagnostics(damping=self.options.damping_of(self.options.scaling))
         self._exact = ExactFisher(compiled, self.options, self._diagnostics)
         self._last_step_ended: float | None = None
@@ -400,7 +400,8 @@ class KFC(torch.optim.Optimizer):
         step, diagnostics = self._diagnostics.steps, self._diagnostics
         statistics = self.compiled.recorder.statistics
         if statistics.sums:
-            screened = screen(statistics, engine.spec.stacks, 1 - self.options.ema_decay)
+            rate = averaging_rate(diagnostics.statistics_steps, self.options.ema_decay)
+            screened = screen(statistics, engine.spec.stacks, rate)
             diagnostics.count("dropped_statistics", screened.dropped, DROPPED)
             with diagnostics.timed("statistics"):
                 engine.accumulate(screened)

@@ -15,7 +15,7 @@ import kfc_fx
 from kfc_fx.errors import KfcWarning
 from kfc_fx.tools.gpu_training import COMPILED_BOUND, SCALINGS, difference, trained
 
-WARM_UP = 21  # the early phase, in which nearly every step has statistics
+WARM_UP = 34  # with INTERVAL, steps 34 to 40 are the first seven in a row without statistics
 STEPS = 6
 INTERVAL = 1_000
 # Rates and bias corrections are float32 numbers in a graph, as in a compiled update; and the polar

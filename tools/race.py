@@ -16,12 +16,22 @@ from kfc_fx.tools import data as data_sets
 from kfc_fx.tools import race_tasks
 from kfc_fx.tools.failures import CommandError, import_extra, one_line_failures, unknown_name
 from kfc_fx.tools.race_costs import measure_costs
-from kfc_fx.tools.race_optimizers import CENTRES, ENTRANTS, check_entrants, check_installed, title
+from kfc_fx.tools.race_optimizers import (
+    CENTRES,
+    ENTRANTS,
+    KFC_PREFIX,
+    SHORTENED,
+    check_entrants,
+    check_installed,
+    title,
+)
 from kfc_fx.tools.race_processes import Workers, workers
 from kfc_fx.tools.race_report import write_report
 from kfc_fx.tools.race_results import ResultsFile, RunResult, RunSpec
 from kfc_fx.tools.race_run import device_name, use_tensor_cores
 from kfc_fx.tools.race_search import Entry, SearchSpec, next_runs
+from kfc_fx.tools.race_shortened import next_shortened
+from kfc_fx.tools.race_standings import rival_ends
 from kfc_fx.tools.race_tasks import TASKS, CellSpec, RaceData, TaskSpec, find_task
 from kfc_fx.tools.terminal import output_console
 
@@ -56,7 +66,7 @@ class RaceSettings:
         """Every optimizer in every cell, the cells in the order of their weight."""
         for task, cell in self.cells:
             for name in cell.of(self.optimizers):
-                yield Entry(task.name, cell.batch_size, cell.steps, name)
+                yield entry_of(task, cell, name)
 
 
 def train(
@@ -167,7 +177,7 @@ def chosen_cells(
     chosen = [find_task(name) for name in names]
     sizes = _sizes(batch_sizes)
     cells = [
-        (task, _shortened(cell) if quick else cell)
+        (task, _halved(cell) if quick else cell)
         for task in chosen
         for cell in task.cells
         if (cell.batch_size in sizes if sizes else cell.entrants is None or not quick)
@@ -189,7 +199,9 @@ def run_all(
     failures: list[str] = []
     left = list(entries)
     while True:
-        due = _due(left, search, file, crew.active)
+        due = _due(left, search, file, crew.active) or _due_shortened(
+            left, search, file, crew.active
+        )
         while due and not crew.full:
             spec = due.pop(0)
             crew.start(spec, find_task(spec.task))
@@ -202,7 +214,7 @@ def run_all(
             continue
         failures.append(f"{_name(spec)} failed: {result}")
         console.print(failures[-1], style="red")
-        left = [entry for entry in left if entry.run(spec.lr, spec.seed) != spec]
+        left = [e for e in left if (e.cell, e.optimizer) != (spec.cell, spec.optimizer)]
 
 
 def _due(
@@ -218,6 +230,26 @@ def _due(
     ]
 
 
+def _due_shortened(
+    entries: Sequence[Entry], search: SearchSpec, file: ResultsFile, active: set[RunSpec]
+) -> list[RunSpec]:
+    """In cells where no other run is left: the targets are known."""
+    busy = {spec.cell for spec in active if spec.cell_steps is None}
+    found = []
+    for entry in entries:
+        if entry.optimizer in SHORTENED and entry.cell not in busy:
+            targets = list(rival_ends(file, entry.cell).values())
+            found += next_shortened(entry, targets, search, file.runs)
+    return [spec for spec in found if spec not in active]
+
+
+def entry_of(task: TaskSpec, cell: CellSpec, optimizer: str) -> Entry:
+    """What an optimizer does in a cell."""
+    fewer = cell.kfc_fewer if optimizer.startswith(KFC_PREFIX) else 1
+    steps, whole = cell.steps // fewer, None if fewer == 1 else cell.steps
+    return Entry(task.name, cell.batch_size, steps, optimizer, whole, cell.seeds)
+
+
 def _runs(settings: RaceSettings, file: ResultsFile, console: Console) -> list[str]:
     with workers(settings.workers, settings.threads, settings.load, settings.device) as crew:
         return run_all(list(settings.entries()), settings.search, file, crew, console)
@@ -229,6 +261,8 @@ def _costs(settings: RaceSettings, file: ResultsFile, console: Console, *, repea
     use_tensor_cores(settings.device)
     for task, cell in settings.cells:
         names = cell.of(settings.optimizers)
+        if not cell.costs:
+            continue
         if not repeat and all((task.name, cell.batch_size, name) in known for name in names):
             continue
         data = settings.load(task).to(settings.device)
@@ -290,7 +324,7 @@ def _search(quick: bool, rates: int | None, seeds: int | None) -> SearchSpec:
     return replace(search, rates=rates or search.rates, seeds=seeds or search.seeds)
 
 
-def _shortened(cell: CellSpec) -> CellSpec:
+def _halved(cell: CellSpec) -> CellSpec:
     return replace(cell, steps=cell.steps // QUICK_SHARE)
 
 
@@ -314,6 +348,6 @@ def _line(result: RunResult) -> str:
 
 def _name(spec: RunSpec) -> str:
     return (
-        f"{spec.task} {spec.batch_size}: {title(spec.optimizer)}, rate {spec.lr:g}, "
-        f"seed {spec.seed}"
+        f"{spec.task} {spec.batch_size}: {title(spec.optimizer)}, {spec.steps} steps, "
+        f"rate {spec.lr:g}, seed {spec.seed}"
     )

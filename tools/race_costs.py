@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kfc_fx.curvature.schedule import EARLY_STEPS
 from kfc_fx.optim import KFC
 from kfc_fx.tools.race_optimizers import Entered
 from kfc_fx.tools.race_results import CostResult
@@ -53,7 +52,7 @@ def measure_costs(
     """
     racers = [_racer(task, name, batch_size, data) for name in dict.fromkeys((REFERENCE, *names))]
     interval = whole_interval(racers)
-    early_steps = whole_early_phase()
+    early_steps = whole_early_phase(racers)
     for racer in racers:
         racer.turn(1)  # the first step: caches, generated code
     for _ in range(early_steps // TURN):
@@ -63,25 +62,26 @@ def measure_costs(
         for racer in racers:
             racer.round_seconds.append(racer.turn(interval))
     device = data.train.inputs.device
-    return [_cost(task, batch_size, racer, racers[0], interval, device) for racer in racers]
+    phases = (early_steps, interval)
+    return [_cost(task, batch_size, racer, racers[0], phases, device) for racer in racers]
 
 
 def whole_interval(racers: Sequence[Racer]) -> int:
     """Steps that hold a whole number of every KFC's statistics and refreshes."""
-    options = [
-        optimizer.options
-        for racer in racers
-        for optimizer in racer.entered.optimizers
-        if isinstance(optimizer, KFC)
-    ]
-    intervals = [(each.factor_interval, each.inverse_interval) for each in options]
+    schedules = [kfc.schedule for kfc in _kfcs(racers)]
+    intervals = [(each.factor_interval, each.inverse_interval) for each in schedules]
     return math.lcm(LEAST_INTERVAL, *(number for pair in intervals for number in pair))
 
 
-def whole_early_phase() -> int:
-    """Steps of the longest early phase of KFC's scalings, in whole turns."""
-    last = max(step for steps in EARLY_STEPS.values() for step in steps)
-    return math.ceil((last + 1) / TURN) * TURN
+def whole_early_phase(racers: Sequence[Racer]) -> int:
+    """Steps of the longest early phase, in whole turns."""
+    longest = max((kfc.schedule.early_phase for kfc in _kfcs(racers)), default=0)
+    return math.ceil(longest / TURN) * TURN
+
+
+def _kfcs(racers: Sequence[Racer]) -> list[KFC]:
+    optimizers = [each for racer in racers for each in racer.entered.optimizers]
+    return [each for each in optimizers if isinstance(each, KFC)]
 
 
 def _racer(task: TaskSpec, name: str, batch_size: int, data: RaceData) -> Racer:
@@ -101,9 +101,10 @@ def _cost(
     batch_size: int,
     racer: Racer,
     reference: Racer,
-    interval: int,
+    phases: tuple[int, int],
     device: torch.device,
 ) -> CostResult:
+    early_steps, interval = phases
     ratios = [
         own / other for own, other in zip(racer.round_seconds, reference.round_seconds, strict=True)
     ]
@@ -115,8 +116,8 @@ def _cost(
         mean=mean,
         low=low,
         high=high,
-        early=sum(racer.early_seconds) / sum(reference.early_seconds),
-        early_steps=whole_early_phase(),
+        early=_ratio_of_sums(racer.early_seconds, reference.early_seconds),
+        early_steps=early_steps,
         interval=interval,
         rounds=len(ratios),
         sgd_seconds=statistics.median(reference.round_seconds),
@@ -124,3 +125,8 @@ def _cost(
         versions=versions(),
         device=device_name(device),
     )
+
+
+def _ratio_of_sums(own: Sequence[float], other: Sequence[float]) -> float:
+    """One where there is no early phase."""
+    return sum(own) / sum(other) if other else 1.0

@@ -15,7 +15,10 @@ from kfc_fx.tools.failures import CommandError
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One training run. Two of one specification differ in their seconds only."""
+    """One training run. Two of one specification differ in their seconds only.
+
+    ``cell_steps`` are those of the cell that it belongs to, where it is shorter itself.
+    """
 
     task: str
     batch_size: int
@@ -23,6 +26,12 @@ class RunSpec:
     optimizer: str
     lr: float
     seed: int
+    cell_steps: int | None = None
+
+    @property
+    def cell(self) -> tuple[str, int, int]:
+        """Task, batch size and steps of its cell."""
+        return self.task, self.batch_size, self.cell_steps or self.steps
 
 
 @dataclass(frozen=True)
@@ -52,8 +61,13 @@ class RunResult:
 
     @property
     def curve(self) -> list[float]:
-        """Smoothed training loss after each step; infinite from where it diverged."""
+        """Smoothed training loss after each step; infinite from where it diverged.
+
+        A shortened run is smoothed over an eighth of it at most: more would be its beginning.
+        """
         half_window = smoothing_half_window(self.spec.steps)
+        if self.spec.cell_steps is not None:
+            half_window = min(half_window, self.spec.steps // 8)
         known = [loss for loss in self.losses if loss is not None]
         return smoothed(known, half_window) + [float("inf")] * (self.spec.steps - len(known))
 

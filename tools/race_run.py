@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kfc_fx.tools.race_optimizers import Entered, enter
 from kfc_fx.tools.race_results import RunResult, RunSpec
 from kfc_fx.tools.race_tasks import Examples, RaceData, TaskSpec, find_task
-from kfc_fx.tools.training_run import WARM_UP_STEPS, learning_rate_scale
+from kfc_fx.tools.training_run import learning_rate_scale, warm_up_steps
 
 DIVERGED_FACTOR = 3.0
 EVALUATION_BATCH = 500
@@ -149,7 +149,7 @@ def _loop(
     losses: list[float | None] = []
     seconds: list[float] = []
     source = batches(data.train, spec.batch_size, spec.seed)
-    for step in range(spec.steps):
+    for _ in range(spec.steps):
         inputs, targets = next(source)
         started = time.perf_counter()
         try:
@@ -158,18 +158,18 @@ def _loop(
             loss = math.nan
         seconds.append(time.perf_counter() - started)
         losses.append(loss if math.isfinite(loss) else None)
-        if _has_diverged(losses, step):
+        if _has_diverged(losses, warm_up_steps(spec.steps)):
             return losses, seconds, True
         for schedule in schedules:
             schedule.step()
     return losses, seconds, False
 
 
-def _has_diverged(losses: list[float | None], step: int) -> bool:
+def _has_diverged(losses: list[float | None], warm_up: int) -> bool:
     first, last = losses[0], losses[-1]
     if first is None or last is None:
         return True
-    return step >= WARM_UP_STEPS and last > DIVERGED_FACTOR * first
+    return len(losses) > warm_up and last > DIVERGED_FACTOR * first
 
 
 def _reset_peak_memory(device: torch.device) -> int | None:

@@ -23,15 +23,32 @@ class SearchSpec:
 
 @dataclass(frozen=True)
 class Entry:
-    """One optimizer in one cell, all but its learning rate and seed."""
+    """One optimizer in one cell, all but its learning rate and seed.
+
+    ``steps`` are those that its rate is found by; ``cell_steps`` the cell's, where they differ;
+    ``seeds`` those of the best rate, where they are not the search's.
+    """
 
     task: str
     batch_size: int
     steps: int
     optimizer: str
+    cell_steps: int | None = None
+    seeds: int | None = None
+
+    @property
+    def cell(self) -> tuple[str, int, int]:
+        """Task, batch size and steps of the cell."""
+        return self.task, self.batch_size, self.cell_steps or self.steps
+
+    def seeds_of(self, search: SearchSpec) -> int:
+        """Runs of the best rate."""
+        return self.seeds or search.seeds
 
     def run(self, lr: float, seed: int = 0) -> RunSpec:
-        return RunSpec(self.task, self.batch_size, self.steps, self.optimizer, lr, seed)
+        """The run of a learning rate and a seed."""
+        own = (self.task, self.batch_size, self.steps, self.optimizer)
+        return RunSpec(*own, lr, seed, self.cell_steps)
 
     def runs(self, results: Mapping[RunSpec, RunResult]) -> list[RunResult]:
         """The finished runs of this entry."""
@@ -71,7 +88,7 @@ def next_runs(
     best = best_rate(tried)
     if best is None:
         return []
-    repeats = (entry.run(best, seed) for seed in range(1, search.seeds))
+    repeats = (entry.run(best, seed) for seed in range(1, entry.seeds_of(search)))
     return [run for run in repeats if run not in results]
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from kfc_fx.tools.race_optimizers import ENTRANTS, RIVALS
 from kfc_fx.tools.race_results import CostResult, ResultsFile, RunResult
 from kfc_fx.tools.race_search import best_rate
+from kfc_fx.tools.race_shortened import shortest
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,10 @@ class ToTarget:
     """What an optimizer needed for the final training loss of ``rival``; all ``None`` where it
     did not get there.
 
-    ``relative_seconds`` are in mean SGD steps, by the step costs that were measured in turns;
-    ``clock_seconds`` by the runs' own clock, the capture included.
+    ``steps`` are where the curve is there for the first time, ``shortened`` those of the shortest
+    run that ends there. ``relative_seconds`` and ``shortened_seconds`` are in mean SGD steps, by
+    the step costs that were measured in turns; ``clock_seconds`` by the runs' own clock, the
+    capture included.
     """
 
     rival: str
@@ -35,6 +38,8 @@ class ToTarget:
     steps: int | None
     relative_seconds: float | None
     clock_seconds: float | None
+    shortened: int | None = None
+    shortened_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class Cell:
 
 def cells(file: ResultsFile) -> list[Cell]:
     """Every cell that has a run, in the order of the file."""
-    keys = dict.fromkeys((s.task, s.batch_size, s.steps) for s in file.runs)
+    keys = dict.fromkeys(spec.cell for spec in file.runs)
     return [_cell(key, file) for key in keys]
 
 
@@ -81,35 +86,56 @@ def steps_to(curve: Sequence[float], loss: float) -> int | None:
     return next((step for step, value in enumerate(curve, 1) if value <= loss), None)
 
 
+def rival_ends(file: ResultsFile, cell: tuple[str, int, int]) -> dict[str, float]:
+    """The final training loss of each rival in a cell (task, batch size, steps), at its best rate
+    and as a mean over its seeds; without those that diverged."""
+    best = {name: _best(_tuned(name, _runs_of(cell, file))) for name in RIVALS}
+    return {
+        name: _mean_curve(runs)[-1]
+        for name, runs in best.items()
+        if runs and not any(run.diverged for run in runs)
+    }
+
+
+def _runs_of(cell: tuple[str, int, int], file: ResultsFile) -> list[RunResult]:
+    return [run for run in file.runs.values() if run.spec.cell == cell]
+
+
 def _cell(key: tuple[str, int, int], file: ResultsFile) -> Cell:
-    runs = [r for r in file.runs.values() if (r.spec.task, r.spec.batch_size, r.spec.steps) == key]
+    runs = _runs_of(key, file)
     costs = {c.optimizer: c for c in file.costs if (c.task, c.batch_size) == key[:2]}
     names = [name for name in ENTRANTS if any(run.spec.optimizer == name for run in runs)]
-    best = {name: _best(name, runs) for name in names}
-    targets = {
-        name: _mean_curve(best[name])[-1]
-        for name in RIVALS
-        if best.get(name) and not any(run.diverged for run in best[name])
-    }
-    standings = tuple(_standing(name, runs, best[name], costs.get(name), targets) for name in names)
+    targets = rival_ends(file, key)
+    standings = tuple(_standing(name, runs, costs.get(name), targets) for name in names)
     return Cell(*key, runs[0].train_size, standings)
 
 
-def _best(name: str, runs: Iterable[RunResult]) -> list[RunResult]:
+def _tuned(name: str, runs: Iterable[RunResult]) -> list[RunResult]:
+    """The runs that an optimizer's rate was found by: its longest, shortened ones left out."""
     own = [run for run in runs if run.spec.optimizer == name]
-    lr = best_rate(own)
-    return [run for run in own if run.spec.lr == lr]
+    longest = max((run.spec.steps for run in own), default=0)
+    return [run for run in own if run.spec.steps == longest]
+
+
+def _best(tuned: list[RunResult]) -> list[RunResult]:
+    lr = best_rate(tuned)
+    return [run for run in tuned if run.spec.lr == lr]
 
 
 def _standing(
     name: str,
     runs: Sequence[RunResult],
-    best: list[RunResult],
     cost: CostResult | None,
     targets: dict[str, float],
 ) -> Standing:
-    tried = sorted((r for r in runs if r.spec.optimizer == name), key=lambda run: run.spec.lr)
+    tried = sorted(_tuned(name, runs), key=lambda run: run.spec.lr)
+    best = _best(tried)
     curve = _mean_curve(best)
+    short = [
+        run
+        for run in runs
+        if run.spec.optimizer == name and best and run.spec.lr == best[0].spec.lr
+    ]
     return Standing(
         optimizer=name,
         lr=best[0].spec.lr if best else None,
@@ -122,18 +148,29 @@ def _standing(
         peak_memory=_mean(run.peak_memory for run in best),
         capture_seconds=_mean(run.capture_seconds for run in best),
         cost=cost,
-        targets=tuple(_to_target(rival, targets[rival], curve, cost, best) for rival in targets),
+        targets=tuple(
+            _to_target(rival, targets[rival], curve, cost, best, short) for rival in targets
+        ),
     )
 
 
 def _to_target(
-    rival: str, loss: float, curve: list[float], cost: CostResult | None, best: list[RunResult]
+    rival: str,
+    loss: float,
+    curve: list[float],
+    cost: CostResult | None,
+    best: list[RunResult],
+    short: list[RunResult],
 ) -> ToTarget:
-    steps = steps_to(curve, loss)
-    if steps is None:
-        return ToTarget(rival, loss, None, None, None)
-    clock = _mean(run.capture_seconds + sum(run.seconds[:steps]) for run in best)
-    return ToTarget(rival, loss, steps, cost and cost.relative_seconds(steps), clock)
+    steps, fewest = steps_to(curve, loss), shortest(short, len(best), loss)
+    clock = None
+    if steps is not None:
+        clock = _mean(run.capture_seconds + sum(run.seconds[:steps]) for run in best)
+    seconds, shortened_seconds = (
+        None if cost is None or number is None else cost.relative_seconds(number)
+        for number in (steps, fewest)
+    )
+    return ToTarget(rival, loss, steps, seconds, clock, fewest, shortened_seconds)
 
 
 def _mean_curve(runs: Sequence[RunResult]) -> list[float]:

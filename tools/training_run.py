@@ -154,10 +154,15 @@ class TrainingRun:
         return self._inputs(self._train.images[: self._batch_size])
 
 
+def warm_up_steps(total: int) -> int:
+    """A sixth of a run, 10 steps at most."""
+    return min(WARM_UP_STEPS, math.ceil(total / 6))
+
+
 def learning_rate_scale(step: int, total: int) -> float:
-    """Factor of the learning rate: a warm-up of 10 steps, constant, then from half of the run
-    linearly towards 0, which the step after the last would have."""
-    warm_up = min(1.0, (step + 1) / WARM_UP_STEPS)
+    """Factor of the learning rate: a warm-up, constant, then from half of the run linearly towards
+    0, which the step after the last would have."""
+    warm_up = min(1.0, (step + 1) / warm_up_steps(total))
     decay = min(1.0, (total - step) / max(1.0, total / 2))
     return min(warm_up, decay)
 

@@ -31,7 +31,7 @@ def screen(statistics: Statistics, stacks: Sequence[StackSpec], rate: float) -> 
     """Fill in absent blocks, drop blocks with a statistic that is not finite.
 
     Args:
-        rate: weight of the new value, ``1 − ema_decay``.
+        rate: weight of the new value in the moving average.
     """
     finite = _finite_blocks(statistics)
     sums: dict[str, Tensor] = {}

@@ -1,50 +1,76 @@
-"""When statistics and refreshes are due."""
+"""When statistics and refreshes are due, and how much each statistic counts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
+
+GROWTH = 4
+"""In the early phase an interval is one ``GROWTH``-th of the steps so far."""
+
+FIRST_STEPS = {"adam": 0, "spectral": 0, "eigen": 0, "inverse": 20}
+"""By scaling: first steps that all have statistics and a refresh. Curvature grows fastest in the
+first steps: a stale inverse overshoots then, a stale basis only rotates."""
 
 
 @dataclass(frozen=True)
 class Schedule:
     """Intervals T_s (statistics) and T_f (refresh), with a denser start.
 
-    The steps in ``early`` have statistics and a refresh whatever the intervals say.
+    An interval T begins as one step and grows with the steps so far until it is T, at step
+    ``GROWTH · T``: curvature changes by the share of training that has passed, and fastest at
+    the start. Of the default T = 10 that makes 16 early steps in 40. Before ``first_steps``
+    everything is due.
     """
 
     factor_interval: int
     inverse_interval: int
-    early: tuple[int, ...]
+    first_steps: int = 0
 
     def statistics_due(self, step: int) -> bool:
         """Whether step ``step`` (from zero) collects statistics."""
-        return step in self.early or step % self.factor_interval == 0
+        return self._due(step, self.factor_interval)
 
     def refresh_due(self, step: int) -> bool:
         """Whether step ``step`` refreshes inverses or bases after its statistics."""
-        return step in self.early or step % self.inverse_interval == 0
+        return self._due(step, self.inverse_interval)
+
+    @property
+    def early_phase(self) -> int:
+        """Steps after which both intervals are regular."""
+        longest = max(self.factor_interval, self.inverse_interval)
+        return max(GROWTH * longest, self.first_steps)
+
+    def _due(self, step: int, interval: int) -> bool:
+        if step < self.first_steps:
+            return True
+        if step < GROWTH * interval:
+            return step in early_steps(interval)
+        return step % interval == 0
 
 
-def powers_of_two(limit: int) -> tuple[int, ...]:
-    """0, 1, 2, 4, 8, ... below ``limit``."""
-    steps, step = [0], 1
-    while step < limit:
-        steps.append(step)
-        step *= 2
-    return tuple(steps)
+@lru_cache
+def early_steps(interval: int) -> frozenset[int]:
+    """0, 1, ..., 8, 10, 12, 15, 18, 22, ... below ``GROWTH · interval``."""
+    steps, step = set(), 0
+    while step < GROWTH * interval:
+        steps.add(step)
+        step += max(1, step // GROWTH)
+    return frozenset(steps)
 
 
-EARLY_STEPS = {
-    "adam": powers_of_two(20),
-    "spectral": powers_of_two(20),
-    "eigen": powers_of_two(20),
-    "inverse": tuple(range(20)),
-}
-"""By scaling. Curvature grows fastest in the first steps: a stale inverse overshoots then, a
-stale basis only rotates."""
+def schedule_for(scalings: Iterable[str], factor_interval: int, inverse_interval: int) -> Schedule:
+    """The schedule of an optimizer whose blocks have these scalings."""
+    first = max(FIRST_STEPS[scaling] for scaling in scalings)
+    return Schedule(factor_interval, inverse_interval, first)
 
 
-def early_steps(scalings: Iterable[str]) -> tuple[int, ...]:
-    """The early steps of any of the scalings."""
-    return tuple(sorted({step for scaling in scalings for step in EARLY_STEPS[scaling]}))
+def averaging_rate(count: int, ema_decay: float) -> float:
+    """Weight of a new statistic in the moving average of the ``count`` before it.
+
+    ``max(1 − ema_decay, 2 / (count + 2))``: as long as the statistics are few, each weighs in
+    proportion to its number, so that those of the untrained network are soon forgotten; from
+    then on the decay is the constant one.
+    """
+    return max(1 - ema_decay, 2 / (count + 2))

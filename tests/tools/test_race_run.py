@@ -14,7 +14,7 @@ from torch import nn
 from kfc_fx.tools import race_costs, race_run, race_tasks
 from kfc_fx.tools.data import DataSet, ImageSet
 from kfc_fx.tools.failures import CommandError
-from kfc_fx.tools.race_costs import measure_costs, whole_early_phase
+from kfc_fx.tools.race_costs import measure_costs
 from kfc_fx.tools.race_networks import CharacterGPT, VisionTransformer, autoencoder, resnet20
 from kfc_fx.tools.race_optimizers import (
     CENTRES,
@@ -109,10 +109,10 @@ def test_a_run_that_diverges_is_stopped_and_recorded(task: TaskSpec, data: RaceD
 
 
 def test_a_loss_above_three_times_its_start_counts_only_after_the_warm_up() -> None:
-    assert not race_run._has_diverged([1.0, 3.1], 9)
-    assert race_run._has_diverged([1.0, 3.1], 10)
-    assert not race_run._has_diverged([1.0, 2.9], 10)
-    assert race_run._has_diverged([1.0, None], 1)
+    assert not race_run._has_diverged([1.0, 3.1], 2)
+    assert race_run._has_diverged([1.0, 2.0, 3.1], 2)
+    assert not race_run._has_diverged([1.0, 2.0, 2.9], 2)
+    assert race_run._has_diverged([1.0, None], 2)
 
 
 def test_batches_are_whole_and_drawn_anew_every_epoch() -> None:
@@ -206,7 +206,7 @@ def test_costs_cover_whole_intervals_in_turns(
 
     monkeypatch.setattr(race_costs.Racer, "turn", turn)
     sgd, kfc = measure_costs(task, 8, ["kfc-adam"], data, rounds=2)
-    early = whole_early_phase()
+    early = 40  # four times KFC's intervals
     both = ("sgd", "kfc-adam")
     assert turns[:2] == [(name, 1) for name in both]
     assert turns[2:-4] == [
@@ -221,10 +221,11 @@ def test_costs_cover_whole_intervals_in_turns(
 def test_an_interval_holds_both_of_kfc_s(task: TaskSpec, data: RaceData) -> None:
     entered = race_run.make(task, "kfc-adam", 0.01, 0, data, 8)
     (kfc,) = entered.optimizers
-    assert hasattr(kfc, "options")
-    kfc.options = replace(kfc.options, factor_interval=4, inverse_interval=6)
+    assert hasattr(kfc, "schedule")
+    kfc.schedule = replace(kfc.schedule, factor_interval=4, inverse_interval=6)
     racer = race_costs.Racer("kfc-adam", entered, lambda: None)
     assert race_costs.whole_interval([racer]) == 60
+    assert race_costs.whole_early_phase([racer]) == 25
 
 
 def test_every_scaling_has_a_centre() -> None:

@@ -1,0 +1,125 @@
+"""Shortened runs of ``kfc-fx bench train``: which are made, and what they show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from test_race_search import cost, result
+
+from kfc_fx.tools.race import chosen_cells, entry_of
+from kfc_fx.tools.race_report import shortened
+from kfc_fx.tools.race_results import ResultsFile, RunResult, RunSpec
+from kfc_fx.tools.race_search import Entry, SearchSpec
+from kfc_fx.tools.race_shortened import lengths, next_shortened, shortest
+from kfc_fx.tools.race_standings import cells, rival_ends
+
+ENTRY = Entry("gpt", 128, 60, "kfc-adam")
+SEARCH = SearchSpec(seeds=2)
+LR = 0.1
+
+
+def constant(spec: RunSpec, end: float) -> RunResult:
+    """A run whose loss is ``end`` throughout."""
+    made = result(spec, end)
+    return RunResult(**{**vars(made), "losses": (end,) * spec.steps})
+
+
+def searched(end_of: Callable[[RunSpec], float], targets: list[float]) -> dict[RunSpec, RunResult]:
+    """All shortened runs where each ends at ``end_of`` it, after the whole ones."""
+    specs = [ENTRY.run(LR, seed) for seed in range(SEARCH.seeds)]
+    results = {spec: constant(spec, 0.5) for spec in specs}
+    while due := next_shortened(ENTRY, targets, SEARCH, results):
+        assert not set(due) & set(results)
+        results |= {spec: constant(spec, end_of(spec)) for spec in due}
+    return {spec: run for spec, run in results.items() if spec.cell_steps == ENTRY.steps}
+
+
+def test_lengths_are_shares_of_the_cell_s_steps() -> None:
+    assert lengths(ENTRY) == [50, 40, 30, 20, 15, 10, 8, 6, 4, 3]
+    assert lengths(Entry("gpt", 128, 12, "kfc-adam")) == [10, 8, 6, 4, 3, 2]
+    # Of one whose rate is found by shorter runs, only those that are shorter still.
+    assert lengths(Entry("kfc-cifar", 4096, 15, "kfc-adam", 60)) == [10, 8, 6, 4, 3]
+
+
+def test_runs_get_shorter_until_one_ends_above_all_targets() -> None:
+    made = searched(lambda spec: 60 / spec.steps, targets=[3.5, 1.6])
+    assert [spec.steps for spec in made if spec.seed == 0] == [50, 40, 30, 20, 15]
+    # The shortest for each target has its second seed, no other.
+    assert {spec.steps for spec in made if spec.seed == 1} == {20, 40}
+    assert {spec.lr for spec in made} == {LR}
+
+
+def test_a_length_that_one_seed_alone_reaches_is_not_enough() -> None:
+    made = searched(
+        lambda spec: 60 / spec.steps + (2 if (spec.steps, spec.seed) == (20, 1) else 0), [3.5]
+    )
+    assert {spec.steps for spec in made if spec.seed == 1} == {20, 30}
+    assert shortest(made.values(), SEARCH.seeds, 3.5) == 30
+    assert shortest(made.values(), SEARCH.seeds, 1.0) is None
+
+
+def test_nothing_is_shortened_without_a_target_or_a_run_that_ended() -> None:
+    whole = {ENTRY.run(LR): result(ENTRY.run(LR), None)}
+    assert next_shortened(ENTRY, [1.0], SEARCH, whole) == []
+    ended = {ENTRY.run(LR): constant(ENTRY.run(LR), 0.5)}
+    assert next_shortened(ENTRY, [], SEARCH, ended) == []
+
+
+def test_a_diverged_length_reaches_nothing() -> None:
+    specs = [ENTRY.run(LR, seed) for seed in range(SEARCH.seeds)]
+    results = {spec: constant(spec, 0.5) for spec in specs}
+    (first,) = next_shortened(ENTRY, [3.0], SEARCH, results)
+    results[first] = result(first, None)
+    assert next_shortened(ENTRY, [3.0], SEARCH, results) == []
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> ResultsFile:
+    """SGD ends at 2 in 60 steps, KFC in 15, and at 1 in 60."""
+    file = ResultsFile(tmp_path / "results.json")
+    for name, end in (("sgd", 2.0), ("kfc-adam", 1.0)):
+        for seed in (0, 1):
+            file.add_run(constant(Entry("gpt", 128, 60, name).run(LR, seed), end))
+    for steps, end in ((20, 1.5), (15, 1.9), (10, 2.5)):
+        for seed in (0, 1):
+            file.add_run(constant(RunSpec("gpt", 128, steps, "kfc-adam", LR, seed, 60), end))
+    file.add_costs([cost("sgd", 1.0, 1.0), cost("kfc-adam", 1.5, 3.0)])
+    return file
+
+
+def test_shortened_runs_belong_to_their_cell_and_move_no_end(file: ResultsFile) -> None:
+    (cell,) = cells(file)
+    assert rival_ends(file, ("gpt", 128, 60)) == {"sgd": 2.0}
+    _, kfc = cell.standings
+    assert (len(kfc.curve), kfc.lr, kfc.final and kfc.final.seeds) == (60, LR, 2)
+    (target,) = kfc.targets
+    assert (target.steps, target.shortened) == (1, 15)
+    assert target.shortened_seconds == 5 * 3.0 + 10 * 1.5  # five early steps
+    assert shortened(cell) == [
+        "KFC adam ends as low as SGD Nesterov in 15 steps (4 times fewer, in 0.50 of its time)."
+    ]
+
+
+def test_they_come_back_from_the_file(file: ResultsFile) -> None:
+    assert ResultsFile(file.path).runs == file.runs
+
+
+def test_short_runs_are_smoothed_over_an_eighth() -> None:
+    spec = RunSpec("gpt", 128, 15, "kfc-adam", LR, 0, 60)
+    falling = RunResult(
+        **{**vars(result(spec, 1.0)), "losses": tuple(float(15 - step) for step in range(15))}
+    )
+    assert falling.final_loss == 1.5  # of the last two, where a whole run takes three
+    assert math.isclose(falling.curve[7], 8.0)
+
+
+def test_large_batches_find_kfc_s_rate_by_shorter_runs() -> None:
+    ((task, cell),) = chosen_cells("kfc-cifar", "4096")
+    entries = {name: entry_of(task, cell, name) for name in cell.of(("sgd", "kfc-adam", "soap"))}
+    assert {name: entry.steps for name, entry in entries.items()} == {"sgd": 60, "kfc-adam": 15}
+    assert {entry.cell for entry in entries.values()} == {("kfc-cifar", 4096, 60)}
+    assert entries["sgd"].run(0.1).cell == entries["kfc-adam"].run(0.1).cell
+    assert entries["sgd"].seeds_of(SearchSpec()) == 1
