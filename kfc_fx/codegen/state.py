@@ -34,10 +34,17 @@ def stacked_state(spec: UpdateSpec, saved: Mapping[str, Mapping[str, Tensor]]) -
     for stack in spec.stacks:
         for name, entry in state_entries(spec, stack).items():
             tensor = _initial(entry, stack)
-            for block, (start, stop) in stack.spans.items():
-                old = saved.get(block, {}).get(name)
-                if old is not None and old.shape == tensor[start:stop].shape:
-                    tensor[start:stop].copy_(old)
+            parts = {
+                span: saved[block][name]
+                for block, span in stack.spans.items()
+                if name in saved.get(block, {})
+            }
+            if any(not part.is_contiguous() for part in parts.values()):
+                # Eigenvectors, in columns as LAPACK leaves them: a product rounds by the layout.
+                tensor = tensor.mT.contiguous().mT
+            for (start, stop), part in parts.items():
+                if part.shape == tensor[start:stop].shape:
+                    tensor[start:stop].copy_(part)
             state[f"{name}_{stack.key}"] = tensor
     return state
 
