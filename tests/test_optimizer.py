@@ -66,8 +66,9 @@ def test_ordinary_steps_run_the_plain_graph():
         assert bool(compiled.recorder.statistics.sums) == armed[-1]
         opt.step()
         opt.zero_grad()
-    assert [step for step, due in enumerate(armed) if due] == [0, 1, 2, 4, 8, 16]
-    assert opt.diagnostics.statistics_steps == 6
+    early = [*range(9), 10, 12, 15, 18, 22, 27, 33]
+    assert [step for step, due in enumerate(armed) if due] == early
+    assert opt.diagnostics.statistics_steps == len(early)
 
 
 def test_a_second_backward_pass_collects_nothing_more():
@@ -188,7 +189,7 @@ def test_initialise_takes_factors_without_a_step():
 
 def test_parameters_without_a_gradient_are_left_alone():
     compiled, opt = make(weight_decay=0.1, norm_layers=False)
-    train(compiled, opt, 3)
+    train(compiled, opt, 9)  # the tenth has no refresh, which would turn the moments
     before = parameters(compiled)
     saved = opt.state_dict()["kfc"]
     F.cross_entropy(compiled(IMAGES), LABELS).backward()

@@ -51,21 +51,22 @@ class WrittenOut:
     def __init__(self, net: nn.Sequential, separable: bool, decay: float = 0.95) -> None:
         self.net, self.separable, self.decay = net, separable, decay
         self.ema: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.mass = 0.0
+        self.count = 0
 
     def accumulate(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """As long as they are few the n-th statistic weighs n times the first."""
+        rate = max(1 - self.decay, 2 / (self.count + 2))
+        self.count += 1
         for name in LAYERS:
             layer = self.net[int(name)]
             omega, gamma = exact_factors(self.net, layer, x, categorical_cotangent(y))
             old = self.ema.get(name, (torch.zeros_like(omega), torch.zeros_like(gamma)))
             self.ema[name] = tuple(  # type: ignore[assignment]
-                self.decay * o + (1 - self.decay) * n
-                for o, n in zip(old, (omega, gamma), strict=True)
+                (1 - rate) * o + rate * n for o, n in zip(old, (omega, gamma), strict=True)
             )
-        self.mass = self.decay * self.mass + 1 - self.decay
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        omega, gamma = (factor / self.mass for factor in self.ema[name])
+        omega, gamma = self.ema[name]
         layer = self.net[int(name)]
         if self.separable and isinstance(layer, nn.Conv2d):
             omega = torch.stack([self._separable(layer, o) for o in omega])
