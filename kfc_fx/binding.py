@@ -141,6 +141,7 @@ def update_spec(
         ),
         generic_rule=options.generic_rule,
         momentum=tuple(kept),
+        nesterov=tuple(s for s in kept if s != "generic" and options.nesterov_of(s)),
         weight_decay=any(group["weight_decay"] for group in groups.values()),
         clip=options.clipping if scalings & set(VECTOR_RULES) else "none",
         average=options.average is not None,

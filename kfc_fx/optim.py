@@ -49,8 +49,11 @@ class KFC(torch.optim.Optimizer):
         blocks: options of some blocks, by glob on block names:
             ``{"layer4.*": {"scaling": "spectral", "input_factor": "dense"}}``; the last match
             counts.
-        momentum: decay of the first moment, with Nesterov's step ahead ("adam", 0.9;
-            "spectral", 0.95), or μ of ``p ← μ p + v`` ("eigen" and "inverse", 0.9).
+        momentum: decay of the first moment ("adam", 0.9; "spectral", 0.95), or μ of
+            ``p ← μ p + v`` ("eigen" and "inverse", 0.9).
+        nesterov: let the momentum of blocks take Nesterov's step ahead, ``β m + (1 − β) g`` in
+            place of m, or ``μ p + v`` in place of p; by default with "adam" and "spectral" (as in
+            Dozat 2016), not with "eigen" and "inverse" (as published).
         damping: γ. Of factored Tikhonov damping, and λ of ν ("inverse", 0.01); beside the second
             moment ("eigen", 0.01); relative to Ω's mean eigenvalue ("spectral", 0.3). "adam" has
             none but ``eps``.
@@ -114,6 +117,7 @@ class KFC(torch.optim.Optimizer):
         lr: float | None = None,
         scaling: str = "adam",
         momentum: float | None = None,
+        nesterov: bool | None = None,
         damping: float | None = None,
         weight_decay: float = 0.0,
         ema_decay: float = 0.95,
@@ -146,6 +150,7 @@ class KFC(torch.optim.Optimizer):
         self.options = KFCOptions(
             scaling=scaling,  # type: ignore[arg-type]
             momentum=momentum,
+            nesterov=nesterov,
             damping=damping,
             ema_decay=ema_decay,
             factor_interval=factor_interval,

@@ -32,16 +32,17 @@ class ScalingDefaults:
 
     lr: float
     momentum: float
+    nesterov: bool
     damping: float
     generic: GenericRule
     generic_lr_ratio: float
 
 
 DEFAULTS: dict[Scaling, ScalingDefaults] = {
-    "adam": ScalingDefaults(0.01, 0.9, 1e-2, "adamw", 1.0),
-    "spectral": ScalingDefaults(0.07, 0.95, 0.3, "adamw", 0.1),
-    "eigen": ScalingDefaults(0.03, 0.9, 1e-2, "sgd", 1.0),
-    "inverse": ScalingDefaults(0.03, 0.9, 1e-2, "sgd", 1.0),
+    "adam": ScalingDefaults(0.01, 0.9, True, 1e-2, "adamw", 1.0),
+    "spectral": ScalingDefaults(0.07, 0.95, True, 0.3, "adamw", 0.1),
+    "eigen": ScalingDefaults(0.03, 0.9, False, 1e-2, "sgd", 1.0),
+    "inverse": ScalingDefaults(0.03, 0.9, False, 1e-2, "sgd", 1.0),
 }
 
 BLOCK_OPTIONS = ("scaling", "input_factor")
@@ -52,12 +53,13 @@ BLOCK_OPTIONS = ("scaling", "input_factor")
 class KFCOptions:
     """Everything of :class:`kfc_fx.KFC` that is not per parameter group.
 
-    ``None`` for ``momentum``, ``damping``, ``generic`` and ``generic_lr_ratio`` takes the default
-    of the scaling.
+    ``None`` for ``momentum``, ``nesterov``, ``damping``, ``generic`` and ``generic_lr_ratio`` takes
+    the default of the scaling.
     """
 
     scaling: Scaling
     momentum: float | None
+    nesterov: bool | None
     damping: float | None
     ema_decay: float
     factor_interval: int
@@ -116,6 +118,11 @@ class KFCOptions:
         if self.quadratic_model and not self._all("inverse"):
             raise OptionError(
                 f"quadratic_model is for scaling='inverse', got {' and '.join(self.scalings)}"
+            )
+        if self.quadratic_model and self.nesterov:
+            raise OptionError(
+                "nesterov=True does not go with quadratic_model, which takes the momentum of every "
+                "step from the model"
             )
         interval = self.adapt_damping
         if interval is not None and not (isinstance(interval, int) and interval >= 1):
@@ -192,6 +199,10 @@ class KFCOptions:
     def momentum_of(self, scaling: Scaling) -> float:
         """Decay of the momentum of a scaling's blocks."""
         return DEFAULTS[scaling].momentum if self.momentum is None else self.momentum
+
+    def nesterov_of(self, scaling: Scaling) -> bool:
+        """Whether the momentum of a scaling's blocks takes Nesterov's step ahead."""
+        return DEFAULTS[scaling].nesterov if self.nesterov is None else self.nesterov
 
     def damping_of(self, scaling: Scaling) -> float:
         """Damping of a scaling's blocks."""

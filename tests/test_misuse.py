@@ -136,6 +136,10 @@ def test_the_last_optimizer_made_owns_the_model():
         ({"average": -1.0}, "average must be positive or None"),
         ({"lr": -0.1}, "lr must not be negative"),
         ({"weight_decay": -0.1}, "weight_decay must not be negative"),
+        (
+            {"scaling": "inverse", "quadratic_model": True, "nesterov": True},
+            "nesterov=True does not go with quadratic_model",
+        ),
     ],
 )
 def test_bad_options_are_refused(options, message):

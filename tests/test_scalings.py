@@ -62,7 +62,7 @@ def whitening(plain: WrittenOut, name: str, damping: float) -> torch.Tensor:
     return torch.stack(whitenings)
 
 
-def written_spectral(net, data, *, lr, momentum, damping, refresh_at, separable):
+def written_spectral(net, data, *, lr, momentum, damping, refresh_at, separable, nesterov=True):
     plain = WrittenOut(net, separable)
     m, w = {}, {}
     for step, (x, y) in enumerate(data):
@@ -73,13 +73,13 @@ def written_spectral(net, data, *, lr, momentum, damping, refresh_at, separable)
                 w[name] = whitening(plain, name, damping)
             g = plain.gradient(grads, name)
             m[name] = momentum * m.get(name, 0) + (1 - momentum) * g
-            ahead = momentum * m[name] + (1 - momentum) * g
+            ahead = momentum * m[name] + (1 - momentum) * g if nesterov else m[name]
             direction = polar_by_singular_values(ahead @ w[name]) @ w[name]
             size = direction.square().sum((1, 2), keepdim=True).sqrt()
             plain.add(name, -lr * direction / size * math.sqrt(min(g.shape[1:])))
 
 
-def written_eigen(net, data, *, lr, momentum, beta2, damping, clip, refresh_at):
+def written_eigen(net, data, *, lr, momentum, beta2, damping, clip, refresh_at, nesterov=False):
     plain = WrittenOut(net, False)
     p, s, basis = {}, {}, {}
     for step, (x, y) in enumerate(data):
@@ -103,8 +103,9 @@ def written_eigen(net, data, *, lr, momentum, beta2, damping, clip, refresh_at):
             nu += float(-lr * (g * vectors[name]).sum())
         scale = min(1.0, math.sqrt(clip / nu)) if clip else 1.0
         for name in LAYERS:
-            p[name] = momentum * p.get(name, 0) + scale * vectors[name]
-            plain.add(name, p[name])
+            v = scale * vectors[name]
+            p[name] = momentum * p.get(name, 0) + v
+            plain.add(name, momentum * p[name] + v if nesterov else p[name])
 
 
 @pytest.mark.parametrize("steps", [1, 11])
@@ -130,6 +131,20 @@ def test_eigen_steps_equal_the_algorithm_written_out(steps, clip):
     options = {"lr": 0.05, "momentum": 0.8, "damping": 1e-3, "clip": clip}
     run_kfc(found, data, scaling="eigen", factor_interval=1, **options)
     written_eigen(expected, data, beta2=0.95, refresh_at=(*range(9), 10), **options)
+    assert_same(found, expected, 1e-6)
+
+
+def test_spectral_and_eigen_steps_with_the_other_momentum():
+    """Without Nesterov's step ahead, and with it."""
+    found, expected, data = network(), network(), batches(3)
+    options = {"lr": 0.02, "momentum": 0.9, "damping": 0.2, "nesterov": False}
+    run_kfc(found, data, scaling="spectral", input_factor="dense", **options)
+    written_spectral(expected, data, refresh_at=(0, 1, 2), separable=False, **options)
+    assert_same(found, expected, 1e-8)
+    found, expected = network(), network()
+    options = {"lr": 0.05, "momentum": 0.8, "damping": 1e-3, "clip": 1e-3, "nesterov": True}
+    run_kfc(found, data, scaling="eigen", **options)
+    written_eigen(expected, data, beta2=0.95, refresh_at=(0, 1, 2), **options)
     assert_same(found, expected, 1e-6)
 
 

@@ -22,7 +22,7 @@ from tests.written_out import (
 )
 
 
-def written_inverse(net, data, *, lr, damping, clip, momentum, separable):
+def written_inverse(net, data, *, lr, damping, clip, momentum, separable, nesterov=False):
     plain = WrittenOut(net, separable)
     p: dict[str, torch.Tensor] = {}
     for x, y in data:
@@ -41,12 +41,13 @@ def written_inverse(net, data, *, lr, damping, clip, momentum, separable):
             nu += float(-lr * (g * v[name]).sum())
         scale = min(1.0, math.sqrt(clip / nu)) if clip else 1.0
         for name in LAYERS:
-            p[name] = momentum * p.get(name, 0) + scale * v[name]
-            plain.add(name, p[name])
+            step = scale * v[name]
+            p[name] = momentum * p.get(name, 0) + step
+            plain.add(name, momentum * p[name] + step if nesterov else p[name])
     return nu, scale
 
 
-def written_adam(net, data, *, lr, momentum, beta2, eps, refresh_at, separable):
+def written_adam(net, data, *, lr, momentum, beta2, eps, refresh_at, separable, nesterov=True):
     """Adam in the eigenbasis; m in the original coordinates, v turned with the basis."""
     plain = WrittenOut(net, separable)
     m, v, basis = {}, {}, {}
@@ -66,7 +67,10 @@ def written_adam(net, data, *, lr, momentum, beta2, eps, refresh_at, separable):
             m[name] = momentum * m.get(name, 0) + (1 - momentum) * g
             rotated = q_gamma.mT @ g @ q_omega
             v[name] = beta2 * v.get(name, 0) + (1 - beta2) * rotated**2
-            ahead = (momentum * m[name] + (1 - momentum) * g) / (1 - momentum ** (step + 2))
+            if nesterov:
+                ahead = (momentum * m[name] + (1 - momentum) * g) / (1 - momentum ** (step + 2))
+            else:
+                ahead = m[name] / (1 - momentum ** (step + 1))
             scaled = (
                 q_gamma.mT @ ahead @ q_omega / ((v[name] / (1 - beta2 ** (step + 1))).sqrt() + eps)
             )
@@ -102,6 +106,25 @@ def test_adam_steps_equal_the_algorithm_written_out(steps, momentum):
         refresh_at=(*range(9), 10), separable=False,
     )  # fmt: skip
     assert_same(found, expected, 1e-6)
+
+
+def test_adam_steps_without_nesterov_s_step_ahead():
+    found, expected, data = network(), network(), batches(3)
+    run_kfc(found, data, lr=0.01, nesterov=False, factor_interval=1, inverse_interval=1)
+    written_adam(
+        expected, data, lr=0.01, momentum=0.9, beta2=0.95, eps=1e-8,
+        refresh_at=(0, 1, 2), separable=False, nesterov=False,
+    )  # fmt: skip
+    assert_same(found, expected, 1e-6)
+
+
+@pytest.mark.parametrize("clip", [None, 1e-3])
+def test_inverse_steps_with_nesterov_s_step_ahead(clip):
+    found, expected, data = network(), network(), batches(3)
+    options = {"lr": 0.05, "damping": 0.01, "clip": clip}
+    run_kfc(found, data, scaling="inverse", nesterov=True, input_factor="dense", **options)
+    written_inverse(expected, data, momentum=0.9, separable=False, nesterov=True, **options)
+    assert_same(found, expected)
 
 
 def test_the_first_separable_adam_step_equals_the_algorithm_written_out():

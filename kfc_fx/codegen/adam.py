@@ -15,8 +15,8 @@ from kfc_fx.codegen.update_graph import Value
 
 SUMMARY = """Adam in the eigenbasis of Ω ⊗ Γ.
 
-    Both moments live in the basis, and ``refresh`` turns them with it; both are bias-corrected,
-    m with Nesterov's step ahead. ``step`` counts from one, ``lr`` holds one rate per block."""
+    Both moments live in the basis, and ``refresh`` turns them with it; both are
+    bias-corrected{ahead}. ``step`` counts from one, ``lr`` holds one rate per block."""
 OPTIONS: tuple[str, ...] = ("step", "second_moment_decay", "eps")
 REFRESH_OPTIONS: tuple[str, ...] = ()
 REFRESH_SUMMARY = bases.REFRESH_SUMMARY
@@ -57,7 +57,10 @@ def step(context: Context, stack: StackSpec) -> Value:
         momentum = context.option("momentum", stack)
         m = update.call(torch.lerp, context.state("m", stack), rotated, 1 - momentum)
         m = context.keep("m", stack, m)
-        ahead = update.call(torch.lerp, rotated, m, momentum) / (1 - momentum ** (count + 1))
+        if context.steps_ahead(stack):
+            ahead = update.call(torch.lerp, rotated, m, momentum) / (1 - momentum ** (count + 1))
+        else:
+            ahead = m / (1 - momentum**count)
         ahead = update.let(f"ahead_{key}", ahead, shape)
     root = (v / (1 - decay**count)).sqrt()
     scale = update.let(f"scale_{key}", root + context.option("eps", stack), shape)

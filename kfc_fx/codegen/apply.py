@@ -7,7 +7,7 @@ import torch
 from kfc_fx.codegen.accumulate import describe
 from kfc_fx.codegen.context import Context
 from kfc_fx.codegen.generic import generic_steps
-from kfc_fx.codegen.layout import StackSpec
+from kfc_fx.codegen.layout import Scaling, StackSpec
 from kfc_fx.codegen.matrices import scatter
 from kfc_fx.codegen.options import Clip, UpdateSpec
 from kfc_fx.codegen.scaling import RULES, STEP_RULES, VECTOR_RULES
@@ -53,8 +53,7 @@ def _precondition_graph(spec: UpdateSpec) -> UpdateGraph:
 
 
 def _apply_graph(spec: UpdateSpec) -> UpdateGraph:
-    clip = CLIP_TEXTS[spec.clip]
-    summaries = [RULES[scaling].SUMMARY.format(clip=clip) for scaling in spec.scalings]
+    summaries = [_summary(spec, scaling) for scaling in spec.scalings]
     update = UpdateGraph("apply", "One step of " + "\n\n    And of ".join(summaries) + "\n    ")
     context = Context(update, spec, _arguments(update, spec))
     vectors = _vectors(context)
@@ -68,6 +67,15 @@ def _apply_graph(spec: UpdateSpec) -> UpdateGraph:
             matrix = STEP_RULES[stack.scaling].step(context, stack)
         steps.update(scatter(update, stack, matrix))
     return _finish(context, steps)
+
+
+def _summary(spec: UpdateSpec, scaling: Scaling) -> str:
+    ahead = scaling in spec.nesterov
+    return RULES[scaling].SUMMARY.format(
+        clip=CLIP_TEXTS[spec.clip],
+        ahead=", with Nesterov's step ahead" if ahead else "",
+        moved="momentum p + v" if ahead else "p",
+    )
 
 
 def _vector_stacks(spec: UpdateSpec) -> list[StackSpec]:
@@ -102,13 +110,15 @@ def _vectors(context: Context) -> dict[str, Value]:
 
 
 def _vector_step(context: Context, stack: StackSpec, v: Value) -> Value:
-    """``p ← momentum p + v``."""
+    """``p ← momentum p + v``, and the step p or, ahead of it, ``momentum p + v``."""
     scale = {"none": None, "model": "step_size"}.get(context.spec.clip, "clip_scale")
     moved = context.arguments[scale] * v if scale else v
     if context.has_momentum(stack):
-        moved = context.option("momentum", stack) * context.state("p", stack) + moved
-        moved = context.keep("p", stack, moved)
-        if not context.spec.partial:
+        momentum, v = context.option("momentum", stack), moved
+        moved = context.keep("p", stack, momentum * context.state("p", stack) + v)
+        if context.steps_ahead(stack):
+            moved = momentum * moved + v
+        elif not context.spec.partial:
             return moved
     return context.step(stack, moved)
 

@@ -35,6 +35,10 @@ class Context:
         """Whether the blocks of a stack keep a momentum."""
         return stack.scaling in self.spec.momentum
 
+    def steps_ahead(self, stack: StackSpec) -> bool:
+        """Whether the momentum of a stack takes Nesterov's step ahead."""
+        return stack.scaling in self.spec.nesterov
+
     def keep(self, name: str, stack: StackSpec, new: Value) -> Value:
         """Name a new state tensor shaped like the gradient, and return it from the function;
         blocks that have no gradient in this step keep the old one."""

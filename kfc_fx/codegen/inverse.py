@@ -13,7 +13,7 @@ from kfc_fx.curvature.inverse import damped_inverses, separable_damped_inverses
 SUMMARY = """KFC-pre (Grosse & Martens 2016, algorithm 1).
 
     v = −lr Γ⁻¹ ∇ Ω⁻¹{clip};
-    p ← momentum p + v; θ ← θ + p."""
+    p ← momentum p + v; θ ← θ + {moved}."""
 OPTIONS: tuple[str, ...] = ()
 REFRESH_OPTIONS: tuple[str, ...] = ("damping",)
 REFRESH_SUMMARY = "Damped inverses of all factors; a factor is its EMA over its mass."

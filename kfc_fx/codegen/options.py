@@ -33,6 +33,8 @@ class UpdateSpec:
     generic_rule: GenericRule
     momentum: tuple[Scaling | Literal["generic"], ...]
     """The scalings whose blocks keep a momentum, and whether generic parameters do."""
+    nesterov: tuple[Scaling, ...]
+    """The scalings whose momentum takes Nesterov's step ahead."""
     weight_decay: bool
     clip: Clip
     average: bool

@@ -23,7 +23,7 @@ from kfc_fx.curvature.whitening import (
 SUMMARY = """Steepest descent under the spectral norm, in the metric of Ω.
 
     W Wᵀ = (Ω / mean eigenvalue + damping I)⁻¹; θ ← θ − lr polar(m W) Wᵀ, scaled to the Frobenius
-    norm sqrt(min(rows, columns)); m the EMA of the gradient, with Nesterov's step ahead. Γ is not
+    norm sqrt(min(rows, columns)); m the EMA of the gradient{ahead}. Γ is not
     needed. ``lr`` holds one rate per block."""
 OPTIONS: tuple[str, ...] = ()
 REFRESH_OPTIONS: tuple[str, ...] = ("damping",)
@@ -85,7 +85,9 @@ def step(context: Context, stack: StackSpec) -> Value:
         momentum = context.option("momentum", stack)
         m = update.call(torch.lerp, context.state("m", stack), g, 1 - momentum)
         m = context.keep("m", stack, m)
-        ahead = update.let(f"ahead_{key}", update.call(torch.lerp, g, m, momentum), shape)
+        ahead = m
+        if context.steps_ahead(stack):
+            ahead = update.let(f"ahead_{key}", update.call(torch.lerp, g, m, momentum), shape)
     whitening = {name: context.state(f"w_{name}", stack) for name in stack.factor_shapes}
     if stack.has_bias_apart:
         whitening["bias"] = context.state("w_bias", stack)
