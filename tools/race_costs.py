@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,20 +19,27 @@ from kfc_fx.tools.race_tasks import RaceData, TaskSpec
 
 REFERENCE = "sgd"
 LEAST_INTERVAL = 10
-TURN = 5
 LEARNING_RATE = 1e-5
 """So small that no network leaves the place where its steps are typical."""
 
 
 @dataclass
 class Racer:
-    """One optimizer with a network of its own, and what its turns took."""
+    """One optimizer with a network of its own, and what its turns took: of KFC, the first step of
+    each interval apart, which has statistics and a refresh."""
 
     name: str
     entered: Entered
     step: Callable[[], object]
-    early_seconds: list[float] = field(default_factory=list)
+    first_seconds: list[float] = field(default_factory=list)
+    rest_seconds: list[float] = field(default_factory=list)
     round_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def kfc(self) -> KFC | None:
+        """The optimizer, where it is KFC."""
+        found = [each for each in self.entered.optimizers if isinstance(each, KFC)]
+        return found[0] if found else None
 
     def turn(self, steps: int) -> float:
         """Mean seconds of ``steps`` steps."""
@@ -41,47 +48,51 @@ class Racer:
             self.step()
         return (time.perf_counter() - started) / steps
 
+    def skip_early_phase(self, interval: int) -> None:
+        """Let KFC's next step be the first of a whole interval after its early phase, as if it had
+        taken the steps until then."""
+        self.turn(1)  # the first step: caches, generated code
+        kfc = self.kfc
+        if kfc is not None:
+            begin = math.ceil((kfc.schedule.early_phase + 1) / interval) * interval
+            kfc.diagnostics.steps = begin - 1
+            self.turn(1)
+
+    def whole_interval(self, interval: int) -> None:
+        """A turn of ``interval`` steps."""
+        if self.kfc is None:
+            self.round_seconds.append(self.turn(interval))
+            return
+        self.first_seconds.append(self.turn(1))
+        self.rest_seconds.append(self.turn(interval - 1))
+        both = self.first_seconds[-1] + (interval - 1) * self.rest_seconds[-1]
+        self.round_seconds.append(both / interval)
+
 
 def measure_costs(
     task: TaskSpec, batch_size: int, names: Sequence[str], data: RaceData, rounds: int
 ) -> list[CostResult]:
     """Cost of every optimizer of ``names``, and of SGD, which they are relative to.
 
-    All take their first steps in turns of five, then ``rounds`` turns of a whole refresh
-    interval each, beginning when no optimizer is in its early phase any more.
+    All take ``rounds`` turns of a whole refresh interval each. KFC's early phase is skipped; what
+    it costs is reckoned from the steps with statistics and a refresh and those without.
     """
     racers = [_racer(task, name, batch_size, data) for name in dict.fromkeys((REFERENCE, *names))]
     interval = whole_interval(racers)
-    early_steps = whole_early_phase(racers)
     for racer in racers:
-        racer.turn(1)  # the first step: caches, generated code
-    for _ in range(early_steps // TURN):
-        for racer in racers:
-            racer.early_seconds.append(racer.turn(TURN))
+        racer.skip_early_phase(interval)
     for _ in range(rounds):
         for racer in racers:
-            racer.round_seconds.append(racer.turn(interval))
+            racer.whole_interval(interval)
     device = data.train.inputs.device
-    phases = (early_steps, interval)
-    return [_cost(task, batch_size, racer, racers[0], phases, device) for racer in racers]
+    return [_cost(task, batch_size, racer, racers[0], interval, device) for racer in racers]
 
 
 def whole_interval(racers: Sequence[Racer]) -> int:
     """Steps that hold a whole number of every KFC's statistics and refreshes."""
-    schedules = [kfc.schedule for kfc in _kfcs(racers)]
+    schedules = [racer.kfc.schedule for racer in racers if racer.kfc is not None]
     intervals = [(each.factor_interval, each.inverse_interval) for each in schedules]
     return math.lcm(LEAST_INTERVAL, *(number for pair in intervals for number in pair))
-
-
-def whole_early_phase(racers: Sequence[Racer]) -> int:
-    """Steps of the longest early phase, in whole turns."""
-    longest = max((kfc.schedule.early_phase for kfc in _kfcs(racers)), default=0)
-    return math.ceil(longest / TURN) * TURN
-
-
-def _kfcs(racers: Sequence[Racer]) -> list[KFC]:
-    optimizers = [each for racer in racers for each in racer.entered.optimizers]
-    return [each for each in optimizers if isinstance(each, KFC)]
 
 
 def _racer(task: TaskSpec, name: str, batch_size: int, data: RaceData) -> Racer:
@@ -101,32 +112,42 @@ def _cost(
     batch_size: int,
     racer: Racer,
     reference: Racer,
-    phases: tuple[int, int],
+    interval: int,
     device: torch.device,
 ) -> CostResult:
-    early_steps, interval = phases
-    ratios = [
-        own / other for own, other in zip(racer.round_seconds, reference.round_seconds, strict=True)
-    ]
-    low, mean, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return CostResult(
+    low, mean, high = _quartiles(racer.round_seconds, reference.round_seconds)
+    found = CostResult(
         task=task.name,
         batch_size=batch_size,
         optimizer=racer.name,
         mean=mean,
         low=low,
         high=high,
-        early=_ratio_of_sums(racer.early_seconds, reference.early_seconds),
-        early_steps=early_steps,
+        early=mean,
+        early_steps=0,
         interval=interval,
-        rounds=len(ratios),
+        rounds=len(racer.round_seconds),
         sgd_seconds=statistics.median(reference.round_seconds),
         threads=torch.get_num_threads(),
         versions=versions(),
         device=device_name(device),
     )
+    if racer.kfc is None:
+        return found
+    schedule = racer.kfc.schedule
+    steps = range(schedule.early_phase)
+    early = replace(
+        found,
+        early_steps=len(steps),
+        due=_quartiles(racer.first_seconds, reference.round_seconds)[1],
+        plain=_quartiles(racer.rest_seconds, reference.round_seconds)[1],
+        early_due=tuple(step for step in steps if schedule.refresh_due(step)),
+    )
+    return replace(early, early=early.relative_seconds(len(steps)) / len(steps))
 
 
-def _ratio_of_sums(own: Sequence[float], other: Sequence[float]) -> float:
-    """One where there is no early phase."""
-    return sum(own) / sum(other) if other else 1.0
+def _quartiles(own: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
+    """Of the ratios, round by round."""
+    ratios = [a / b for a, b in zip(own, other, strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return low, median, high

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,9 @@ class CostResult:
     """Seconds of one optimizer's steps over SGD's, both measured in turns in one block.
 
     ``mean`` is the median over the rounds of the mean step of a whole refresh interval, between
-    its quartiles; ``early`` the mean of the steps 1 to ``early_steps``, where KFC's statistics
-    and refreshes are denser. ``sgd_seconds`` is SGD's median step.
+    its quartiles; ``early`` the mean of the first ``early_steps``, where KFC's statistics and
+    refreshes are denser: it has them at the steps ``early_due``, which cost ``due`` each, the
+    others ``plain``. ``sgd_seconds`` is SGD's median step.
     """
 
     task: str
@@ -100,10 +101,17 @@ class CostResult:
     threads: int
     versions: dict[str, str]
     device: str = "cpu"
+    due: float | None = None
+    plain: float | None = None
+    early_due: tuple[int, ...] = ()
 
     def relative_seconds(self, steps: int) -> float:
         """Time of the first ``steps`` steps, in mean SGD steps."""
         early = min(steps, self.early_steps)
+        if self.due is not None and self.plain is not None:
+            due = sum(step < early for step in self.early_due)
+            in_early = due * self.due + (early - due) * self.plain
+            return in_early + (steps - early) * self.mean
         return early * self.early + (steps - early) * self.mean
 
 
@@ -156,7 +164,7 @@ class ResultsFile:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             runs = [_run(entry) for entry in content["runs"]]
-            costs = [_exactly(CostResult, entry) for entry in content["costs"]]
+            costs = [_cost(entry) for entry in content["costs"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CommandError(
                 f"--results {self.path} is not a file of this version of the race: {error}"
@@ -173,6 +181,11 @@ def _run(entry: dict[str, Any]) -> RunResult:
         "seconds": tuple(entry["seconds"]),
     }
     return _exactly(RunResult, own)
+
+
+def _cost(entry: dict[str, Any]) -> CostResult:
+    cost: CostResult = _exactly(CostResult, entry)
+    return replace(cost, early_due=tuple(cost.early_due))
 
 
 def _exactly(kind: type[Any], entry: dict[str, Any]) -> Any:

@@ -196,25 +196,28 @@ def test_costs_cover_whole_intervals_in_turns(
     task: TaskSpec, data: RaceData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     turns: list[tuple[str, int]] = []
+    due: list[bool] = []
     seconds = {"sgd": 1.0, "kfc-adam": 3.0}
 
     def turn(racer: race_costs.Racer, steps: int) -> float:
         turns.append((racer.name, steps))
         for _ in range(steps):
+            if racer.kfc is not None and len(turns) > 3 and racer.kfc.compiled.recorder.armed:
+                due.append(steps == 1)
             racer.step()
-        return seconds[racer.name] * (2 if steps == race_costs.TURN else 1)
+        return seconds[racer.name] * (5 if steps == 1 else 1)
 
     monkeypatch.setattr(race_costs.Racer, "turn", turn)
     sgd, kfc = measure_costs(task, 8, ["kfc-adam"], data, rounds=2)
-    early = 40  # four times KFC's intervals
-    both = ("sgd", "kfc-adam")
-    assert turns[:2] == [(name, 1) for name in both]
-    assert turns[2:-4] == [
-        (name, race_costs.TURN) for _ in range(early // race_costs.TURN) for name in both
-    ]
-    assert turns[-4:] == [(name, 10) for _ in range(2) for name in both]
-    assert (kfc.interval, kfc.rounds, kfc.early_steps) == (10, 2, early)
-    assert (sgd.mean, sgd.early, kfc.mean, kfc.early) == (1.0, 1.0, 3.0, 3.0)
+    assert turns[:3] == [("sgd", 1), ("kfc-adam", 1), ("kfc-adam", 1)]
+    assert turns[3:] == [("sgd", 20), ("kfc-adam", 1), ("kfc-adam", 19)] * 2
+    assert due == [True, True]  # the first step of each interval, no other
+    assert (kfc.interval, kfc.rounds, kfc.early_steps) == (20, 2, 80)
+    assert (sgd.mean, sgd.early, kfc.due, kfc.plain) == (1.0, 1.0, 15.0, 3.0)
+    assert kfc.mean == (15 + 19 * 3) / 20
+    assert kfc.early == (20 * 15 + 60 * 3) / 80
+    assert kfc.relative_seconds(11) == 10 * 15 + 3  # the tenth is the only one without
+    assert kfc.relative_seconds(100) == pytest.approx(20 * 15 + 60 * 3 + 20 * kfc.mean)
     assert kfc.sgd_seconds == 1.0
 
 
@@ -225,7 +228,6 @@ def test_an_interval_holds_both_of_kfc_s(task: TaskSpec, data: RaceData) -> None
     kfc.schedule = replace(kfc.schedule, factor_interval=4, inverse_interval=6)
     racer = race_costs.Racer("kfc-adam", entered, lambda: None)
     assert race_costs.whole_interval([racer]) == 60
-    assert race_costs.whole_early_phase([racer]) == 25
 
 
 def test_every_scaling_has_a_centre() -> None:
