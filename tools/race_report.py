@@ -193,7 +193,8 @@ def _to_target(target: ToTarget) -> str:
 def _shortened(cell: Cell, target: ToTarget) -> str:
     """As "Muon in 40 steps (1.5 times fewer; in 0.70 of its time)"."""
     assert target.shortened is not None
-    times = f"{cell.steps / target.shortened:.3g} times fewer"
+    fewer = cell.steps / target.shortened
+    times = f"{fewer:.3g} times fewer" if fewer > 1 else "as many"
     (rival,) = (s for s in cell.standings if s.optimizer == target.rival)
     if target.shortened_seconds is not None and rival.cost is not None:
         share = target.shortened_seconds / rival.cost.relative_seconds(cell.steps)

@@ -103,6 +103,14 @@ def test_shortened_runs_belong_to_their_cell_and_move_no_end(file: ResultsFile) 
     ]
 
 
+def test_a_whole_run_is_no_shorter(tmp_path: Path) -> None:
+    file = ResultsFile(tmp_path / "whole.json")
+    for name, end in (("sgd", 2.0), ("kfc-adam", 1.0)):
+        file.add_run(constant(Entry("gpt", 128, 60, name).run(LR), end))
+    (cell,) = cells(file)
+    assert shortened(cell) == ["KFC adam ends as low as SGD Nesterov in 60 steps (as many)."]
+
+
 def test_they_come_back_from_the_file(file: ResultsFile) -> None:
     assert ResultsFile(file.path).runs == file.runs
 
