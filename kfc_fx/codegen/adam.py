@@ -16,7 +16,8 @@ from kfc_fx.codegen.update_graph import Value
 SUMMARY = """Adam in the eigenbasis of Ω ⊗ Γ.
 
     Both moments live in the basis, and ``refresh`` turns them with it; both are
-    bias-corrected{ahead}. ``step`` counts from one, ``lr`` holds one rate per block."""
+    bias-corrected{ahead}.
+    ``step`` counts from one, ``lr`` holds one rate per block."""
 OPTIONS: tuple[str, ...] = ("step", "second_moment_decay", "eps")
 REFRESH_OPTIONS: tuple[str, ...] = ()
 REFRESH_SUMMARY = bases.REFRESH_SUMMARY

@@ -15,7 +15,8 @@ from kfc_fx.codegen.update_graph import Value
 
 SUMMARY = """The inverse of a diagonal in the eigenbasis of Ω ⊗ Γ (George et al. 2018, EKFAC).
 
-    v = −lr Q_Γ [(Q_Γᵀ ∇ Q_Ω) / (s + damping)] Q_Ωᵀ{clip}, s the EMA of (Q_Γᵀ ∇ Q_Ω)²;
+    v = −lr Q_Γ [(Q_Γᵀ ∇ Q_Ω) / (s + damping)] Q_Ωᵀ{clip},
+    s the EMA of (Q_Γᵀ ∇ Q_Ω)²;
     p ← momentum p + v; θ ← θ + {moved}."""
 OPTIONS: tuple[str, ...] = ("step", "second_moment_decay", "damping")
 REFRESH_OPTIONS: tuple[str, ...] = ()

@@ -23,8 +23,8 @@ from kfc_fx.curvature.whitening import (
 SUMMARY = """Steepest descent under the spectral norm, in the metric of Ω.
 
     W Wᵀ = (Ω / mean eigenvalue + damping I)⁻¹; θ ← θ − lr polar(m W) Wᵀ, scaled to the Frobenius
-    norm sqrt(min(rows, columns)); m the EMA of the gradient{ahead}. Γ is not
-    needed. ``lr`` holds one rate per block."""
+    norm sqrt(min(rows, columns)); m the EMA of the gradient{ahead}.
+    Γ is not needed. ``lr`` holds one rate per block."""
 OPTIONS: tuple[str, ...] = ()
 REFRESH_OPTIONS: tuple[str, ...] = ("damping",)
 REFRESH_SUMMARY = """Whitening matrices W of all input factors."""
