@@ -13,7 +13,7 @@ from kfc_fx.codegen.options import Clip, UpdateSpec
 from kfc_fx.codegen.scaling import RULES, STEP_RULES, VECTOR_RULES
 from kfc_fx.codegen.update_graph import UpdateGraph, Value
 
-BOUND_TEXT = ", scaled by sqrt(clip / ν) where ν = vᵀ(F + γ)v > clip"
+BOUND_TEXT = ",\n    scaled by sqrt(clip / ν) where ν = vᵀ(F + γ)v > clip"
 CLIP_TEXTS: dict[Clip, str] = {
     "none": "",
     "factors": BOUND_TEXT,
