@@ -38,7 +38,7 @@ from kfc_fx.tools.terminal import output_console
 INTERRUPTED_EXIT_CODE = 130
 RESULTS = Path("benchmarks/train.json")
 QUICK_RESULTS = Path("benchmarks/train-quick.json")
-QUICK_SEARCH = SearchSpec(rates=2, widenings=0, seeds=1)
+QUICK_SEARCH = SearchSpec(rates=2, widenings=0, seeds=1, shortened=False)
 QUICK_SHARE = 2  # of a cell's steps
 QUICK_TASKS = ("kfc-cifar", "autoencoder", "gpt")
 DEFAULT_CENTRE = 0.01
@@ -112,7 +112,7 @@ def train(
         int | None, typer.Option("--workers", min=1, help="Runs at a time; by default one a core.")
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Of each run.")] = 1,
-    cost_rounds: Annotated[int, typer.Option(min=2, help="Turns that step costs take.")] = 3,
+    cost_rounds: Annotated[int, typer.Option(min=2, help="Turns that step costs take.")] = 2,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Tune every optimizer alike on every task, then compare steps, seconds, memory.
@@ -237,7 +237,7 @@ def _due_shortened(
     busy = {spec.cell for spec in active if spec.cell_steps is None}
     found = []
     for entry in entries:
-        if entry.optimizer in SHORTENED and entry.cell not in busy:
+        if search.shortened and entry.optimizer in SHORTENED and entry.cell not in busy:
             targets = list(rival_ends(file, entry.cell).values())
             found += next_shortened(entry, targets, search, file.runs)
     return [spec for spec in found if spec not in active]

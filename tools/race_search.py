@@ -13,12 +13,13 @@ from kfc_fx.tools.race_results import RunResult, RunSpec
 class SearchSpec:
     """How every optimizer is tuned: ``rates`` learning rates, each ``factor`` times the one
     before, around a centre; up to ``widenings`` more where the best is at an edge; the best
-    repeated until it has ``seeds`` runs."""
+    repeated until it has ``seeds`` runs; where ``shortened``, KFC's runs shortened in the end."""
 
     rates: int = 4
     factor: float = 3.0
     widenings: int = 2
     seeds: int = 3
+    shortened: bool = True
 
 
 @dataclass(frozen=True)

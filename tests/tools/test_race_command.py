@@ -223,5 +223,9 @@ def test_the_report_is_drawn_from_the_file_alone(tmp_path: Path) -> None:
     assert (tmp_path / "results-gpt-128-12.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_quick_has_fewer_rates_and_one_seed() -> None:
+def test_quick_has_fewer_rates_and_one_seed_and_shortens_nothing(tmp_path: Path) -> None:
     assert (QUICK_SEARCH.rates, QUICK_SEARCH.widenings, QUICK_SEARCH.seeds) == (2, 0, 1)
+    crew = Crew(by_distance)
+    run_all(ENTRIES, QUICK_SEARCH, ResultsFile(tmp_path / "quick.json"), crew, QUIET)
+    assert {spec.steps for spec in crew.made} == {12}
+    assert len(crew.made) == 2 * 2
