@@ -128,7 +128,8 @@ def test_spectral_steps_equal_the_algorithm_written_out(steps, input_factor, mom
 @pytest.mark.parametrize("clip", [None, 1e-3])
 def test_eigen_steps_equal_the_algorithm_written_out(steps, clip):
     found, expected, data = network(), network(), batches(steps)
-    options = {"lr": 0.05, "momentum": 0.8, "damping": 1e-3, "clip": clip}
+    # So slow that eleven steps do not blow up what eigenvectors are rounded by.
+    options = {"lr": 0.01, "momentum": 0.8, "damping": 1e-2, "clip": clip}
     run_kfc(found, data, scaling="eigen", factor_interval=1, **options)
     written_eigen(expected, data, beta2=0.95, refresh_at=(*range(9), 10), **options)
     assert_same(found, expected, 1e-6)
