@@ -93,7 +93,7 @@ def train(
     quick: Annotated[
         bool,
         typer.Option(
-            "--quick", help="Ten minutes: three tasks, one batch size, two rates, one seed."
+            "--quick", help="A short one: three tasks, one batch size, two rates, one seed."
         ),
     ] = False,
     length: Annotated[int, typer.Option(min=1, help="Times the steps of every task.")] = 1,

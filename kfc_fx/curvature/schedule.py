@@ -20,7 +20,7 @@ class Schedule:
 
     An interval T begins as one step and grows with the steps so far until it is T, at step
     ``GROWTH · T``: curvature changes by the share of training that has passed, and fastest at
-    the start. Of the default T = 20 that makes 19 early steps in 80. Before ``first_steps``
+    the start. Of the default T = 20 that makes 20 of the first 80 steps. Before ``first_steps``
     everything is due.
     """
 
