@@ -220,24 +220,22 @@ def run_all(
 def _due(
     entries: Sequence[Entry], search: SearchSpec, file: ResultsFile, active: set[RunSpec]
 ) -> list[RunSpec]:
-    return [
-        spec
-        for entry in entries
-        for spec in next_runs(
-            entry, CENTRES.get(entry.optimizer, DEFAULT_CENTRE), search, file.runs
-        )
-        if spec not in active
-    ]
+    return [spec for entry in entries for spec in _left(entry, search, file) if spec not in active]
+
+
+def _left(entry: Entry, search: SearchSpec, file: ResultsFile) -> list[RunSpec]:
+    """The runs of a search that can be made now or are on their way."""
+    return next_runs(entry, CENTRES.get(entry.optimizer, DEFAULT_CENTRE), search, file.runs)
 
 
 def _due_shortened(
     entries: Sequence[Entry], search: SearchSpec, file: ResultsFile, active: set[RunSpec]
 ) -> list[RunSpec]:
-    """In cells where no other run is left: the targets are known."""
-    busy = {spec.cell for spec in active if spec.cell_steps is None}
+    """In cells where every search is over: best rates and targets are known."""
+    unfinished = {entry.cell for entry in entries if _left(entry, search, file)}
     found = []
     for entry in entries:
-        if search.shortened and entry.optimizer in SHORTENED and entry.cell not in busy:
+        if search.shortened and entry.optimizer in SHORTENED and entry.cell not in unfinished:
             targets = list(rival_ends(file, entry.cell).values())
             found += next_shortened(entry, targets, search, file.runs)
     return [spec for spec in found if spec not in active]

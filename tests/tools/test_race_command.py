@@ -84,6 +84,27 @@ def test_a_race_that_was_stopped_makes_no_run_twice(tmp_path: Path) -> None:
     assert idle.made == []
 
 
+def test_runs_are_shortened_only_when_the_rates_of_their_cell_are_found(tmp_path: Path) -> None:
+    entries = [
+        Entry("gpt", 128, 15, "kfc-adam", cell_steps=60, seeds=1),
+        Entry("gpt", 128, 60, "sgd", seeds=1),
+    ]  # the crew keeps the first run, one of KFC's, to the last
+    crew = Crew(by_distance)
+    file = ResultsFile(tmp_path / "results.json")
+    seen: list[tuple[int, int]] = []
+    start = crew.start
+
+    def noting(spec: RunSpec, task: TaskSpec) -> None:
+        seen.append((spec.steps, len(file.runs)))
+        start(spec, task)
+
+    crew.start = noting  # type: ignore[method-assign]
+    run_all(entries, SearchSpec(), file, crew, QUIET)
+    shortened = [(steps, finished) for steps, finished in seen if steps < 15]
+    assert shortened
+    assert all(finished >= 8 for _, finished in shortened)  # four rates of each
+
+
 def test_a_run_that_fails_ends_its_own_search_only(tmp_path: Path) -> None:
     crew = Crew(lambda spec: "no memory" if spec.optimizer == "sgd" else by_distance(spec))
     file = ResultsFile(tmp_path / "results.json")
