@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 
 from kfc_fx.codegen import bases
@@ -9,7 +11,8 @@ from kfc_fx.codegen.bases import bases_of, basis_entries, refresh_bases, turn_mo
 from kfc_fx.codegen.bases import decompositions as decompositions
 from kfc_fx.codegen.context import Context
 from kfc_fx.codegen.layout import StackSpec
-from kfc_fx.codegen.matrices import gather, rotate
+from kfc_fx.codegen.matrices import rotate
+from kfc_fx.codegen.moments import first_moments, rotated_gradient, second_moments
 from kfc_fx.codegen.state_entry import StateEntry
 from kfc_fx.codegen.update_graph import Value
 
@@ -41,30 +44,30 @@ def refresh(context: Context, stack: StackSpec, *, first: bool) -> list[Value]:
     return failed
 
 
-def step(context: Context, stack: StackSpec) -> Value:
-    """``−lr Q_Γ [m̂ / (sqrt(v̂) + ε)] Q_Ωᵀ``."""
-    update, arguments = context.update, context.arguments
-    key, shape = stack.key, stack.matrix_shape
-    decay, count = context.option("second_moment_decay", stack), arguments["step"]
-    g = update.let(f"g_{key}", gather(update, stack, arguments["gradients"]), shape)
-    basis = bases_of(context, stack)
-    rotated = g
-    if basis:
-        rotated = update.let(f"rotated_{key}", rotate(update, stack, basis, g), shape)
-    v = update.call(torch.lerp, context.state("v", stack), rotated.square(), 1 - decay)
-    v = context.keep("v", stack, v)
-    ahead = rotated
-    if context.has_momentum(stack):
-        momentum = context.option("momentum", stack)
-        m = update.call(torch.lerp, context.state("m", stack), rotated, 1 - momentum)
-        m = context.keep("m", stack, m)
-        if context.steps_ahead(stack):
-            ahead = update.call(torch.lerp, rotated, m, momentum) / (1 - momentum ** (count + 1))
-        else:
-            ahead = m / (1 - momentum**count)
-        ahead = update.let(f"ahead_{key}", ahead, shape)
-    root = (v / (1 - decay**count)).sqrt()
-    scale = update.let(f"scale_{key}", root + context.option("eps", stack), shape)
-    scaled = update.let(f"scaled_{key}", ahead / scale, shape)
-    turned = rotate(update, stack, basis, scaled, back=True)
-    return context.step(stack, turned * -arguments["lr"][key])
+def steps(context: Context, stacks: Sequence[StackSpec]) -> Iterator[Value]:
+    """``−lr Q_Γ [m̂ / (sqrt(v̂) + ε)] Q_Ωᵀ``.
+
+    Both corrections are numbers, so they are applied to ε and to the rate:
+    ``m̂ / (sqrt(v̂) + ε) = (r / c) m / (sqrt(v) + r ε)`` with ``m̂ = m / c`` and ``v̂ = v / r²``.
+    """
+    update, arguments, one = context.update, context.arguments, stacks[0]
+    decay, count = context.option("second_moment_decay", one), arguments["step"]
+    found = [rotated_gradient(context, stack)[1] for stack in stacks]
+    update.section('both moments of all "adam" stacks')
+    rotated = update.named_list("rotated", found)
+    v = second_moments(context, stacks, rotated)
+    ahead = first_moments(context, stacks, rotated)
+    root = update.let("root", (1 - decay**count) ** 0.5)
+    scale = update.let_list("scale", update.call(torch._foreach_sqrt, v))
+    update.effect(torch._foreach_add_, scale, context.option("eps", one) * root)
+    scaled = update.let_list("scaled", update.call(torch._foreach_div, ahead, scale))
+    rate = -root
+    if context.has_momentum(one):
+        weights = count + 1 if context.steps_ahead(one) else count
+        rate = rate / (1 - context.option("momentum", one) ** weights)
+    rates = [arguments["lr"][stack.key] for stack in stacks]
+    rates = update.let("rates", update.call(torch._foreach_mul, rates, rate))
+    for index, stack in enumerate(stacks):
+        update.section(f"{stack.key}: step")
+        turned = rotate(update, stack, bases_of(context, stack), scaled[index], back=True)
+        yield context.step(stack, turned * rates[index])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-from kfc_fx.codegen.accumulate import describe
 from kfc_fx.codegen.context import Context
 from kfc_fx.codegen.generic import generic_steps
 from kfc_fx.codegen.layout import Scaling, StackSpec
@@ -41,9 +42,7 @@ def _precondition_graph(spec: UpdateSpec) -> UpdateGraph:
     views: dict[str, Value] = {}
     matrices: dict[str, Value] = {}
     momenta: dict[str, Value] = {}
-    for stack in _vector_stacks(spec):
-        update.section(describe(stack))
-        _, v = VECTOR_RULES[stack.scaling].direction(context, stack)
+    for stack, _, v in _directions(context):
         matrices[stack.key] = v
         views.update(scatter(update, stack, v))
         if spec.clip == "model" and context.has_momentum(stack):
@@ -58,14 +57,14 @@ def _apply_graph(spec: UpdateSpec) -> UpdateGraph:
     context = Context(update, spec, _arguments(update, spec))
     vectors = _vectors(context)
     steps: dict[str, Value] = {}
-    for stack in spec.stacks:
-        if stack.scaling in VECTOR_RULES:
-            update.section(f"{stack.key}: step")
-            matrix = _vector_step(context, stack, vectors[stack.key])
+    for scaling in spec.scalings:
+        stacks = spec.stacks_of(scaling)
+        if scaling in VECTOR_RULES:
+            found = _vector_steps(context, stacks, vectors)
         else:
-            update.section(describe(stack))
-            matrix = STEP_RULES[stack.scaling].step(context, stack)
-        steps.update(scatter(update, stack, matrix))
+            found = STEP_RULES[scaling].steps(context, stacks)
+        for stack, matrix in zip(stacks, found, strict=True):
+            steps.update(scatter(update, stack, matrix))
     return _finish(context, steps)
 
 
@@ -82,6 +81,16 @@ def _vector_stacks(spec: UpdateSpec) -> list[StackSpec]:
     return [stack for stack in spec.stacks if stack.scaling in VECTOR_RULES]
 
 
+def _directions(context: Context) -> Iterator[tuple[StackSpec, Value, Value]]:
+    """(stack, gradient, v) of all stacks that step by a vector."""
+    for scaling in context.spec.scalings:
+        if scaling in VECTOR_RULES:
+            stacks = context.spec.stacks_of(scaling)
+            found = VECTOR_RULES[scaling].directions(context, stacks)
+            for stack, (g, v) in zip(stacks, found, strict=True):
+                yield stack, g, v
+
+
 def _vectors(context: Context) -> dict[str, Value]:
     """v by stack, and how far it is scaled; with the clip from the factors, ν = −Σ lr ⟨∇, v⟩,
     since F v = −lr ∇."""
@@ -91,9 +100,7 @@ def _vectors(context: Context) -> dict[str, Value]:
         vectors = {stack.key: arguments["v"][stack.key] for stack in stacks}
     else:
         vectors, nu = {}, None
-        for stack in stacks:
-            update.section(describe(stack))
-            g, v = VECTOR_RULES[stack.scaling].direction(context, stack)
+        for stack, g, v in _directions(context):
             vectors[stack.key] = v
             part = -(arguments["lr"][stack.key] * g * v).sum()
             if stack.device != stacks[0].device:
@@ -109,18 +116,26 @@ def _vectors(context: Context) -> dict[str, Value]:
     return vectors
 
 
-def _vector_step(context: Context, stack: StackSpec, v: Value) -> Value:
+def _vector_steps(
+    context: Context, stacks: list[StackSpec], vectors: dict[str, Value]
+) -> Iterator[Value]:
     """``p ← momentum p + v``, and the step p or, ahead of it, ``momentum p + v``."""
+    update, one = context.update, stacks[0]
+    update.section(f'steps of all "{one.scaling}" stacks')
+    moved = update.named_list("vectors", [vectors[stack.key] for stack in stacks])
     scale = {"none": None, "model": "step_size"}.get(context.spec.clip, "clip_scale")
-    moved = context.arguments[scale] * v if scale else v
-    if context.has_momentum(stack):
-        momentum, v = context.option("momentum", stack), moved
-        moved = context.keep("p", stack, momentum * context.state("p", stack) + v)
-        if context.steps_ahead(stack):
-            moved = momentum * moved + v
-        elif not context.spec.partial:
-            return moved
-    return context.step(stack, moved)
+    if scale:
+        moved = update.call(torch._foreach_mul, moved, context.arguments[scale])
+        moved = update.let_list("scaled_vectors", moved)
+    if context.has_momentum(one):
+        momentum, v = context.option("momentum", one), moved
+        p = update.call(torch._foreach_mul, context.states("p", stacks), momentum)
+        moved = context.keep("p", stacks, update.call(torch._foreach_add, p, v))
+        if context.steps_ahead(one):
+            ahead = update.call(torch._foreach_mul, moved, momentum)
+            moved = update.let_list("ahead", update.call(torch._foreach_add, ahead, v))
+    for index, stack in enumerate(stacks):
+        yield context.step(stack, moved[index])
 
 
 def _options(spec: UpdateSpec, *, by_vector: bool = False) -> list[str]:

@@ -25,12 +25,8 @@ def basis_entries(stack: StackSpec) -> dict[str, StateEntry]:
 
 
 def bases_of(context: Context, stack: StackSpec) -> dict[str, Value]:
-    """The bases by factor, named."""
-    bases = {}
-    for factor, shape in stack.basis_shapes.items():
-        basis = context.state(f"q_{factor}", stack)
-        bases[factor] = context.update.let(f"q_{factor}_{stack.key}", basis, shape)
-    return bases
+    """The bases by factor."""
+    return {factor: context.state(f"q_{factor}", stack) for factor in stack.basis_shapes}
 
 
 def decompositions(context: Context, stack: StackSpec, *, first: bool) -> list[Decomposition]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -39,14 +40,24 @@ class Context:
         """Whether the momentum of a stack takes Nesterov's step ahead."""
         return stack.scaling in self.spec.nesterov
 
-    def keep(self, name: str, stack: StackSpec, new: Value) -> Value:
-        """Name a new state tensor shaped like the gradient, and return it from the function;
-        blocks that have no gradient in this step keep the old one."""
+    def states(self, name: str, stacks: Sequence[StackSpec]) -> list[Value]:
+        """A state tensor of each of several stacks."""
+        return [self.state(name, stack) for stack in stacks]
+
+    def keep(self, name: str, stacks: Sequence[StackSpec], new: Value) -> Value:
+        """Name a list of new state tensors shaped like the gradients, and return them from the
+        function; blocks that have no gradient in this step keep the old ones."""
         if self.spec.partial:
-            old = self.state(name, stack)
-            new = self.update.call(torch.where, self.arguments["active"][stack.key], new, old)
-        new = self.update.let(f"{name}_{stack.key}", new, stack.matrix_shape)
-        self.result[f"{name}_{stack.key}"] = new
+            found = self.update.let_list(f"new_{name}", new)
+            old = self.states(name, stacks)
+            kept = []
+            for i, stack in enumerate(stacks):
+                active = self.arguments["active"][stack.key]
+                kept.append(self.update.call(torch.where, active, found[i], old[i]))
+            new = self.update.call(list, tuple(kept))
+        new = self.update.let_list(name, new)
+        for i, stack in enumerate(stacks):
+            self.result[f"{name}_{stack.key}"] = new[i]
         return new
 
     def step(self, stack: StackSpec, step: Value) -> Value:

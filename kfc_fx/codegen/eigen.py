@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 
 from kfc_fx.codegen import bases
@@ -9,7 +11,8 @@ from kfc_fx.codegen.bases import bases_of, basis_entries, refresh_bases, turn_mo
 from kfc_fx.codegen.bases import decompositions as decompositions
 from kfc_fx.codegen.context import Context
 from kfc_fx.codegen.layout import StackSpec
-from kfc_fx.codegen.matrices import gather, rotate
+from kfc_fx.codegen.matrices import rotate
+from kfc_fx.codegen.moments import rotated_gradient, second_moments
 from kfc_fx.codegen.state_entry import StateEntry
 from kfc_fx.codegen.update_graph import Value
 
@@ -41,19 +44,20 @@ def refresh(context: Context, stack: StackSpec, *, first: bool) -> list[Value]:
     return failed
 
 
-def direction(context: Context, stack: StackSpec) -> tuple[Value, Value]:
-    """(gradient, v) of a stack."""
-    update, arguments = context.update, context.arguments
-    key, shape = stack.key, stack.matrix_shape
-    decay = context.option("second_moment_decay", stack)
-    g = update.let(f"g_{key}", gather(update, stack, arguments["gradients"]), shape)
-    basis = bases_of(context, stack)
-    rotated = g
-    if basis:
-        rotated = update.let(f"rotated_{key}", rotate(update, stack, basis, g), shape)
-    s = update.call(torch.lerp, context.state("v", stack), rotated.square(), 1 - decay)
-    s = context.keep("v", stack, s)
-    scale = s / (1 - decay ** arguments["step"]) + context.option("damping", stack)
-    scaled = update.let(f"scaled_{key}", rotated / scale, shape)
-    natural = rotate(update, stack, basis, scaled, back=True)
-    return g, update.let(f"vector_{key}", natural * -arguments["lr"][key], shape)
+def directions(context: Context, stacks: Sequence[StackSpec]) -> Iterator[tuple[Value, Value]]:
+    """(gradient, v) of each stack."""
+    update, arguments, one = context.update, context.arguments, stacks[0]
+    decay = context.option("second_moment_decay", one)
+    found = [rotated_gradient(context, stack) for stack in stacks]
+    update.section('second moments of all "eigen" stacks')
+    rotated = update.named_list("rotated", [r for _, r in found])
+    s = second_moments(context, stacks, rotated)
+    corrected = update.call(torch._foreach_div, s, 1 - decay ** arguments["step"])
+    scale = update.let_list("scale", corrected)
+    update.effect(torch._foreach_add_, scale, context.option("damping", one))
+    scaled = update.let_list("scaled", update.call(torch._foreach_div, rotated, scale))
+    for index, (stack, (g, _)) in enumerate(zip(stacks, found, strict=True)):
+        update.section(f"{stack.key}: v")
+        natural = rotate(update, stack, bases_of(context, stack), scaled[index], back=True)
+        v = natural * -arguments["lr"][stack.key]
+        yield g, update.let(f"vector_{stack.key}", v, stack.matrix_shape)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from kfc_fx.codegen.context import Context
 from kfc_fx.codegen.decompositions import Decomposition
 from kfc_fx.codegen.layout import StackSpec
-from kfc_fx.codegen.matrices import gather, rotate_input
+from kfc_fx.codegen.matrices import rotate_input
+from kfc_fx.codegen.moments import stacked_gradient
 from kfc_fx.codegen.state_entry import StateEntry
 from kfc_fx.codegen.update_graph import Value
 from kfc_fx.curvature.inverse import damped_inverses, separable_damped_inverses
@@ -60,11 +63,15 @@ def refresh(context: Context, stack: StackSpec, *, first: bool) -> list[Value]:
     return [lost]
 
 
-def direction(context: Context, stack: StackSpec) -> tuple[Value, Value]:
-    """(gradient, v = −lr Γ⁻¹ ∇ Ω⁻¹) of a stack."""
-    update, arguments = context.update, context.arguments
-    key, shape = stack.key, stack.matrix_shape
-    g = update.let(f"g_{key}", gather(update, stack, arguments["gradients"]), shape)
+def directions(context: Context, stacks: Sequence[StackSpec]) -> Iterator[tuple[Value, Value]]:
+    """(gradient, v = −lr Γ⁻¹ ∇ Ω⁻¹) of each stack."""
+    for stack in stacks:
+        g = stacked_gradient(context, stack)
+        yield g, _direction(context, stack, g)
+
+
+def _direction(context: Context, stack: StackSpec, g: Value) -> Value:
+    update, key, shape = context.update, stack.key, stack.matrix_shape
     inverse = context.state("gamma_inverse", stack)
     left = inverse * g if stack.forms.output == "diagonal" else inverse @ g
     if stack.forms.input == "diagonal":
@@ -77,7 +84,7 @@ def direction(context: Context, stack: StackSpec) -> tuple[Value, Value]:
         scaled = rotated * context.state("input_scale", stack)
         scaled = update.let(f"scaled_{key}", scaled, shape)
         natural = rotate_input(update, stack, bases, scaled, back=True)
-    return g, update.let(f"vector_{key}", natural * -arguments["lr"][key], shape)
+    return update.let(f"vector_{key}", natural * -context.arguments["lr"][key], shape)
 
 
 def _inverse_entry(stack: StackSpec, factor: str) -> StateEntry:

@@ -61,6 +61,10 @@ class UpdateSpec:
         """Those in use, in the order of their first stack."""
         return tuple(dict.fromkeys(stack.scaling for stack in self.stacks))
 
+    def stacks_of(self, scaling: Scaling) -> list[StackSpec]:
+        """The stacks of one scaling."""
+        return [stack for stack in self.stacks if stack.scaling == scaling]
+
     def option(self, name: str, scaling: Scaling) -> str:
         """The argument that holds an option of a scaling: ``damping``, or where several scalings
         are in use ``damping_spectral``."""

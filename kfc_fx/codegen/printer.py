@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import math
 import operator
 import textwrap
 from collections.abc import Callable, Sequence
@@ -187,22 +188,30 @@ def _deaths(graph: fx.Graph) -> dict[fx.Node, list[str]]:
         section_of[node] = section
         if "statement" in node.meta:
             last[section] = node
+    needed: dict[fx.Node, float] = {}
+    for node in reversed(graph.nodes):
+        needed[node] = max((_needed_in(user, section_of, needed) for user in node.users), default=0)
     deaths: dict[fx.Node, list[str]] = {}
     for node in graph.nodes:
-        named = "statement" in node.meta and prod(node.meta.get("shape", ())[1:]) > 1
-        if named and last[section_of[node]] is not node and _dies_in(node, section_of):
-            deaths.setdefault(last[section_of[node]], []).append(node.name)
+        end = last.get(needed[node])  # type: ignore[call-overload]
+        if end is not None and end is not node and _is_large(node):
+            deaths.setdefault(end, []).append(node.name)
     return deaths
 
 
-def _dies_in(node: fx.Node, section_of: dict[fx.Node, int]) -> bool:
-    """Whether every use of a value, through expressions and views too, is in its section."""
-    for user in node.users:
-        if user.op == "output" or section_of[user] != section_of[node]:
-            return False
-        if "statement" not in user.meta and not _dies_in(user, section_of):
-            return False
-    return True
+def _is_large(node: fx.Node) -> bool:
+    named = "statement" in node.meta and "effect" not in node.meta
+    return named and ("large" in node.meta or prod(node.meta.get("shape", ())[1:]) > 1)
+
+
+def _needed_in(
+    user: fx.Node, section_of: dict[fx.Node, int], needed: dict[fx.Node, float]
+) -> float:
+    """The section up to which a use needs its value: that of the statement it stands in, and
+    forever where it is returned."""
+    if user.op == "output":
+        return math.inf
+    return section_of[user] if "statement" in user.meta else max(section_of[user], needed[user])
 
 
 def _delete(names: Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from kfc_fx.codegen import adam, eigen, inverse, spectral
@@ -40,15 +41,18 @@ class ScalingRule(Protocol):
 class StepRule(ScalingRule, Protocol):
     """A scaling that computes its step at once."""
 
-    def step(self, context: Context, stack: StackSpec) -> Value:
-        """The step of a stack, shaped like its gradient."""
+    def steps(self, context: Context, stacks: Sequence[StackSpec]) -> Iterator[Value]:
+        """The step of each stack of the scaling, shaped like its gradient; its code is complete
+        when it is yielded."""
 
 
 class VectorRule(ScalingRule, Protocol):
     """A scaling that adds to a momentum a vector v, which ν = vᵀ(F + γ)v bounds first."""
 
-    def direction(self, context: Context, stack: StackSpec) -> tuple[Value, Value]:
-        """The gradient of a stack and its v."""
+    def directions(
+        self, context: Context, stacks: Sequence[StackSpec]
+    ) -> Iterator[tuple[Value, Value]]:
+        """The gradient of each stack of the scaling and its v."""
 
 
 STEP_RULES: dict[Scaling, StepRule] = {"adam": adam, "spectral": spectral}

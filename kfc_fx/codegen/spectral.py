@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ import torch
 from kfc_fx.codegen.context import Context
 from kfc_fx.codegen.decompositions import Decomposition, decomposed
 from kfc_fx.codegen.layout import StackSpec
-from kfc_fx.codegen.matrices import gather, rotate_input
+from kfc_fx.codegen.matrices import rotate_input
+from kfc_fx.codegen.moments import first_moments, stacked_gradient
 from kfc_fx.codegen.state_entry import StateEntry
 from kfc_fx.codegen.update_graph import Value
 from kfc_fx.curvature.polar import polar_factor, polar_factor_by_gram
@@ -75,19 +76,20 @@ def refresh(context: Context, stack: StackSpec, *, first: bool) -> list[Value]:
     return failed
 
 
-def step(context: Context, stack: StackSpec) -> Value:
+def steps(context: Context, stacks: Sequence[StackSpec]) -> Iterator[Value]:
     """``−lr polar(m W) Wᵀ``, scaled."""
+    update = context.update
+    found = [stacked_gradient(context, stack) for stack in stacks]
+    update.section('momentum of all "spectral" stacks')
+    ahead = first_moments(context, stacks, update.named_list("gradients_of_stacks", found))
+    for index, stack in enumerate(stacks):
+        update.section(f"{stack.key}: step")
+        yield _step(context, stack, ahead[index])
+
+
+def _step(context: Context, stack: StackSpec, ahead: Value) -> Value:
     update, arguments = context.update, context.arguments
     key, shape = stack.key, stack.matrix_shape
-    g = update.let(f"g_{key}", gather(update, stack, arguments["gradients"]), shape)
-    ahead = g
-    if context.has_momentum(stack):
-        momentum = context.option("momentum", stack)
-        m = update.call(torch.lerp, context.state("m", stack), g, 1 - momentum)
-        m = context.keep("m", stack, m)
-        ahead = m
-        if context.steps_ahead(stack):
-            ahead = update.let(f"ahead_{key}", update.call(torch.lerp, g, m, momentum), shape)
     whitening = {name: context.state(f"w_{name}", stack) for name in stack.factor_shapes}
     if stack.has_bias_apart:
         whitening["bias"] = context.state("w_bias", stack)

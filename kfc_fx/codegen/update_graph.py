@@ -45,6 +45,13 @@ class UpdateGraph:
         value.node._rename(name)
         return value
 
+    def let_list(self, name: str, values: Value) -> Value:
+        """Name a list of large values."""
+        self._statement(values.node, None)
+        values.node._rename(name)
+        values.node.meta["large"] = True
+        return values
+
     def let_tuple(self, names: Sequence[str], value: Value) -> tuple[Value, ...]:
         """Unpack a call that returns a tuple into named values."""
         self._statement(value.node, None)
@@ -63,7 +70,7 @@ class UpdateGraph:
 
     def named_list(self, name: str, values: Sequence[Value]) -> Value:
         """A list that is used more than once."""
-        return self.let(name, self.call(list, tuple(values)))
+        return self.let_list(name, self.call(list, tuple(values)))
 
     def finish(self, result: Any) -> UpdateGraph:
         """Return ``result``, a nest of dicts and lists of values."""
