@@ -64,10 +64,18 @@ def launches(device: torch.device) -> dict[str, int]:
     return found
 
 
-def resnet50_shaped() -> nn.Module:
-    """The layers of ResNet-50 in a row: its 161 parameters, without its connections."""
-    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
-    width, before = 64, 64
+def resnet50_shaped(width: int = 64) -> nn.Module:
+    """The layers of ResNet-50 in a row: its 161 parameters, without its connections.
+
+    Args:
+        width: channels of the first layer, 64 in ResNet-50; all others are in proportion.
+    """
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, width, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+    ]
+    before = width
     for stage, blocks in enumerate((3, 4, 6, 3)):
         for block in range(blocks):
             after = 4 * width
@@ -80,7 +88,7 @@ def resnet50_shaped() -> nn.Module:
                 layers += [nn.BatchNorm2d(outputs), nn.ReLU()]
             before = after
         width *= 2
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, 1000))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 1000))
 
 
 def _resnet50_training(device: torch.device, graph: bool) -> tuple[kfc_fx.KFC, Callable[[], None]]:
