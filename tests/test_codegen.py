@@ -140,3 +140,30 @@ def test_what_is_too_wide_for_a_line_means_the_same(build, expected):
     exec(text, namespace)
     found = namespace["wide"]({keys["a"]: torch.ones(1), keys["b"]: torch.full((1,), 3.0)})
     assert found.item() == expected
+
+
+def test_large_values_live_no_longer_than_the_section_that_needs_them_last():
+    update = UpdateGraph("sections", "Values of one section that another needs.")
+    x = update.argument("x")
+    update.section("first")
+    alone = update.let("alone", x + 1, (2, 3))
+    shared = update.let("shared", alone * 2, (2, 3))
+    update.section("second")
+    both = update.let_list("both", update.call(torch._foreach_mul, [shared, shared], 2))
+    rate = update.let("rate", shared.sum())
+    update.section("third")
+    kept = update.let("kept", both[0].T * rate, (3, 2))
+    scratch = update.let("scratch", kept * 2, (3, 2))
+    update.section("last")
+    update.effect(torch._foreach_add_, [x], [scratch.T])
+    text, _ = print_function(update.finish({"kept": kept}))
+    deleted = {
+        part.split("\n")[0]: part.partition("    del ")[2].split("\n")[0]
+        for part in text.split("    # ")[1:]
+    }
+    assert deleted == {"first": "alone", "second": "shared", "third": "both", "last": "scratch"}
+    namespace = {"torch": torch}
+    exec(text, namespace)
+    given = torch.ones(2, 3)
+    assert namespace["sections"](given)["kept"].unique().tolist() == [8.0 * 24.0]
+    assert given.unique().tolist() == [1 + 2 * 8.0 * 24.0]
