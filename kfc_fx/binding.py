@@ -142,6 +142,7 @@ def update_spec(
         generic_rule=options.generic_rule,
         momentum=tuple(kept),
         nesterov=tuple(s for s in kept if s != "generic" and options.nesterov_of(s)),
+        orthogonalise=options.orthogonalise > 0 and "adam" in scalings,
         weight_decay=any(group["weight_decay"] for group in groups.values()),
         clip=options.clipping if scalings & set(VECTOR_RULES) else "none",
         average=options.average is not None,
@@ -152,6 +153,7 @@ def update_spec(
         ),
         partial=False,
         orthogonal_iteration_from=ORTHOGONAL_ITERATION_FROM,
+        factors_in_basis=options.factor_interval == options.inverse_interval,
     )
 
 
@@ -253,6 +255,7 @@ def option_arguments(
             "damping": options.damping_of(scaling),
             "second_moment_decay": options.second_moment_decay,
             "eps": options.eps,
+            "orthogonalise": options.orthogonalise,
         }
         if scaling == "inverse" and inverse_damping is not None:
             own["damping"] = inverse_damping

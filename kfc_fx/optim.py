@@ -88,6 +88,9 @@ class KFC(torch.optim.Optimizer):
             whose dense Ω is wide.
         second_moment_decay: decay of the second moment ("adam", "eigen").
         eps: ε of "adam".
+        orthogonalise: how far "adam" moves the scaled gradient of a matrix, ``m̂ / (sqrt(v̂) + ε)``,
+            from itself (0) to its polar factor (1), the nearest semi-orthogonal matrix, which Muon
+            takes of the momentum; the Frobenius norm stays.
         generic: rule for parameters without a block, ``"adamw"`` or ``"sgd"``; by default
             "adamw" beside "adam" and "spectral", "sgd" beside the others. With "spectral" the
             tables of embeddings, norms and sides beyond the limit of a dense factor are generic.
@@ -134,6 +137,7 @@ class KFC(torch.optim.Optimizer):
         input_factor: str = "auto",
         second_moment_decay: float = 0.95,
         eps: float = 1e-8,
+        orthogonalise: float = 0.7,
         generic: str | None = None,
         generic_lr_ratio: float | None = None,
         masters: bool = False,
@@ -166,6 +170,7 @@ class KFC(torch.optim.Optimizer):
             input_factor=input_factor,  # type: ignore[arg-type]
             second_moment_decay=second_moment_decay,
             eps=eps,
+            orthogonalise=orthogonalise,
             generic=generic,  # type: ignore[arg-type]
             generic_lr_ratio=generic_lr_ratio,
             masters=masters,
@@ -413,7 +418,8 @@ class KFC(torch.optim.Optimizer):
             diagnostics.statistics_steps += 1
         elif self.compiled.recorder.armed:
             self._note_missed(step)
-        if not engine.started or self.schedule.refresh_due(step):
+        at_once = engine.spec.factors_in_basis and bool(statistics.sums)
+        if not engine.started or at_once or self.schedule.refresh_due(step):
             with diagnostics.timed("refresh"):
                 failed = engine.refresh(self._option_arguments(engine))
             diagnostics.count("inverse_failures", failed, UNDECOMPOSED)

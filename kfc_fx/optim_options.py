@@ -75,6 +75,7 @@ class KFCOptions:
     input_factor: InputFactorOption
     second_moment_decay: float
     eps: float
+    orthogonalise: float
     generic: GenericRule | None
     generic_lr_ratio: float | None
     masters: bool
@@ -134,6 +135,8 @@ class KFCOptions:
             raise OptionError(
                 f"adapt_damping is for scaling='inverse', got {' and '.join(self.scalings)}"
             )
+        if not 0 <= self.orthogonalise <= 1:
+            raise OptionError(f"orthogonalise must be in [0, 1], got {self.orthogonalise!r}")
         if not self.eps > 0:
             raise OptionError(f"eps must be positive, got {self.eps!r}")
         ratio = self.generic_lr_ratio

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 import kfc_fx
 from kfc_fx import binding
 from kfc_fx.codegen import decompositions
+from kfc_fx.codegen.statistics import screen
+from kfc_fx.curvature.recorder import Statistics
 
 SCALINGS = ("adam", "spectral", "eigen")
 
@@ -65,7 +67,8 @@ def test_failures_are_told_of_the_block_that_failed(monkeypatch):
     opt, _ = trained("adam")
     engine = opt.engine
     key = next(stack.key for stack in engine.spec.stacks if "9" in stack.spans)
-    engine.state[f"gamma_{key}"] = torch.full_like(engine.state[f"gamma_{key}"], float("nan"))
+    engine.state[f"eigenvalues_gamma_{key}"].fill_(float("nan"))
+    engine.accumulate(screen(Statistics(), engine.spec.stacks, 0.5))
     engine.started = False
     assert engine.refresh(opt._option_arguments(engine)) == ["9"]
 

@@ -123,8 +123,11 @@ def test_first_statistics_that_are_not_finite_are_dropped_and_later_ones_repair(
     first.step()
     assert opt.diagnostics.dropped_statistics == {"0": 1, "1": 1, "3": 1, "6": 1}
     for name, expected in first.factors.items():
-        torch.testing.assert_close(opt.factors[name].gamma, expected.gamma)
-        torch.testing.assert_close(opt.factors[name].omega, expected.omega)
+        for found, wanted in (
+            (opt.factors[name].gamma, expected.gamma),
+            (opt.factors[name].omega, expected.omega),
+        ):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=4e-6 * float(wanted.max()))
 
 
 @pytest.mark.parametrize("statistic", ["omega", "gamma"])

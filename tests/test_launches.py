@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kfc_fx
 from kfc_fx import binding
+from kfc_fx.codegen import orthogonal
 from kfc_fx.codegen.layout import StackSpec, stack_blocks
 from kfc_fx.tools.gpu_graph import resnet50_shaped
 
@@ -62,12 +64,15 @@ def ops_of_a_step(network: nn.Module, **options) -> DispatchedOps:
     raise AssertionError("every step had statistics or a refresh")
 
 
-def test_a_step_of_resnet50_dispatches_a_tenth_of_a_loop_over_layers(monkeypatch):
+@pytest.mark.parametrize(("share", "fewer"), [(0.0, 10), (0.7, 8)])
+def test_a_step_of_resnet50_dispatches_a_fraction_of_a_loop_over_layers(share, fewer, monkeypatch):
     """Channels are an eighth: their number changes nothing but the time this takes."""
     torch.manual_seed(0)
     network = resnet50_shaped(8)
     assert len(list(network.parameters())) == 161
-    together = ops_of_a_step(network, input_factor="separable").calls
+    options = {"input_factor": "separable", "orthogonalise": share}
+    together = ops_of_a_step(network, **options).calls
     monkeypatch.setattr(binding, "stack_blocks", apart)
-    loop = ops_of_a_step(network, input_factor="separable").tensors
-    assert together <= loop / 10, (together, loop)
+    monkeypatch.setattr(orthogonal, "shared", lambda stack: stack.key)
+    loop = ops_of_a_step(network, **options).tensors
+    assert together <= loop / fewer, (together, loop)

@@ -183,7 +183,10 @@ def test_input_factors_are_those_of_the_other_scalings():
             found[scaling] = opt.factors
         assert found["spectral"]
         for name, factors in found["spectral"].items():
-            torch.testing.assert_close(factors.omega, found["adam"][name].omega)
+            rounding = 2e-6 * float(factors.omega.max())  # of "adam", which keeps eigenvalues
+            torch.testing.assert_close(
+                found["adam"][name].omega, factors.omega, rtol=0, atol=rounding
+            )
 
 
 class EveryKind(nn.Module):

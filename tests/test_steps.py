@@ -47,7 +47,22 @@ def written_inverse(net, data, *, lr, damping, clip, momentum, separable, nester
     return nu, scale
 
 
-def written_adam(net, data, *, lr, momentum, beta2, eps, refresh_at, separable, nesterov=True):
+def towards_polar(matrix: torch.Tensor, share: float) -> torch.Tensor:
+    """By what the polynomials make of each singular value."""
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    norm = s.square().sum(1, keepdim=True).sqrt()
+    own, polar = s / norm, s / norm
+    for _ in range(3):
+        polar = 3.4445 * polar - 4.7750 * polar**3 + 2.0315 * polar**5
+    polar = polar / polar.square().sum(1, keepdim=True).sqrt()
+    mixed = share * polar + (1 - share) * own
+    mixed = mixed * norm / mixed.square().sum(1, keepdim=True).sqrt()
+    return u * mixed[:, None, :] @ vh
+
+
+def written_adam(
+    net, data, *, lr, momentum, beta2, eps, refresh_at, separable, nesterov=True, share=0.7
+):
     """Adam in the eigenbasis; m in the original coordinates, v turned with the basis."""
     plain = WrittenOut(net, separable)
     m, v, basis = {}, {}, {}
@@ -74,6 +89,8 @@ def written_adam(net, data, *, lr, momentum, beta2, eps, refresh_at, separable, 
             scaled = (
                 q_gamma.mT @ ahead @ q_omega / ((v[name] / (1 - beta2 ** (step + 1))).sqrt() + eps)
             )
+            if min(scaled.shape[1:]) > 1:
+                scaled = towards_polar(scaled, share)
             plain.add(name, -lr * q_gamma @ scaled @ q_omega.mT)
 
 
@@ -98,12 +115,28 @@ def test_inverse_steps_equal_the_algorithm_written_out(steps, clip, input_factor
 
 @pytest.mark.parametrize("steps", [1, 11])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_adam_steps_equal_the_algorithm_written_out(steps, momentum):
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_adam_steps_equal_the_algorithm_written_out(steps, momentum, share):
     found, expected, data = network(), network(), batches(steps)
-    run_kfc(found, data, lr=0.01, momentum=momentum, factor_interval=1, inverse_interval=10)
+    run_kfc(
+        found, data, lr=0.01, momentum=momentum, factor_interval=1, inverse_interval=10,
+        orthogonalise=share,
+    )  # fmt: skip
     written_adam(
         expected, data, lr=0.01, momentum=momentum, beta2=0.95, eps=1e-8,
-        refresh_at=(*range(9), 10), separable=False,
+        refresh_at=(*range(9), 10), separable=False, share=share,
+    )  # fmt: skip
+    assert_same(found, expected, 1e-6)
+
+
+def test_factors_kept_in_their_bases_change_nothing_where_these_are_decomposed():
+    """Equal intervals: an EMA is Q and the diagonal of Qᵀ F Q between two statistics."""
+    found, expected, data = network(), network(), batches(6)
+    opt = run_kfc(found, data, lr=0.01, factor_interval=1, inverse_interval=1)
+    assert not [name for name in opt.engine.state if name.startswith(("omega", "gamma"))]
+    written_adam(
+        expected, data, lr=0.01, momentum=0.9, beta2=0.95, eps=1e-8,
+        refresh_at=range(6), separable=False,
     )  # fmt: skip
     assert_same(found, expected, 1e-6)
 

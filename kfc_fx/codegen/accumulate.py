@@ -7,18 +7,23 @@ import torch
 from kfc_fx.codegen.layout import StackSpec
 from kfc_fx.codegen.options import UpdateSpec
 from kfc_fx.codegen.update_graph import UpdateGraph, Value
+from kfc_fx.curvature.eigenbasis import from_basis
 
 SUMMARY = """EMA of the factors: Ω = Σ a aᵀ / N and Γ = Σ g gᵀ / (N |T|).
 
     ``statistics`` holds the sums by "block.factor", ``examples`` is N, ``rows`` N |T| per block.
     ``rate`` is 1 − decay, and 0 for a block without a statistic in this step; ``mass`` is the sum
-    of the weights in the EMA, by which a factor is divided when it is used (bias correction).
-    """
+    of the weights in the EMA, by which a factor is divided when it is used (bias correction)."""
+IN_BASIS = """
+
+    Between a refresh and the next statistic an EMA F is its eigenbasis Q and the diagonal of
+    Qᵀ F Q."""
 
 
 def accumulate_graph(spec: UpdateSpec) -> UpdateGraph:
     """``accumulate(statistics, examples, rows, rate, state) -> new state entries``."""
-    update = UpdateGraph("accumulate", SUMMARY)
+    in_basis = any(spec.factors_in_basis_of(stack) for stack in spec.stacks)
+    update = UpdateGraph("accumulate", SUMMARY + IN_BASIS * in_basis + "\n    ")
     names = ("statistics", "examples", "rows", "rate", "state")
     statistics, examples, rows, rate, state = (update.argument(name) for name in names)
     result: dict[str, Value] = {}
@@ -30,9 +35,12 @@ def accumulate_graph(spec: UpdateSpec) -> UpdateGraph:
             total = parts[0] if len(parts) == 1 else update.call(torch.cat, parts)
             count = rows[key] if factor == "gamma" else examples
             fresh = update.let(f"{factor}_{key}", total / count, shape)
-            result[f"{factor}_{key}"] = update.call(
-                torch.lerp, state[f"{factor}_{key}"], fresh, rate[key]
-            )
+            if factor in spec.factors_in_basis_of(stack):
+                basis, values = state[f"q_{factor}_{key}"], state[f"eigenvalues_{factor}_{key}"]
+                before = update.call(from_basis, basis, values)
+            else:
+                before = state[f"{factor}_{key}"]
+            result[f"{factor}_{key}"] = update.call(torch.lerp, before, fresh, rate[key])
         mass = state[f"mass_{key}"]
         result[f"mass_{key}"] = mass + rate[key] * (1 - mass)
         if stack.has_bias_apart:

@@ -13,13 +13,14 @@ from kfc_fx.codegen.context import Context
 from kfc_fx.codegen.layout import StackSpec
 from kfc_fx.codegen.matrices import rotate
 from kfc_fx.codegen.moments import first_moments, rotated_gradient, second_moments
+from kfc_fx.codegen.orthogonal import orthogonalised
 from kfc_fx.codegen.state_entry import StateEntry
 from kfc_fx.codegen.update_graph import Value
 
 SUMMARY = """Adam in the eigenbasis of Ω ⊗ Γ.
 
     Both moments live in the basis, and ``refresh`` turns them with it; both are
-    bias-corrected{ahead}.
+    bias-corrected{ahead}{orthogonal}.
     ``step`` counts from one, ``lr`` holds one rate per block."""
 OPTIONS: tuple[str, ...] = ("step", "second_moment_decay", "eps")
 REFRESH_OPTIONS: tuple[str, ...] = ()
@@ -61,6 +62,8 @@ def steps(context: Context, stacks: Sequence[StackSpec]) -> Iterator[Value]:
     scale = update.let_list("scale", update.call(torch._foreach_sqrt, v))
     update.effect(torch._foreach_add_, scale, context.option("eps", one) * root)
     scaled = update.let_list("scaled", update.call(torch._foreach_div, ahead, scale))
+    if context.spec.orthogonalise:
+        scaled = orthogonalised(context, stacks, scaled)
     rate = -root
     if context.has_momentum(one):
         weights = count + 1 if context.steps_ahead(one) else count

@@ -21,6 +21,8 @@ CLIP_TEXTS: dict[Clip, str] = {
     "exact": BOUND_TEXT,
     "model": ", scaled by the step size that the quadratic model is least at",
 }
+ORTHOGONAL_TEXT = """. What is scaled of a
+    matrix moves towards its polar factor by the share ``orthogonalise``, its norm stays"""
 PRECONDITION_SUMMARY = "The vectors v of blocks that step by one, before they are scaled."
 
 
@@ -73,6 +75,7 @@ def _summary(spec: UpdateSpec, scaling: Scaling) -> str:
     return RULES[scaling].SUMMARY.format(
         clip=CLIP_TEXTS[spec.clip],
         ahead=", with Nesterov's step ahead" if ahead else "",
+        orthogonal=ORTHOGONAL_TEXT if spec.orthogonalise else "",
         moved="momentum p + v" if ahead else "p",
     )
 
@@ -147,6 +150,7 @@ def _options(spec: UpdateSpec, *, by_vector: bool = False) -> list[str]:
             continue
         own = ["momentum"] if scaling in spec.momentum and not by_vector else []
         own += [name for name in rule.OPTIONS if name != "step"]
+        own += ["orthogonalise"] * (scaling == "adam" and spec.orthogonalise)
         names += [spec.option(name, scaling) for name in own]
         names += ["step"] * ("step" in rule.OPTIONS and "step" not in names)
     return names

@@ -8,9 +8,10 @@ from kfc_fx.codegen.context import Context
 from kfc_fx.codegen.decompositions import Decomposition, decomposed
 from kfc_fx.codegen.layout import StackSpec
 from kfc_fx.codegen.matrices import rotate, transposed
+from kfc_fx.codegen.options import UpdateSpec
 from kfc_fx.codegen.state_entry import StateEntry
 from kfc_fx.codegen.update_graph import Value
-from kfc_fx.curvature.eigenbasis import eigenbasis
+from kfc_fx.curvature.eigenbasis import eigenbasis, in_basis
 from kfc_fx.curvature.orthogonal_iteration import orthogonal_iteration
 
 START_SUMMARY = "Eigenbases of all factors, from scratch."
@@ -22,6 +23,12 @@ REFRESH_SUMMARY = """Bases of all factors, and the moments turned into them.
 def basis_entries(stack: StackSpec) -> dict[str, StateEntry]:
     """State of the bases."""
     return {f"q_{name}": StateEntry(s, "identity") for name, s in stack.basis_shapes.items()}
+
+
+def eigenvalue_entries(spec: UpdateSpec, stack: StackSpec) -> dict[str, StateEntry]:
+    """State of the factors that are kept in their bases."""
+    shapes = {name: stack.basis_shapes[name] for name in spec.factors_in_basis_of(stack)}
+    return {f"eigenvalues_{n}": StateEntry((s[0], 1, s[2]), "zeros") for n, s in shapes.items()}
 
 
 def bases_of(context: Context, stack: StackSpec) -> dict[str, Value]:
@@ -48,8 +55,13 @@ def refresh_bases(context: Context, stack: StackSpec, *, first: bool) -> list[Va
     update, result = context.update, context.result
     failed: list[Value] = []
     for wanted in decompositions(context, stack, first=first):
-        result[wanted.key], lost = decomposed(context, wanted)
+        basis, lost = decomposed(context, wanted)
+        result[wanted.key] = basis
         failed.append(lost)
+        if wanted.factor in context.spec.factors_in_basis_of(stack):
+            name = f"eigenvalues_{wanted.factor}_{stack.key}"
+            values = update.call(in_basis, context.state(wanted.factor, stack), basis)
+            result[name] = update.let(name, values, (stack.depth, 1, wanted.side))
     if not failed:  # both factors are diagonal: nothing can fail
         failed.append(update.call(torch.zeros_like, context.state("mass", stack)[:, 0, 0]) != 0)
     return failed

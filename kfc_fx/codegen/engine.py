@@ -22,6 +22,7 @@ from kfc_fx.codegen.source import UpdateProgram
 from kfc_fx.codegen.state import stacked_state, state_by_block
 from kfc_fx.codegen.static_step import StaticStep
 from kfc_fx.codegen.statistics import ScreenedStatistics
+from kfc_fx.curvature.eigenbasis import from_basis
 from kfc_fx.curvature.factors import Factors
 
 GENERIC_STATE = ("generic_m", "generic_v")
@@ -93,6 +94,15 @@ class UpdateEngine:
         return [block for stack in self.spec.stacks for block in stack.blocks]
 
     @property
+    def _factors_in_basis(self) -> list[str]:
+        """Keys of the factors that are written out only from ``accumulate`` to ``refresh``."""
+        return [
+            f"{factor}_{stack.key}"
+            for stack in self.spec.stacks
+            for factor in self.spec.factors_in_basis_of(stack)
+        ]
+
+    @property
     def program(self) -> UpdateProgram:
         """The program for a step in which every parameter has a gradient."""
         return self.program_for(self.spec)
@@ -120,11 +130,16 @@ class UpdateEngine:
         Args:
             arguments: values for the generated function's arguments besides the state.
         """
+        in_basis = self._factors_in_basis
+        if in_basis and in_basis[0] not in self.state:
+            return []  # no statistics since the last refresh: it would change nothing
         functions = self.program.functions
         name = "start" if "start" in functions and not self.started else "refresh"
         with record_function("kfc_fx::refresh"):
             fresh, failed = self._call(self.program, name, {**arguments, "state": self.state})
         self.state |= fresh
+        for key in in_basis:
+            del self.state[key]
         self.started = True
         return self._failed_blocks(failed)
 
@@ -235,6 +250,9 @@ class UpdateEngine:
         start, stop = stack.spans[block]
 
         def corrected(name: str) -> Tensor | None:
+            if name in self.spec.factors_in_basis_of(stack):
+                own = (self.state[f"{n}_{name}_{stack.key}"] for n in ("q", "eigenvalues"))
+                return from_basis(*(tensor[start:stop] for tensor in own)) / mass
             value = self.state.get(f"{name}_{stack.key}")
             return None if value is None else value[start:stop] / mass
 

@@ -35,6 +35,8 @@ class UpdateSpec:
     """The scalings whose blocks keep a momentum, and whether generic parameters do."""
     nesterov: tuple[Scaling, ...]
     """The scalings whose momentum takes Nesterov's step ahead."""
+    orthogonalise: bool
+    """Whether "adam" moves what it has scaled towards its polar factor."""
     weight_decay: bool
     clip: Clip
     average: bool
@@ -44,6 +46,9 @@ class UpdateSpec:
     """Whether some block has no gradient in this step, so that updates must be masked."""
     orthogonal_iteration_from: int
     """Sides at least this wide refresh their basis by orthogonal iteration, not ``eigh``."""
+    factors_in_basis: bool
+    """Whether the EMA of a factor that has an eigenbasis Q is kept as Q and the diagonal of
+    ``Qᵀ F Q``. Every statistic must be followed by a refresh then."""
 
     @property
     def pauses(self) -> bool:
@@ -64,6 +69,13 @@ class UpdateSpec:
     def stacks_of(self, scaling: Scaling) -> list[StackSpec]:
         """The stacks of one scaling."""
         return [stack for stack in self.stacks if stack.scaling == scaling]
+
+    def factors_in_basis_of(self, stack: StackSpec) -> tuple[str, ...]:
+        """The factors of a stack whose EMA is kept in its eigenbasis; between a statistic and the
+        refresh after it they are written out."""
+        if not self.factors_in_basis or stack.scaling not in ("adam", "eigen"):
+            return ()
+        return tuple(stack.basis_shapes)
 
     def option(self, name: str, scaling: Scaling) -> str:
         """The argument that holds an option of a scaling: ``damping``, or where several scalings

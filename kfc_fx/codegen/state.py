@@ -7,15 +7,23 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from kfc_fx.codegen.bases import eigenvalue_entries
 from kfc_fx.codegen.layout import StackSpec
 from kfc_fx.codegen.options import UpdateSpec
 from kfc_fx.codegen.scaling import RULES
 from kfc_fx.codegen.state_entry import StateEntry
+from kfc_fx.curvature.eigenbasis import from_basis, in_basis
 
 
 def state_entries(spec: UpdateSpec, stack: StackSpec) -> dict[str, StateEntry]:
     """State of a stack by name, without the stack's key."""
-    entries = {name: StateEntry(shape, "zeros") for name, shape in stack.factor_shapes.items()}
+    in_basis = spec.factors_in_basis_of(stack)
+    entries = {
+        name: StateEntry(shape, "zeros")
+        for name, shape in stack.factor_shapes.items()
+        if name not in in_basis
+    }
+    entries |= eigenvalue_entries(spec, stack)
     entries["mass"] = StateEntry((stack.depth, 1, 1), "zeros")
     if stack.has_bias_apart:
         entries["locations"] = StateEntry((stack.depth, 1, 1), "zeros")
@@ -31,6 +39,7 @@ def stacked_state(spec: UpdateSpec, saved: Mapping[str, Mapping[str, Tensor]]) -
             entry of another shape than the layout's (the block changed) starts anew.
     """
     state = {}
+    saved = {block: _with_both_forms(entries) for block, entries in saved.items()}
     for stack in spec.stacks:
         for name, entry in state_entries(spec, stack).items():
             tensor = _initial(entry, stack)
@@ -59,6 +68,22 @@ def state_by_block(spec: UpdateSpec, state: Mapping[str, Tensor]) -> dict[str, d
         for stack in spec.stacks
         for block, (start, stop) in stack.spans.items()
     }
+
+
+def _with_both_forms(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The saved entries of a block, and what they make of a factor in the other form: written out,
+    or as its eigenvalues. Intervals may change from a run to the one that goes on with it."""
+    found = dict(entries)
+    for name, basis in entries.items():
+        factor = name.removeprefix("q_")
+        values = f"eigenvalues_{factor}"
+        if factor == name:
+            continue
+        if factor in entries:
+            found[values] = in_basis(entries[factor], basis)
+        elif values in entries:
+            found[factor] = from_basis(basis, entries[values])
+    return found
 
 
 def _initial(entry: StateEntry, stack: StackSpec) -> Tensor:

@@ -39,6 +39,24 @@ def eigendecomposition(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return values, basis, failed
 
 
+def in_basis(factor: Tensor, basis: Tensor) -> Tensor:
+    """The diagonal of ``Qᵀ F Q``: all of it, up to rounding, where Q are the eigenvectors of F.
+
+    Args:
+        factor: F, ``[L, D, D]`` symmetric positive semidefinite.
+        basis: Q, ``[L, D, D]`` orthonormal.
+
+    Returns:
+        ``[L, 1, D]``, none below zero.
+    """
+    return (factor @ basis).mul_(basis).sum(1, keepdim=True).clamp_(min=0)
+
+
+def from_basis(basis: Tensor, values: Tensor) -> Tensor:
+    """``Q diag(λ) Qᵀ`` ``[L, D, D]``, from Q ``[L, D, D]`` and λ ``[L, 1, D]``."""
+    return (basis * values) @ basis.mT
+
+
 def _without_rows_of_zeros(factor: Tensor) -> Tensor:
     """``F + ε (tr F / D) I``: the same eigenvectors, and eigenvalues to within rounding.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,15 @@ on [0.001, 1] (Amsel et al. 2025, "The Polar Express", algorithm 1)."""
 SAFETY = 1.01
 """The paper's margin: rounding must not push a singular value out of the interval."""
 
+SCHEDULE = (
+    COEFFICIENTS[0],
+    *((a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in COEFFICIENTS[1:]),
+)
+"""The polynomials with the margin, which the first has in the norm of its argument."""
+
+QUINTIC = (3.4445, -4.7750, 2.0315)
+"""Of one polynomial for all steps, which raises small singular values most (Jordan 2024, Muon)."""
+
 
 def polar_factor(matrix: Tensor) -> Tensor:
     """``U Vᵀ`` of the singular value decomposition ``U S Vᵀ``, to 13 percent.
@@ -32,8 +43,7 @@ def polar_factor(matrix: Tensor) -> Tensor:
     tall = matrix.shape[1] > matrix.shape[2]
     x = (matrix.mT if tall else matrix).bfloat16()
     x = x / _norm(x)
-    for index, (a, b, c) in enumerate(COEFFICIENTS):
-        a, b, c = _with_margin(a, b, c) if index else (a, b, c)
+    for a, b, c in SCHEDULE:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.mT if tall else x).to(matrix.dtype)
@@ -49,19 +59,50 @@ def polar_factor_by_gram(matrix: Tensor) -> Tensor:
     tall = matrix.shape[1] > matrix.shape[2]
     x = matrix.mT if tall else matrix
     x = x / _norm(x)
-    gram = x @ x.mT
+    x = _iterate(x @ x.mT, SCHEDULE) @ x
+    return x.mT if tall else x
+
+
+def orthogonaliser(gram: Tensor, share: float) -> Tensor:
+    """M for which ``M X`` is ``share`` times the polar factor of X plus ``1 − share`` times X, both
+    at the Frobenius norm of X, and so is their sum.
+
+    Three steps are enough for X whose entries are of one size, as those of an Adam step are:
+    their singular values lie within one or two decades, and the polar factor is but a part.
+
+    Args:
+        gram: ``X Xᵀ`` ``[L, R, R]``, X ``[L, R, C]`` with ``R ≤ C``.
+    """
+    tiny = torch.finfo(gram.dtype).tiny ** 0.5
+    identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    gram = gram / (_inner(gram, identity) + tiny)  # X has norm one from here on
+    product = _iterate(gram, (QUINTIC,) * 3)
+    turned = product @ gram
+    norm = (_inner(turned, product) + tiny).sqrt()
+    cosine = _inner(turned, identity) / norm  # of the angle between X and its polar factor
+    mixed = (share**2 + (1 - share) ** 2 + 2 * share * (1 - share) * cosine).sqrt()
+    return (product * (share / norm) + identity * (1 - share)) / mixed
+
+
+def _inner(first: Tensor, second: Tensor) -> Tensor:
+    """Sum of the products of entries, ``[L, 1, 1]``. With the identity it is the trace, which
+    inductor does not compile from ``diagonal`` of a product."""
+    return (first * second).sum((1, 2), keepdim=True)
+
+
+def _iterate(gram: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
+    """The product p of the polynomials of ``G = X Xᵀ`` that make ``p X`` the polar factor of X."""
     identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     product: Tensor | None = None
-    for index, (a, b, c) in enumerate(COEFFICIENTS):
-        a, b, c = _with_margin(a, b, c) if index else (a, b, c)
+    for index, (a, b, c) in enumerate(coefficients):
         # p = a I + b G + c G²;  x ← p x;  G ← p G p
-        factor = torch.baddbmm(b * gram, gram, gram, alpha=c) + a * identity
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor = torch.add(factor, identity, alpha=a)
         product = factor if product is None else factor @ product
-        if index + 1 < len(COEFFICIENTS):
+        if index + 1 < len(coefficients):
             gram = factor @ gram @ factor
     assert product is not None
-    x = product @ x
-    return x.mT if tall else x
+    return product
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -70,7 +111,3 @@ def _norm(x: Tensor) -> Tensor:
         x, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
     )
     return (norm * SAFETY + torch.finfo(norm.dtype).tiny ** 0.5).to(x.dtype)
-
-
-def _with_margin(a: float, b: float, c: float) -> tuple[float, float, float]:
-    return a / SAFETY, b / SAFETY**3, c / SAFETY**5

@@ -1,0 +1,81 @@
+"""Generate how scaled gradients move towards their polar factors.
+
+That takes the Gram matrix of a gradient's lesser side alone, and all of one side go together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kfc_fx.codegen.context import Context
+from kfc_fx.codegen.layout import StackSpec
+from kfc_fx.codegen.matrices import transposed
+from kfc_fx.codegen.update_graph import Value
+from kfc_fx.curvature.polar import orthogonaliser
+from kfc_fx.plan.forms import takes_matrix_step
+
+
+def is_orthogonalised(stack: StackSpec) -> bool:
+    """Whether the entries of a stack are matrices: neither tables nor norms nor vectors."""
+    return takes_matrix_step(stack.first) and _side(stack) > 1
+
+
+def orthogonalised(context: Context, stacks: Sequence[StackSpec], values: Value) -> list[Value]:
+    """Each matrix of a list moved towards its polar factor, at its own Frobenius norm.
+
+    Args:
+        values: a list, one entry ``[depth, rows, columns]`` for each stack.
+    """
+    update = context.update
+    found: dict[int, Value] = {}
+    groups: dict[object, list[int]] = {}
+    for index, stack in enumerate(stacks):
+        if is_orthogonalised(stack):
+            groups.setdefault(shared(stack), []).append(index)
+    names = set[str]()
+    for members in groups.values():
+        side = _side(stacks[members[0]])
+        depths = [stacks[index].depth for index in members]
+        many = "1 matrix" if sum(depths) == 1 else f"{sum(depths)} matrices"
+        update.section(f"towards the polar factors of {many} of lesser side {side}")
+        for index in members:
+            stack = stacks[index]
+            found[index] = update.let(f"scaled_{stack.key}", values[index], stack.matrix_shape)
+        grams = [_gram(found[index], stacks[index]) for index in members]
+        joined = grams[0] if len(grams) == 1 else update.call(torch.cat, grams)
+        share = context.option("orthogonalise", stacks[0])
+        name = f"towards_polar_{side}"
+        if name in names:  # of another device or dtype
+            name += f"_{len(names)}"
+        names.add(name)
+        left = update.call(orthogonaliser, joined, share)
+        left = update.let(name, left, (sum(depths), side, side))
+        parts = [left]
+        if len(grams) > 1:
+            split = update.let(f"{name}_parts", left.split(depths))
+            parts = [split[place] for place in range(len(grams))]
+        for index, part in zip(members, parts, strict=True):
+            stack, matrix = stacks[index], found[index]
+            turned = matrix @ part if _is_tall(stack) else part @ matrix
+            found[index] = update.let(f"orthogonal_{stack.key}", turned, stack.matrix_shape)
+    return [found[i] if i in found else values[i] for i in range(len(stacks))]
+
+
+def shared(stack: StackSpec) -> object:
+    """What stacks have in common whose Gram matrices go together."""
+    return stack.device, stack.dtype, _side(stack)
+
+
+def _side(stack: StackSpec) -> int:
+    return min(stack.matrix_shape[1:])
+
+
+def _is_tall(stack: StackSpec) -> bool:
+    return stack.matrix_shape[1] > stack.matrix_shape[2]
+
+
+def _gram(matrix: Value, stack: StackSpec) -> Value:
+    """Of the lesser side."""
+    return transposed(matrix) @ matrix if _is_tall(stack) else matrix @ transposed(matrix)
