@@ -66,7 +66,10 @@ class KFC(torch.optim.Optimizer):
             ones; all by default. The factor products cost that share, the Fisher pass all the
             same. A layer whose input does not lead with the examples takes the same share of
             what it leads with.
-        inverse_interval: T_f, steps between refreshes of the inverses or bases.
+        inverse_interval: T_f, steps between refreshes of the inverses or bases. Where it equals
+            ``factor_interval``, "adam" and "eigen" keep the moving average of a factor F as its
+            eigenbasis Q and the diagonal of ``Qᵀ F Q``: half of the memory, and what orthogonal
+            iteration leaves beside the diagonal is forgotten.
         clip: C, the bound on ν = vᵀFv + λ vᵀv of a step ("eigen", "inverse"); None for no bound.
         clip_by: ``"factors"`` computes ν from the Kronecker factors, which costs nothing;
             ``"exact"`` from Fisher-vector products through the model.

@@ -14,7 +14,7 @@ from dataclasses import replace
 from kfc_fx.tools.race_results import RunResult, RunSpec
 from kfc_fx.tools.race_search import Entry, SearchSpec, best_rate
 
-FEWER = (1.2, 1.5, 2, 3, 4, 6, 8, 10, 15, 20)
+FEWER = (1.2, 1.5, 2, 3, 4, 6, 8, 10, 12, 15, 20, 25, 30)
 """Times fewer steps than a cell's that are tried."""
 LEAST_STEPS = 2
 

@@ -122,8 +122,9 @@ TASKS = {
             (
                 CellSpec(512, 60),
                 CellSpec(128, 60, FEW),
-                CellSpec(2048, 60, SGD_ALONE, kfc_fewer=4, seeds=1, costs=False),
-                CellSpec(4096, 60, SGD_ALONE, kfc_fewer=4, seeds=1, costs=False),
+                CellSpec(512, 300, SGD_ALONE, kfc_fewer=10, seeds=1, costs=False),
+                CellSpec(2048, 120, SGD_ALONE, kfc_fewer=10, seeds=1, costs=False),
+                CellSpec(4096, 120, SGD_ALONE, kfc_fewer=10, seeds=1, costs=False),
             ),
         ),
         TaskSpec(
@@ -134,7 +135,11 @@ TASKS = {
             "bernoulli",
             "loss",
             None,
-            (CellSpec(512, 80), CellSpec(128, 60, FEW)),
+            (
+                CellSpec(512, 80),
+                CellSpec(512, 400, SGD_ALONE, kfc_fewer=10, seeds=1, costs=False),
+                CellSpec(128, 60, FEW),
+            ),
         ),
         TaskSpec(
             "gpt",
