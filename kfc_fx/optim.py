@@ -89,6 +89,9 @@ class KFC(torch.optim.Optimizer):
             ``"empirical"`` ones, read off the gradient of the loss.
         input_factor: ``"dense"``, ``"separable"``, or ``"auto"``: separable for convolutions
             whose dense Ω is wide.
+        basis_limit: widest side of an eigenbasis ("adam", "eigen"). A dense factor of a linear or
+            pointwise layer, or of output channels, that is wider is cut into equal parts, each with
+            a basis of its own, as if channels of two parts were uncorrelated.
         second_moment_decay: decay of the second moment ("adam", "eigen").
         eps: ε of "adam".
         orthogonalise: how far "adam" moves the scaled gradient of a matrix, ``m̂ / (sqrt(v̂) + ε)``,
@@ -138,6 +141,7 @@ class KFC(torch.optim.Optimizer):
         average: float | None = None,
         fisher: str = "sampled",
         input_factor: str = "auto",
+        basis_limit: int = 512,
         second_moment_decay: float = 0.95,
         eps: float = 1e-8,
         orthogonalise: float = 0.7,
@@ -171,6 +175,7 @@ class KFC(torch.optim.Optimizer):
             average=average,
             fisher=fisher,  # type: ignore[arg-type]
             input_factor=input_factor,  # type: ignore[arg-type]
+            basis_limit=basis_limit,
             second_moment_decay=second_moment_decay,
             eps=eps,
             orthogonalise=orthogonalise,

@@ -17,6 +17,7 @@ from kfc_fx.plan.forms import (
     FactorForms,
     InputFactorOption,
     check_input_factor,
+    cut,
     factor_forms,
     takes_matrix_step,
 )
@@ -73,6 +74,7 @@ class KFCOptions:
     average: float | None
     fisher: Fisher
     input_factor: InputFactorOption
+    basis_limit: int
     second_moment_decay: float
     eps: float
     orthogonalise: float
@@ -103,6 +105,10 @@ class KFCOptions:
                 raise OptionError(
                     f"{name} must be a whole number of steps, at least 1; got {value!r}"
                 )
+        if not (isinstance(self.basis_limit, int) and self.basis_limit >= 1):
+            raise OptionError(
+                f"basis_limit must be a whole number, at least 1; got {self.basis_limit!r}"
+            )
         damping = self.damping
         if damping is not None and not (damping > 0 or (damping == 0 and self._all("inverse"))):
             raise OptionError(f"damping must be positive, got {damping!r}")
@@ -170,6 +176,8 @@ class KFCOptions:
         for sides so wide that a factor would be diagonal."""
         scaling: Scaling = self._chosen(block.name, "scaling")
         forms = factor_forms(block, self._chosen(block.name, "input_factor"))
+        if scaling in ("adam", "eigen"):
+            return BlockChoice(scaling, cut(block, forms, self.basis_limit))
         if scaling != "spectral":
             return BlockChoice(scaling, forms)
         if not takes_matrix_step(block):

@@ -27,13 +27,16 @@ SCALINGS = ["adam", "inverse"]
     [
         {"average": 5.0, "weight_decay": 0.1},
         {"input_factor": "separable"},
+        {"factor_interval": 6},
+        {"scaling": "eigen", "factor_interval": 6, "basis_limit": 4},
         {"scaling": "inverse"},
         {"scaling": "inverse", "input_factor": "separable", "generic": "adamw"},
     ],
     ids=str,
 )
 def test_a_saved_run_resumes_bit_for_bit(options, bound_first):
-    compiled, opt = make(factor_interval=3, inverse_interval=6, **options)
+    options = {"factor_interval": 3, "inverse_interval": 6, **options}
+    compiled, opt = make(**options)
     train(compiled, opt, 22)  # in the middle of an interval, past the early steps
     buffer = io.BytesIO()
     torch.save({"model": compiled.state_dict(), "opt": opt.state_dict()}, buffer)
@@ -41,7 +44,7 @@ def test_a_saved_run_resumes_bit_for_bit(options, bound_first):
 
     buffer.seek(0)
     saved = torch.load(buffer, weights_only=True)
-    resumed, again = make(factor_interval=3, inverse_interval=6, **options)
+    resumed, again = make(**options)
     if bound_first:
         train(resumed, again, 1)
     resumed.load_state_dict(saved["model"])
@@ -52,6 +55,26 @@ def test_a_saved_run_resumes_bit_for_bit(options, bound_first):
     if "average" in options:
         with opt.averaged(), again.averaged():
             assert_equal(parameters(resumed), parameters(compiled))
+
+
+@pytest.mark.parametrize("intervals", [(3, 6), (6, 3)])
+def test_factors_survive_a_change_of_the_intervals(intervals):
+    """Written out where intervals differ, eigenvalues where they are equal: narrow factors whole,
+    since a refresh has just diagonalised them."""
+    before, after = ({"factor_interval": i, "inverse_interval": 6} for i in intervals)
+    compiled, opt = make(**before)
+    train(compiled, opt, 7)  # step 6 had statistics and a refresh
+    resumed, again = make(**after)
+    train(resumed, again, 1)
+    resumed.load_state_dict(compiled.state_dict())
+    again.load_state_dict(opt.state_dict())
+    kept = [name.split("_")[0] for name in again.engine.state]
+    assert ("eigenvalues" in kept) == (intervals[1] == 6)
+    for name, expected in opt.factors.items():
+        found = again.factors[name]
+        for own, wanted in ((found.omega, expected.omega), (found.gamma, expected.gamma)):
+            rounding = 1e-5 * float(wanted.max())
+            torch.testing.assert_close(own, wanted, rtol=0, atol=rounding)
 
 
 def test_a_foreign_state_dict_is_refused():

@@ -33,14 +33,18 @@ def accumulate_graph(spec: UpdateSpec) -> UpdateGraph:
         for factor, shape in stack.factor_shapes.items():
             parts = [statistics[f"{block.name}.{factor}"] for block in stack.blocks]
             total = parts[0] if len(parts) == 1 else update.call(torch.cat, parts)
-            count = rows[key] if factor == "gamma" else examples
+            count, weight = rows[key] if factor == "gamma" else examples, rate[key]
+            if stack.parts[factor] > 1:
+                weight = weight.repeat_interleave(stack.parts[factor], 0)
+                if factor == "gamma":
+                    count = count.repeat_interleave(stack.parts[factor], 0)
             fresh = update.let(f"{factor}_{key}", total / count, shape)
             if factor in spec.factors_in_basis_of(stack):
                 basis, values = state[f"q_{factor}_{key}"], state[f"eigenvalues_{factor}_{key}"]
                 before = update.call(from_basis, basis, values)
             else:
                 before = state[f"{factor}_{key}"]
-            result[f"{factor}_{key}"] = update.call(torch.lerp, before, fresh, rate[key])
+            result[f"{factor}_{key}"] = update.call(torch.lerp, before, fresh, weight)
         mass = state[f"mass_{key}"]
         result[f"mass_{key}"] = mass + rate[key] * (1 - mass)
         if stack.has_bias_apart:

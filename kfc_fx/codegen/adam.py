@@ -63,7 +63,9 @@ def steps(context: Context, stacks: Sequence[StackSpec]) -> Iterator[Value]:
     update.effect(torch._foreach_add_, scale, context.option("eps", one) * root)
     scaled = update.let_list("scaled", update.call(torch._foreach_div, ahead, scale))
     if context.spec.orthogonalise:
-        scaled = orthogonalised(context, stacks, scaled)
+        moved = orthogonalised(context, stacks, scaled)
+    else:
+        moved = [(scaled[i], bases_of(context, stack)) for i, stack in enumerate(stacks)]
     rate = -root
     if context.has_momentum(one):
         weights = count + 1 if context.steps_ahead(one) else count
@@ -72,5 +74,6 @@ def steps(context: Context, stacks: Sequence[StackSpec]) -> Iterator[Value]:
     rates = update.let("rates", update.call(torch._foreach_mul, rates, rate))
     for index, stack in enumerate(stacks):
         update.section(f"{stack.key}: step")
-        turned = rotate(update, stack, bases_of(context, stack), scaled[index], back=True)
+        matrix, back = moved[index]
+        turned = rotate(update, stack, back, matrix, back=True)
         yield context.step(stack, turned * rates[index])

@@ -57,11 +57,12 @@ def refresh_bases(context: Context, stack: StackSpec, *, first: bool) -> list[Va
     for wanted in decompositions(context, stack, first=first):
         basis, lost = decomposed(context, wanted)
         result[wanted.key] = basis
-        failed.append(lost)
+        parts = stack.parts[wanted.factor]
+        failed.append(lost.unflatten(0, (stack.depth, parts)).any(1) if parts > 1 else lost)
         if wanted.factor in context.spec.factors_in_basis_of(stack):
             name = f"eigenvalues_{wanted.factor}_{stack.key}"
             values = update.call(in_basis, context.state(wanted.factor, stack), basis)
-            result[name] = update.let(name, values, (stack.depth, 1, wanted.side))
+            result[name] = update.let(name, values, (wanted.entries, 1, wanted.side))
     if not failed:  # both factors are diagonal: nothing can fail
         failed.append(update.call(torch.zeros_like, context.state("mass", stack)[:, 0, 0]) != 0)
     return failed

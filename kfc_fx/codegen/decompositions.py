@@ -25,8 +25,8 @@ WIDEST = 1024
 
 @dataclass(frozen=True)
 class Decomposition:
-    """A call that turns a factor ``[depth, D, D]`` into a matrix of its shape, and says where it
-    failed, ``[depth]``."""
+    """A call that turns a factor ``[entries, D, D]`` into a matrix of its shape, and says where it
+    failed, ``[entries]``."""
 
     stack: StackSpec
     factor: str
@@ -34,7 +34,7 @@ class Decomposition:
     """Of the result in the state, without the stack's key."""
     function: Callable[..., Any]
     tensors: tuple[Value, ...]
-    """Arguments that have the stack's depth: the factor first."""
+    """Arguments that have as many entries as the factor, which is the first."""
     number: Value | None = None
     """An argument after them that all have in common, and what it is called."""
     number_name: str = ""
@@ -48,6 +48,11 @@ class Decomposition:
     def side(self) -> int:
         """D."""
         return self.stack.factor_shapes[self.factor][-1]
+
+    @property
+    def entries(self) -> int:
+        """Matrices: one for each entry of the stack, or one for each part of it."""
+        return self.stack.factor_shapes[self.factor][0]
 
     def call(self, context: Context, tensors: Sequence[Value]) -> Value:
         """The call on these tensors instead of its own."""
@@ -66,7 +71,7 @@ def decompose_together(context: Context, wanted: Sequence[Decomposition]) -> Non
     for group in groups.values():
         if len(group) == 1:
             continue
-        first, depths = group[0], [each.stack.depth for each in group]
+        first, depths = group[0], [each.entries for each in group]
         label = f"{first.name.split('_')[0]}_{first.side}"
         while label in names:
             label += "_again"

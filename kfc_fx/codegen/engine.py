@@ -19,11 +19,11 @@ from kfc_fx.codegen.options import UpdateSpec
 from kfc_fx.codegen.program import generate
 from kfc_fx.codegen.scaling import VECTOR_RULES
 from kfc_fx.codegen.source import UpdateProgram
-from kfc_fx.codegen.state import stacked_state, state_by_block
+from kfc_fx.codegen.state import entries_of, stacked_state, state_by_block
 from kfc_fx.codegen.static_step import StaticStep
 from kfc_fx.codegen.statistics import ScreenedStatistics
 from kfc_fx.curvature.eigenbasis import from_basis
-from kfc_fx.curvature.factors import Factors
+from kfc_fx.curvature.factors import Factors, joined
 
 GENERIC_STATE = ("generic_m", "generic_v")
 
@@ -247,16 +247,23 @@ class UpdateEngine:
     def factors(self, block: str) -> Factors:
         """Bias-corrected factors of a block."""
         stack = next(s for s in self.spec.stacks if block in s.spans)
-        start, stop = stack.spans[block]
+        span = stack.spans[block]
+
+        def own(name: str) -> Tensor:
+            return entries_of(self.state[f"{name}_{stack.key}"], stack, span)
 
         def corrected(name: str) -> Tensor | None:
             if name in self.spec.factors_in_basis_of(stack):
-                own = (self.state[f"{n}_{name}_{stack.key}"] for n in ("q", "eigenvalues"))
-                return from_basis(*(tensor[start:stop] for tensor in own)) / mass
-            value = self.state.get(f"{name}_{stack.key}")
-            return None if value is None else value[start:stop] / mass
+                value = from_basis(own(f"q_{name}"), own(f"eigenvalues_{name}"))
+            elif f"{name}_{stack.key}" in self.state:
+                value = own(name)
+            else:
+                return None
+            parts = stack.parts.get(name, 1)
+            corner = own("locations") if name == "omega" and stack.has_bias_apart else None
+            return (joined(value, parts, corner) if parts > 1 else value) / mass
 
-        mass = self.state[f"mass_{stack.key}"][start:stop].clamp(min=1e-12)
+        mass = own("mass").clamp(min=1e-12)
         return Factors(
             output=corrected("gamma"),
             dense=corrected("omega"),

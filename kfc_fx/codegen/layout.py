@@ -28,7 +28,8 @@ class StackSpec:
     A grouped convolution takes one entry per group. ``key`` names the stack in the state and
     in the generated source: ``64x577`` has 64 rows and 577 columns; ``512x512x9`` has 512 rows,
     512 channels and 9 offsets of a separable input factor (``b``: and a bias column); ``64x9000d``
-    has a diagonal input factor, ``9000dx64`` a diagonal output factor.
+    has a diagonal input factor, ``9000dx64`` a diagonal output factor; ``1024p2x64`` has an output
+    factor in two parts.
     """
 
     key: str
@@ -66,9 +67,17 @@ class StackSpec:
 
     @property
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and stacked shape of each factor that is kept as an EMA."""
+        """Name and stacked shape of each factor that is kept as an EMA; the parts of one that is
+        cut follow each other."""
         shapes = statistic_shapes(self.first, self.forms)
-        return {name: (self.depth, *shape[1:]) for name, shape in shapes.items()}
+        parts = self.parts
+        return {name: (self.depth * parts[name], *shape[1:]) for name, shape in shapes.items()}
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Name of each factor and the diagonal blocks that it is cut into."""
+        shapes = statistic_shapes(self.first, self.forms)
+        return {name: shape[0] // self.first.groups for name, shape in shapes.items()}
 
     @property
     def basis_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -80,7 +89,8 @@ class StackSpec:
     @property
     def has_bias_apart(self) -> bool:
         """Whether Ω keeps the entry of the bias column, |T|, apart from its other factors."""
-        return self.forms.input == "separable" and self.bias
+        apart = self.forms.input == "separable" or self.forms.input_parts > 1
+        return apart and self.bias
 
     @property
     def matrix_shape(self) -> tuple[int, int, int]:
@@ -102,7 +112,7 @@ def stack_blocks(
     for block in blocks:
         choice, placement = choice_of(block), placement_of(block)
         shape = (block.rows, block.channels, block.offsets, block.bias is not None)
-        if choice.forms.input != "separable":
+        if choice.forms.input != "separable" and choice.forms.input_parts == 1:
             shape = (block.rows, block.columns, 0, False)
         kind = (choice, (shape, block.bias is None, placement))
         members.setdefault(kind, []).append(block)
@@ -115,10 +125,15 @@ def stack_blocks(
 
 
 def _shape_key(block: BlockSpec, forms: FactorForms) -> str:
-    rows = f"{block.rows}{'d' if forms.output == 'diagonal' else ''}"
+    rows = f"{block.rows}{'d' if forms.output == 'diagonal' else _parts_key(forms.output_parts)}"
     if forms.input == "separable":
         return f"{rows}x{block.channels}x{block.offsets}{'b' if block.bias else ''}"
-    return f"{rows}x{block.columns}{'d' if forms.input == 'diagonal' else ''}"
+    columns = "d" if forms.input == "diagonal" else _parts_key(forms.input_parts)
+    return f"{rows}x{block.columns}{columns}"
+
+
+def _parts_key(parts: int) -> str:
+    return f"p{parts}" if parts > 1 else ""
 
 
 def _unused_key(key: str, stacks: Sequence[StackSpec]) -> str:

@@ -62,7 +62,13 @@ def rotate(
         bases: by factor, of those in ``stack.basis_shapes``.
     """
     if "gamma" in bases:
-        matrix = (bases["gamma"] if back else transposed(bases["gamma"])) @ matrix
+        parts, left = stack.forms.output_parts, bases["gamma"]
+        if parts > 1:
+            side = stack.first.rows // parts
+            matrix = matrix.unflatten(1, (parts, side)).flatten(0, 1)
+        matrix = (left if back else transposed(left)) @ matrix
+        if parts > 1:
+            matrix = matrix.unflatten(0, (stack.depth, parts)).flatten(1, 2)
     return rotate_input(update, stack, bases, matrix, back=back)
 
 
@@ -83,6 +89,8 @@ def rotate_input(
     """
     if stack.forms.input == "diagonal":
         return matrix * bases["omega"] if "omega" in bases else matrix
+    if stack.forms.input_parts > 1:
+        return _rotate_parts(update, stack, bases["omega"], matrix, back=back)
     if stack.forms.input == "dense":
         return matrix @ (_attribute(bases["omega"], "mT") if back else bases["omega"])
     block = stack.first
@@ -105,6 +113,20 @@ def rotate_input(
         last = last * bases["bias"] if "bias" in bases else last
         return update.call(torch.cat, [turned, last], 2)
     return turned
+
+
+def _rotate_parts(
+    update: UpdateGraph, stack: StackSpec, basis: Value, matrix: Value, *, back: bool
+) -> Value:
+    """Each part of the columns by its own basis ``[depth · parts, side, side]``; the bias column,
+    which is apart, stays."""
+    parts, width = stack.forms.input_parts, stack.first.channels
+    matrix = update.let(f"left_{stack.key}", matrix, stack.matrix_shape)
+    main = matrix[:, :, :width] if stack.bias else matrix
+    main = main.unflatten(2, (parts, width // parts)).transpose(1, 2).flatten(0, 1)
+    turned = main @ (transposed(basis) if back else basis)
+    turned = turned.unflatten(0, (stack.depth, parts)).transpose(1, 2).flatten(2)
+    return update.call(torch.cat, [turned, matrix[:, :, width:]], 2) if stack.bias else turned
 
 
 def transposed(matrix: Value) -> Value:

@@ -51,9 +51,10 @@ def stacked_state(spec: UpdateSpec, saved: Mapping[str, Mapping[str, Tensor]]) -
             if any(not part.is_contiguous() for part in parts.values()):
                 # Eigenvectors, in columns as LAPACK leaves them: a product rounds by the layout.
                 tensor = tensor.mT.contiguous().mT
-            for (start, stop), part in parts.items():
-                if part.shape == tensor[start:stop].shape:
-                    tensor[start:stop].copy_(part)
+            for span, part in parts.items():
+                own = entries_of(tensor, stack, span)
+                if part.shape == own.shape:
+                    own.copy_(part)
             state[f"{name}_{stack.key}"] = tensor
     return state
 
@@ -62,12 +63,18 @@ def state_by_block(spec: UpdateSpec, state: Mapping[str, Tensor]) -> dict[str, d
     """The inverse of :func:`stacked_state`: copies, block name to state name to tensor."""
     return {
         block: {
-            name: state[f"{name}_{stack.key}"][start:stop].clone()
+            name: entries_of(state[f"{name}_{stack.key}"], stack, span).clone()
             for name in state_entries(spec, stack)
         }
         for stack in spec.stacks
-        for block, (start, stop) in stack.spans.items()
+        for block, span in stack.spans.items()
     }
+
+
+def entries_of(tensor: Tensor, stack: StackSpec, span: tuple[int, int]) -> Tensor:
+    """Those of the entries ``[start, stop)`` of a stack, each of which may have several parts."""
+    parts = len(tensor) // stack.depth
+    return tensor[span[0] * parts : span[1] * parts]
 
 
 def _with_both_forms(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:

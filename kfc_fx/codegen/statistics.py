@@ -44,7 +44,8 @@ def screen(statistics: Statistics, stacks: Sequence[StackSpec], rate: float) -> 
             live = finite.get(block.name, False) and any(counts)
             for factor, shape in stack.factor_shapes.items():
                 value = statistics.sums[block.name][factor] if live else None
-                sums[f"{block.name}.{factor}"] = _or_zeros(value, block.groups, shape, stack)
+                count = block.groups * stack.parts[factor]
+                sums[f"{block.name}.{factor}"] = _or_zeros(value, count, shape, stack)
             row_counts += [float(max(count, 1)) for count in counts]
             row_rates += [rate if live and count else 0.0 for count in counts]
     dropped = [name for name, fine in finite.items() if not fine]
@@ -73,10 +74,8 @@ def _trace(factor: Tensor) -> Tensor:
     return factor.diagonal(dim1=-2, dim2=-1).sum() if square else factor.sum()
 
 
-def _or_zeros(
-    value: Tensor | None, groups: int, shape: tuple[int, ...], stack: StackSpec
-) -> Tensor:
+def _or_zeros(value: Tensor | None, count: int, shape: tuple[int, ...], stack: StackSpec) -> Tensor:
     dtype = getattr(torch, stack.dtype)
     if value is None:
-        return torch.zeros((groups, *shape[1:]), dtype=dtype, device=stack.device)
+        return torch.zeros((count, *shape[1:]), dtype=dtype, device=stack.device)
     return value.to(dtype)

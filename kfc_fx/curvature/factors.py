@@ -70,3 +70,13 @@ class Factors:
 
 def _squeezed(stacked: Tensor) -> Tensor:
     return stacked[0] if stacked.shape[0] == 1 else stacked
+
+
+def joined(parts: Tensor, count: int, corners: Tensor | None) -> Tensor:
+    """Factors ``[groups, D, D]`` from their diagonal blocks ``[groups · count, D/count, D/count]``,
+    zero beside these; ``corners`` ``[groups, 1, 1]`` is the entry of the bias column."""
+    groups = parts.unflatten(0, (-1, count))
+    ends = [[]] * len(groups) if corners is None else [[corner] for corner in corners]
+    return torch.stack(
+        [torch.block_diag(*own, *end) for own, end in zip(groups, ends, strict=True)]
+    )

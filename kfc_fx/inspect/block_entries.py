@@ -101,13 +101,22 @@ def _form_reasons(block: BlockSpec, forms: FactorForms) -> list[str]:
         )
     if forms.output == "diagonal":
         reasons.append(f"Γ would be {block.rows} wide, over {FACTOR_LIMIT}: its diagonal")
+    for factor, side, parts in _cuts(block, forms):
+        reasons.append(f"{factor} would be {side} wide, over the basis_limit: {parts} parts")
     return reasons
 
 
+def _cuts(block: BlockSpec, forms: FactorForms) -> list[tuple[str, int, int]]:
+    """Name, side and parts of the factors that are cut."""
+    both = (("Ω", block.channels, forms.input_parts), ("Γ", block.rows, forms.output_parts))
+    return [each for each in both if each[2] > 1]
+
+
 def form_text(block: BlockSpec, forms: FactorForms) -> str:
-    """Form of Ω, and of Γ where it is diagonal and has more than one entry."""
+    """Form of Ω, and of Γ where it is diagonal and has more than one entry; parts of both."""
     diagonal = forms.output == "diagonal" and block.rows > 1
-    return f"{forms.input}, Γ diagonal" if diagonal else forms.input
+    cuts = "".join(f", {factor} in {parts}" for factor, _, parts in _cuts(block, forms))
+    return (f"{forms.input}, Γ diagonal" if diagonal else forms.input) + cuts
 
 
 def geometry_text(geometry: ConvGeometry) -> str:

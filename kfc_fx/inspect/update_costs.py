@@ -84,7 +84,7 @@ def argument_names(module: fx.GraphModule) -> list[str]:
 
 def _statistics(spec: UpdateSpec) -> ScreenedStatistics:
     sums = {
-        f"{block.name}.{factor}": _empty((block.groups, *shape[1:]), stack)
+        f"{block.name}.{factor}": _empty((block.groups * stack.parts[factor], *shape[1:]), stack)
         for stack in spec.stacks
         for block in stack.blocks
         for factor, shape in stack.factor_shapes.items()

@@ -80,8 +80,19 @@ def emit_linear_factors(
         projections: ``(start, stop, P)`` where the weight holds P projections, of which ``y`` is
             some; the probes are then ``[P, ...]``.
         reduce: average x and sum the cotangent over all dimensions but the first and last.
+
+    Of a factor that is cut into k parts, the probe has k times the entries, each of a k-th of the
+    side, and no bias column.
     """
-    rule = LinearRule(bias, diagonal_input, diagonal_output, *projections, reduce=reduce)
+    rule = LinearRule(
+        bias,
+        diagonal_input,
+        diagonal_output,
+        *projections,
+        reduce=reduce,
+        input_parts=len(omega_probe) // projections[2],
+        output_parts=len(gamma_probe) // projections[2],
+    )
     return _emit(block, y, rule, (omega_probe, gamma_probe), x)
 
 
@@ -106,9 +117,13 @@ def emit_factors(
         x: ``[N, C_in, *in]``, its input.
         omega_probe: ``[groups, D, D]``, ``D = C_in/groups * |Δ| + bias``.
         gamma_probe: ``[groups, C_out/groups, C_out/groups]``.
+
+    Factors may be cut into parts, as those of :func:`emit_linear_factors`, Ω of one offset.
     """
     geometry = conv_geometry(kernel_size, stride, padding, dilation, groups)
-    return _emit(block, y, ConvRule(geometry, bias), (omega_probe, gamma_probe), x)
+    parts = len(omega_probe) // groups, len(gamma_probe) // groups
+    rule = ConvRule(geometry, bias, False, *parts)
+    return _emit(block, y, rule, (omega_probe, gamma_probe), x)
 
 
 def emit_separable_factors(
@@ -131,7 +146,8 @@ def emit_separable_factors(
         channel_probe: ``[groups, C_in/groups, C_in/groups]``, the trace over offsets.
         offset_probe: ``[groups, |Δ|, |Δ|]``, the trace over channels.
     """
-    rule = ConvRule(conv_geometry(kernel_size, stride, padding, dilation, groups), False, True)
+    geometry = conv_geometry(kernel_size, stride, padding, dilation, groups)
+    rule = ConvRule(geometry, False, True, output_parts=len(gamma_probe) // groups)
     return _emit(block, y, rule, (channel_probe, offset_probe, gamma_probe), x)
 
 
@@ -175,9 +191,9 @@ def emit_embedding_factors(
         y: ``[..., E]``, rows of the table.
         indices: ``[...]``, their numbers.
         omega_probe: ``[1, 1, V]``; its gradient counts every token.
-        gamma_probe: ``[1, E, E]``.
+        gamma_probe: ``[1, E, E]``, or its parts.
     """
-    rule = EmbeddingRule(omega_probe.shape[-1], padding_idx)
+    rule = EmbeddingRule(omega_probe.shape[-1], padding_idx, len(gamma_probe))
     return _emit(block, y, rule, (omega_probe, gamma_probe), indices)
 
 

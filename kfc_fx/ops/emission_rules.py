@@ -6,7 +6,7 @@ and locations, in the order of ``plan.forms.statistic_shapes``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -52,18 +52,20 @@ class LinearRule:
     stop: int = 1
     projections: int = 1
     reduce: bool = False
+    input_parts: int = 1
+    output_parts: int = 1
     spatial: int = 0
 
     def statistics(self, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`EmissionRule`."""
         if self.reduce and g.dim() > 2:
             g = g.sum(tuple(range(1, g.dim() - 1)))
-        parts = g.tensor_split(self.stop - self.start, dim=-1)
+        parts = g.tensor_split((self.stop - self.start) * self.output_parts, dim=-1)
         if self.diagonal_output:
             gamma = torch.stack([_row_squares(part)[:, None] for part in parts])
         else:
             gamma = torch.stack([row_gram(part) for part in parts])
-        return *self.input_statistics(x), self._placed(gamma)
+        return *self.input_statistics(x), self._placed(gamma, self.output_parts)
 
     def input_statistics(self, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`MatrixRule`."""
@@ -71,16 +73,20 @@ class LinearRule:
             x = x.mean(tuple(range(1, x.dim() - 1)))
         if self.diagonal_input:
             omega = _row_squares(x, bias=self.bias)[None, None]
+        elif self.input_parts > 1:
+            omega = torch.stack([row_gram(part) for part in x.tensor_split(self.input_parts, -1)])
         else:
             omega = row_gram(x, bias=self.bias)[None]
-        return (self._placed(omega),)
+        if self.projections > 1:
+            omega = omega.repeat(self.stop - self.start, 1, 1)
+        return (self._placed(omega, self.input_parts),)
 
-    def _placed(self, factors: Tensor) -> Tensor:
+    def _placed(self, factors: Tensor, parts: int) -> Tensor:
         """Among those of all projections, which share one Ω; the absent ones are zero."""
         if self.projections == 1:
             return factors
-        factors = factors.expand(self.stop - self.start, -1, -1)
-        return F.pad(factors, (0, 0, 0, 0, self.start, self.projections - self.stop))
+        ends = self.start * parts, (self.projections - self.stop) * parts
+        return F.pad(factors, (0, 0, 0, 0, *ends))
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,8 @@ class ConvRule:
     geometry: ConvGeometry
     bias: bool
     separable: bool = False
+    input_parts: int = 1
+    output_parts: int = 1
 
     @property
     def spatial(self) -> int:
@@ -98,12 +106,16 @@ class ConvRule:
 
     def statistics(self, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`EmissionRule`."""
-        return *self.input_statistics(x), _pixel_gram(g, self.geometry)
+        gamma = _pixel_gram(g, self.geometry.groups * self.output_parts)
+        return *self.input_statistics(x), gamma
 
     def input_statistics(self, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`MatrixRule`."""
         if self.separable:
             return separable_gram(x, **_options(self.geometry))
+        if self.input_parts > 1:  # of one offset: parts are groups of channels
+            groups = self.geometry.groups * self.input_parts
+            return (_patch_gram(x, replace(self.geometry, groups=groups), bias=False),)
         return (_patch_gram(x, self.geometry, self.bias),)
 
 
@@ -129,7 +141,7 @@ class ConvTransposeRule:
 
     def input_statistics(self, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`MatrixRule`."""
-        return (_pixel_gram(x, self.geometry),)
+        return (_pixel_gram(x, self.geometry.groups),)
 
 
 @dataclass(frozen=True)
@@ -138,6 +150,7 @@ class EmbeddingRule:
 
     tokens: int
     padding_idx: int | None = None
+    output_parts: int = 1
     spatial: int = 0
 
     def statistics(self, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
@@ -147,7 +160,8 @@ class EmbeddingRule:
         ones = torch.ones_like(indices, dtype=counts.dtype)
         if self.padding_idx is not None:
             ones = (indices != self.padding_idx % self.tokens).to(counts.dtype)
-        return counts.scatter_add(0, indices, ones)[None, None], row_gram(g)[None]
+        gammas = [row_gram(part) for part in g.tensor_split(self.output_parts, -1)]
+        return counts.scatter_add(0, indices, ones)[None, None], torch.stack(gammas)
 
 
 def _row_squares(x: Tensor, *, bias: bool = False) -> Tensor:
@@ -157,8 +171,8 @@ def _row_squares(x: Tensor, *, bias: bool = False) -> Tensor:
     return torch.cat([squares, squares.new_full((1,), len(rows))]) if bias else squares
 
 
-def _pixel_gram(x: Tensor, geometry: ConvGeometry) -> Tensor:
-    return patch_gram(x, (1,) * geometry.ndim, groups=geometry.groups)
+def _pixel_gram(x: Tensor, groups: int) -> Tensor:
+    return patch_gram(x, (1,) * (x.dim() - 2), groups=groups)
 
 
 def _patch_gram(x: Tensor, geometry: ConvGeometry, bias: bool) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from kfc_fx.errors import OptionError
@@ -25,6 +25,10 @@ class FactorForms:
 
     input: InputFactor = "dense"
     output: OutputFactor = "dense"
+    input_parts: int = 1
+    """Diagonal blocks of equal side that a dense Ω is cut into; its bias column is apart then."""
+    output_parts: int = 1
+    """Those that a dense Γ is cut into."""
 
 
 def check_input_factor(option: str) -> None:
@@ -38,6 +42,28 @@ def factor_forms(block: BlockSpec, option: InputFactorOption = "auto") -> Factor
     """The forms that ``block`` takes."""
     diagonal = block.has_diagonal_output or block.kind == "scale_shift"  # Γ is one number there
     return FactorForms(_input_form(block, option), "diagonal" if diagonal else "dense")
+
+
+def cut(block: BlockSpec, forms: FactorForms, limit: int) -> FactorForms:
+    """``forms`` with dense factors wider than ``limit`` in parts, where their sides have a divisor
+    that fits: channels that stand apart in two parts are taken as uncorrelated.
+
+    Of Ω where it has no offsets, and of Γ where its rows are output channels.
+    """
+    if block.kind in ("batched_linear", "scale_shift") or block.kind.startswith("conv_transpose"):
+        return forms
+    dense_input = forms.input == "dense" and block.offsets == 1
+    return replace(
+        forms,
+        input_parts=parts_of(block.channels, limit) if dense_input else 1,
+        output_parts=parts_of(block.rows, limit) if forms.output == "dense" else 1,
+    )
+
+
+def parts_of(side: int, limit: int) -> int:
+    """Fewest equal parts of at most ``limit``; one where these were under a quarter of it."""
+    parts = next(k for k in range(1, side + 1) if side % k == 0 and side // k <= limit)
+    return parts if side // parts >= limit / 4 else 1
 
 
 def takes_matrix_step(block: BlockSpec) -> bool:
@@ -76,7 +102,8 @@ def _input_form(block: BlockSpec, option: InputFactorOption) -> InputFactor:
 def statistic_shapes(block: BlockSpec, forms: FactorForms) -> dict[str, tuple[int, int, int]]:
     """Shape of each statistic that a site of the block emits, in the order of its probes.
 
-    A diagonal factor is a row of Ω, ``[groups, 1, columns]``, or a column of Γ.
+    A diagonal factor is a row of Ω, ``[groups, 1, columns]``, or a column of Γ; the parts of one
+    that is cut take the place of its group, ``[groups · parts, side / parts, side / parts]``.
     """
     groups, rows, columns = block.groups, block.rows, block.columns
     if forms.input == "separable":
@@ -84,8 +111,12 @@ def statistic_shapes(block: BlockSpec, forms: FactorForms) -> dict[str, tuple[in
             "channel": (groups, block.channels, block.channels),
             "offset": (groups, block.offsets, block.offsets),
         }
+    elif forms.input_parts > 1:
+        side = block.channels // forms.input_parts
+        shapes = {"omega": (groups * forms.input_parts, side, side)}
     else:
         shapes = {"omega": (groups, 1 if forms.input == "diagonal" else columns, columns)}
     if forms.output != "absent":
+        groups, rows = groups * forms.output_parts, rows // forms.output_parts
         shapes["gamma"] = (groups, rows, 1 if forms.output == "diagonal" else rows)
     return shapes
