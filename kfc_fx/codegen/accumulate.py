@@ -30,20 +30,12 @@ def accumulate_graph(spec: UpdateSpec) -> UpdateGraph:
     for stack in spec.stacks:
         update.section(describe(stack))
         key = stack.key
-        for factor, shape in stack.factor_shapes.items():
-            parts = [statistics[f"{block.name}.{factor}"] for block in stack.blocks]
-            total = parts[0] if len(parts) == 1 else update.call(torch.cat, parts)
-            count, weight = rows[key] if factor == "gamma" else examples, rate[key]
+        for factor in stack.factor_shapes:
+            count = rows[key] if factor == "gamma" else examples
+            fresh = _mean(update, stack, factor, statistics, count)
+            before, weight = _before(update, spec, stack, factor, state), rate[key]
             if stack.parts[factor] > 1:
                 weight = weight.repeat_interleave(stack.parts[factor], 0)
-                if factor == "gamma":
-                    count = count.repeat_interleave(stack.parts[factor], 0)
-            fresh = update.let(f"{factor}_{key}", total / count, shape)
-            if factor in spec.factors_in_basis_of(stack):
-                basis, values = state[f"q_{factor}_{key}"], state[f"eigenvalues_{factor}_{key}"]
-                before = update.call(from_basis, basis, values)
-            else:
-                before = state[f"{factor}_{key}"]
             result[f"{factor}_{key}"] = update.call(torch.lerp, before, fresh, weight)
         mass = state[f"mass_{key}"]
         result[f"mass_{key}"] = mass + rate[key] * (1 - mass)
@@ -52,6 +44,27 @@ def accumulate_graph(spec: UpdateSpec) -> UpdateGraph:
                 torch.lerp, state[f"locations_{key}"], rows[key] / examples, rate[key]
             )
     return update.finish(result)
+
+
+def _mean(
+    update: UpdateGraph, stack: StackSpec, factor: str, statistics: Value, count: Value
+) -> Value:
+    """The factor of this step; ``count`` is one number, or one for each entry of the stack."""
+    sums = [statistics[f"{block.name}.{factor}"] for block in stack.blocks]
+    total = sums[0] if len(sums) == 1 else update.call(torch.cat, sums)
+    if factor == "gamma" and stack.parts[factor] > 1:
+        count = count.repeat_interleave(stack.parts[factor], 0)
+    return update.let(f"{factor}_{stack.key}", total / count, stack.factor_shapes[factor])
+
+
+def _before(
+    update: UpdateGraph, spec: UpdateSpec, stack: StackSpec, factor: str, state: Value
+) -> Value:
+    """The EMA so far, written out where it is kept in its basis."""
+    name = f"{factor}_{stack.key}"
+    if factor not in spec.factors_in_basis_of(stack):
+        return state[name]
+    return update.call(from_basis, state[f"q_{name}"], state[f"eigenvalues_{name}"])
 
 
 def describe(stack: StackSpec) -> str:
