@@ -38,10 +38,10 @@ def searched(end_of: Callable[[RunSpec], float], targets: list[float]) -> dict[R
 
 
 def test_lengths_are_shares_of_the_cell_s_steps() -> None:
-    assert lengths(ENTRY) == [50, 40, 30, 20, 15, 10, 8, 6, 4, 3]
+    assert lengths(ENTRY) == [50, 40, 30, 20, 15, 10, 8, 6, 5, 4, 3, 2]
     assert lengths(Entry("gpt", 128, 12, "kfc-adam")) == [10, 8, 6, 4, 3, 2]
     # Of one whose rate is found by shorter runs, only those that are shorter still.
-    assert lengths(Entry("kfc-cifar", 4096, 15, "kfc-adam", 60)) == [10, 8, 6, 4, 3]
+    assert lengths(Entry("kfc-cifar", 4096, 15, "kfc-adam", 60)) == [10, 8, 6, 5, 4, 3, 2]
 
 
 def test_runs_get_shorter_until_one_ends_above_all_targets() -> None:
@@ -127,7 +127,7 @@ def test_short_runs_are_smoothed_over_an_eighth() -> None:
 def test_large_batches_find_kfc_s_rate_by_shorter_runs() -> None:
     ((task, cell),) = chosen_cells("kfc-cifar", "4096")
     entries = {name: entry_of(task, cell, name) for name in cell.of(("sgd", "kfc-adam", "soap"))}
-    assert {name: entry.steps for name, entry in entries.items()} == {"sgd": 60, "kfc-adam": 15}
-    assert {entry.cell for entry in entries.values()} == {("kfc-cifar", 4096, 60)}
+    assert {name: entry.steps for name, entry in entries.items()} == {"sgd": 120, "kfc-adam": 12}
+    assert {entry.cell for entry in entries.values()} == {("kfc-cifar", 4096, 120)}
     assert entries["sgd"].run(0.1).cell == entries["kfc-adam"].run(0.1).cell
     assert entries["sgd"].seeds_of(SearchSpec()) == 1
