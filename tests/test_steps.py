@@ -256,3 +256,9 @@ def test_exact_nu_equals_the_quadratic_form_of_the_dense_fisher():
     fisher = torch.einsum("nap,nab,nbq->pq", stacked, output_fisher, stacked) / len(x)
     expected = v @ fisher @ v + 0.01 * v @ v
     assert opt.diagnostics.nu == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_share_outside_zero_to_one_is_refused(share):
+    with pytest.raises(kfc_fx.OptionError, match=r"orthogonalise must be in \[0, 1\]"):
+        kfc_fx.KFC(kfc_fx.compile(network()), orthogonalise=share)
