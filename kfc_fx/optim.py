@@ -40,7 +40,8 @@ class KFC(torch.optim.Optimizer):
             may set ``lr`` and ``weight_decay``. Weight and bias of one layer share their ``lr``.
         lr: learning rate α; by default 0.01 ("adam"), 0.07 ("spectral") or 0.03 ("eigen",
             "inverse"). With the first two, five different tasks took at most 1.11 times the
-            steps of their best rate at 0.01, and 1.05 times at 0.07 (``benchmarks/train.md``).
+            steps of their best rate at 0.01 (measured with ``orthogonalise=0``), and 1.05 times at
+            0.07 (``benchmarks/train.md``).
         scaling: how a gradient is scaled by the factors of its block. ``"adam"``: Adam in the
             eigenbasis of Ω ⊗ Γ. ``"spectral"``: steepest descent under the spectral norm in the
             metric of Ω, which needs no Fisher pass and keeps no Γ. ``"eigen"``: EKFAC, a second
