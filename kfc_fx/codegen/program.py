@@ -5,6 +5,7 @@ from __future__ import annotations
 from kfc_fx.codegen.accumulate import accumulate_graph
 from kfc_fx.codegen.apply import apply_graphs
 from kfc_fx.codegen.options import UpdateSpec
+from kfc_fx.codegen.products import choose_products
 from kfc_fx.codegen.refresh import refresh_graphs
 from kfc_fx.codegen.source import UpdateProgram, build_program
 
@@ -12,9 +13,10 @@ from kfc_fx.codegen.source import UpdateProgram, build_program
 def generate(spec: UpdateSpec) -> UpdateProgram:
     """Generate ``accumulate``, ``refresh`` (and ``start``) and ``apply`` for a spec.
 
-    Deterministic: equal specs give the same text, byte for byte.
+    Deterministic: equal specs give the same text, byte for byte, on one kind of processor.
     """
     updates = [accumulate_graph(spec), *refresh_graphs(spec), *apply_graphs(spec)]
+    choose_products(updates, [stack.device for stack in spec.stacks])
     return build_program(_header(spec), updates)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kfc_fx.kernels.cpu_matmul import matmul
+
 
 def eigenbasis(factor: Tensor) -> tuple[Tensor, Tensor]:
     """Orthonormal eigenvectors of symmetric matrices, eigenvalues ascending.
@@ -49,12 +51,12 @@ def in_basis(factor: Tensor, basis: Tensor) -> Tensor:
     Returns:
         ``[L, 1, D]``, none below zero.
     """
-    return (factor @ basis).mul_(basis).sum(1, keepdim=True).clamp_(min=0)
+    return matmul(factor, basis).mul_(basis).sum(1, keepdim=True).clamp_(min=0)
 
 
 def from_basis(basis: Tensor, values: Tensor) -> Tensor:
     """``Q diag(λ) Qᵀ`` ``[L, D, D]``, from Q ``[L, D, D]`` and λ ``[L, 1, D]``."""
-    return (basis * values) @ basis.mT
+    return matmul(basis * values, basis.mT)
 
 
 def _without_rows_of_zeros(factor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kfc_fx.curvature.precision import ieee_products
+from kfc_fx.kernels.cpu_matmul import matmul
 
 FLOOR = 2.0
 """δ, in units of the rounding of the largest eigenvalue: about what ``Qᵀ F Q`` is rounded by. At 8
@@ -87,7 +88,7 @@ def _descending(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """
     # Eigenvectors in rows: that is how LAPACK left them in memory, and whole rows move quickly.
     rows = basis.mT
-    product = rows @ factor
+    product = matmul(rows, factor)
     quotients = (rows * product).sum(2)
     number = torch.finfo(factor.dtype)
     largest = quotients.amax(1).clamp(min=number.tiny**0.5)[:, None, None]

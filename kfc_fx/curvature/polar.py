@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kfc_fx.kernels.cpu_matmul import matmul
+
 COEFFICIENTS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -59,7 +61,7 @@ def polar_factor_by_gram(matrix: Tensor) -> Tensor:
     tall = matrix.shape[1] > matrix.shape[2]
     x = matrix.mT if tall else matrix
     x = x / _norm(x)
-    x = _iterate(x @ x.mT, SCHEDULE) @ x
+    x = matmul(_iterate(matmul(x, x.mT), SCHEDULE), x)
     return x.mT if tall else x
 
 
@@ -77,7 +79,7 @@ def orthogonaliser(gram: Tensor, share: float) -> Tensor:
     identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     gram = gram / (_inner(gram, identity) + tiny)  # X has norm one from here on
     product = _iterate(gram, (QUINTIC,) * 3)
-    turned = product @ gram
+    turned = matmul(product, gram)
     norm = (_inner(turned, product) + tiny).sqrt()
     cosine = _inner(turned, identity) / norm  # of the angle between X and its polar factor
     mixed = (share**2 + (1 - share) ** 2 + 2 * share * (1 - share) * cosine).sqrt()
@@ -96,11 +98,10 @@ def _iterate(gram: Tensor, coefficients: Sequence[tuple[float, float, float]]) -
     product: Tensor | None = None
     for index, (a, b, c) in enumerate(coefficients):
         # p = a I + b G + c G²;  x ← p x;  G ← p G p
-        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        factor = torch.add(factor, identity, alpha=a)
-        product = factor if product is None else factor @ product
+        factor = matmul(gram, torch.add(identity * b, gram, alpha=c)) + identity * a
+        product = factor if product is None else matmul(factor, product)
         if index + 1 < len(coefficients):
-            gram = factor @ gram @ factor
+            gram = matmul(matmul(factor, gram), factor)
     assert product is not None
     return product
 
