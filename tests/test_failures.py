@@ -92,6 +92,16 @@ def test_large_finite_gradients_in_half_precision_are_no_reason_to_skip():
     assert opt.diagnostics.steps == 1
 
 
+def test_finite_gradients_whose_squares_overflow_are_no_reason_to_skip():
+    net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 5))
+    compiled, opt = make(net, lr=1e-3)
+    F.cross_entropy(compiled(torch.randn(6, 4)), LABELS[:6]).backward()
+    net[0].weight.grad[1, 2] = 1e30
+    opt.step()
+    assert opt.diagnostics.skipped_steps == 0
+    assert opt.diagnostics.steps == 1
+
+
 # -- statistics that are not finite, or of nothing ----
 
 

@@ -64,8 +64,8 @@ def ops_of_a_step(network: nn.Module, **options) -> DispatchedOps:
     raise AssertionError("every step had statistics or a refresh")
 
 
-@pytest.mark.parametrize(("share", "fewer"), [(0.0, 10), (0.7, 8)])
-def test_a_step_of_resnet50_dispatches_a_fraction_of_a_loop_over_layers(share, fewer, monkeypatch):
+@pytest.mark.parametrize("share", [0.0, 0.7])
+def test_a_step_of_resnet50_dispatches_a_tenth_of_a_loop_over_layers(share, monkeypatch):
     """Channels are an eighth: their number changes nothing but the time this takes."""
     torch.manual_seed(0)
     network = resnet50_shaped(8)
@@ -75,4 +75,4 @@ def test_a_step_of_resnet50_dispatches_a_fraction_of_a_loop_over_layers(share, f
     monkeypatch.setattr(binding, "stack_blocks", apart)
     monkeypatch.setattr(orthogonal, "shared", lambda stack: stack.key)
     loop = ops_of_a_step(network, **options).tensors
-    assert together <= loop / fewer, (together, loop)
+    assert together <= loop / 10, (together, loop)

@@ -1,6 +1,7 @@
 """Generate how scaled gradients move towards their polar factors.
 
-That takes the Gram matrix of a gradient's lesser side alone, and all of one side go together.
+That takes the Gram matrix of a gradient's lesser side alone. All of one side are multiplied
+together, pointwise work on all sides goes together.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from kfc_fx.codegen.context import Context
 from kfc_fx.codegen.layout import StackSpec
 from kfc_fx.codegen.matrices import transposed
 from kfc_fx.codegen.update_graph import Value
-from kfc_fx.curvature.polar import orthogonaliser
+from kfc_fx.curvature.polar import orthogonalisers
 from kfc_fx.plan.forms import takes_matrix_step
 
 
@@ -37,40 +38,56 @@ def orthogonalised(
     Returns:
         For each stack the matrix, and the bases to rotate it back by.
     """
-    update = context.update
-    found: dict[int, tuple[Value, dict[str, Value]]] = {}
-    groups: dict[object, list[int]] = {}
+    groups: dict[object, dict[int, list[int]]] = {}
     for index, stack in enumerate(stacks):
         if is_orthogonalised(stack):
-            groups.setdefault(shared(stack), []).append(index)
-    names = set[str]()
-    for members in groups.values():
-        side = _side(stacks[members[0]])
-        depths = [stacks[index].depth for index in members]
-        many = "1 matrix" if sum(depths) == 1 else f"{sum(depths)} matrices"
-        update.section(f"towards the polar factors of {many} of lesser side {side}")
-        scaled = {}
-        for index in members:
-            stack = stacks[index]
-            scaled[index] = update.let(f"scaled_{stack.key}", values[index], stack.matrix_shape)
-        grams = [_gram(scaled[index], stacks[index]) for index in members]
-        joined = grams[0] if len(grams) == 1 else update.call(torch.cat, grams)
-        name = f"towards_polar_{side}"
-        if name in names:  # of another device or dtype
-            name += f"_{len(names)}"
-        names.add(name)
-        left = update.call(orthogonaliser, joined, context.option("orthogonalise", stacks[0]))
-        left = update.let(name, left, (sum(depths), side, side))
-        parts = [left]
-        if len(grams) > 1:
-            split = update.let(f"{name}_parts", left.split(depths))
-            parts = [split[place] for place in range(len(grams))]
-        for index, part in zip(members, parts, strict=True):
-            found[index] = _moved(context, stacks[index], scaled[index], part)
+            sides = groups.setdefault(shared(stack), {})
+            sides.setdefault(_side(stack), []).append(index)
+    found: dict[int, tuple[Value, dict[str, Value]]] = {}
+    for number, sides in enumerate(groups.values()):
+        suffix = f"_{number}" if number else ""  # of another device or dtype
+        found |= _orthogonalised(context, stacks, values, list(sides.values()), suffix)
     return [
         found[index] if index in found else (values[index], bases_of(context, stack))
         for index, stack in enumerate(stacks)
     ]
+
+
+def _orthogonalised(
+    context: Context,
+    stacks: Sequence[StackSpec],
+    values: Value,
+    sides: Sequence[Sequence[int]],
+    suffix: str,
+) -> dict[int, tuple[Value, dict[str, Value]]]:
+    """By index of a stack; ``sides`` has the indices of those that share a side."""
+    update = context.update
+    members = [index for side in sides for index in side]
+    count = sum(stacks[index].depth for index in members)
+    many = "1 matrix" if count == 1 else f"{count} matrices"
+    update.section(f"towards the polar factors of {many}")
+    scaled = {}
+    for index in members:
+        stack = stacks[index]
+        scaled[index] = update.let(f"scaled_{stack.key}", values[index], stack.matrix_shape)
+    grams = []
+    for side in sides:
+        parts = [_gram(scaled[index], stacks[index]) for index in side]
+        grams.append(parts[0] if len(parts) == 1 else update.call(torch.cat, parts))
+    share = context.option("orthogonalise", stacks[members[0]])
+    towards = update.call(orthogonalisers, grams, share)
+    towards = update.let_list(f"towards_polar{suffix}", towards)
+    found = {}
+    for place, side in enumerate(sides):
+        parts = [towards[place]]
+        if len(side) > 1:
+            name = f"towards_polar_{_side(stacks[side[0]])}{suffix}"
+            split = towards[place].split([stacks[index].depth for index in side])
+            split = update.let(name, split)
+            parts = [split[number] for number in range(len(side))]
+        for index, part in zip(side, parts, strict=True):
+            found[index] = _moved(context, stacks[index], scaled[index], part)
+    return found
 
 
 def _moved(
@@ -86,8 +103,8 @@ def _moved(
 
 
 def shared(stack: StackSpec) -> object:
-    """What stacks have in common whose Gram matrices go together."""
-    return stack.device, stack.dtype, _side(stack)
+    """What stacks have in common that go together."""
+    return stack.device, stack.dtype
 
 
 def _side(stack: StackSpec) -> int:

@@ -16,7 +16,7 @@ def generate(spec: UpdateSpec) -> UpdateProgram:
     Deterministic: equal specs give the same text, byte for byte, on one kind of processor.
     """
     updates = [accumulate_graph(spec), *refresh_graphs(spec), *apply_graphs(spec)]
-    choose_products(updates, [stack.device for stack in spec.stacks])
+    choose_products(updates, spec.stacks)
     return build_program(_header(spec), updates)
 
 

@@ -61,11 +61,13 @@ def polar_factor_by_gram(matrix: Tensor) -> Tensor:
     tall = matrix.shape[1] > matrix.shape[2]
     x = matrix.mT if tall else matrix
     x = x / _norm(x)
-    x = matmul(_iterate(matmul(x, x.mT), SCHEDULE), x)
+    gram = matmul(x, x.mT)
+    (product,) = _iterate([gram], [_identity(gram)], SCHEDULE)
+    x = matmul(product, x)
     return x.mT if tall else x
 
 
-def orthogonaliser(gram: Tensor, share: float) -> Tensor:
+def orthogonalisers(grams: list[Tensor], share: float) -> list[Tensor]:
     """M for which ``M X`` is ``share`` times the polar factor of X plus ``1 − share`` times X, both
     at the Frobenius norm of X, and so is their sum.
 
@@ -73,37 +75,62 @@ def orthogonaliser(gram: Tensor, share: float) -> Tensor:
     their singular values lie within one or two decades, and the polar factor is but a part.
 
     Args:
-        gram: ``X Xᵀ`` ``[L, R, R]``, X ``[L, R, C]`` with ``R ≤ C``.
+        grams: ``X Xᵀ``, each ``[L, R, R]``, X ``[L, R, C]`` with ``R ≤ C``; of one device and
+            dtype, so that pointwise work goes together.
     """
-    tiny = torch.finfo(gram.dtype).tiny ** 0.5
-    identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    gram = gram / (_inner(gram, identity) + tiny)  # X has norm one from here on
-    product = _iterate(gram, (QUINTIC,) * 3)
-    turned = matmul(product, gram)
-    norm = (_inner(turned, product) + tiny).sqrt()
-    cosine = _inner(turned, identity) / norm  # of the angle between X and its polar factor
-    mixed = (share**2 + (1 - share) ** 2 + 2 * share * (1 - share) * cosine).sqrt()
-    return (product * (share / norm) + identity * (1 - share)) / mixed
+    tiny = torch.finfo(grams[0].dtype).tiny ** 0.5
+    identities = [_identity(gram) for gram in grams]
+    traces = torch._foreach_add(_inner(grams, identities), tiny)
+    grams = [gram / trace for gram, trace in zip(grams, traces, strict=True)]  # |X| is one now
+    products = _iterate(grams, identities, (QUINTIC,) * 3)
+    turned = _products(products, grams)
+    norms = torch._foreach_sqrt(torch._foreach_add(_inner(turned, products), tiny))
+    # cosine of the angle between X and its polar factor
+    cosines = torch._foreach_div(_inner(turned, identities), norms)
+    mixed = torch._foreach_mul(cosines, 2 * share * (1 - share))
+    mixed = torch._foreach_sqrt(torch._foreach_add(mixed, share**2 + (1 - share) ** 2))
+    to_polar = torch._foreach_reciprocal(torch._foreach_mul(norms, mixed))
+    kept = torch._foreach_reciprocal(mixed)
+    shares = torch._foreach_mul(to_polar, share), torch._foreach_mul(kept, 1 - share)
+    parts = [
+        [matrix * own for matrix, own in zip(matrices, each, strict=True)]
+        for matrices, each in zip((products, identities), shares, strict=True)
+    ]
+    return list(torch._foreach_add(*parts))
 
 
-def _inner(first: Tensor, second: Tensor) -> Tensor:
-    """Sum of the products of entries, ``[L, 1, 1]``. With the identity it is the trace, which
-    inductor does not compile from ``diagonal`` of a product."""
-    return (first * second).sum((1, 2), keepdim=True)
+def _inner(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
+    """Sums of the products of entries, each ``[L, 1, 1]``. With the identity it is the trace,
+    which inductor does not compile from ``diagonal`` of a product."""
+    return [p.sum((1, 2), keepdim=True) for p in torch._foreach_mul(first, second)]
 
 
-def _iterate(gram: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
-    """The product p of the polynomials of ``G = X Xᵀ`` that make ``p X`` the polar factor of X."""
-    identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    product: Tensor | None = None
+def _identity(gram: Tensor) -> Tensor:
+    """As many as there are matrices: pointwise calls on lists take equal shapes together."""
+    one = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    return one.repeat(len(gram), 1, 1)
+
+
+def _iterate(
+    grams: list[Tensor],
+    identities: list[Tensor],
+    coefficients: Sequence[tuple[float, float, float]],
+) -> list[Tensor]:
+    """The products p of the polynomials of ``G = X Xᵀ`` that make ``p X`` the polar factor of X."""
+    products: list[Tensor] = []
     for index, (a, b, c) in enumerate(coefficients):
-        # p = a I + b G + c G²;  x ← p x;  G ← p G p
-        factor = matmul(gram, torch.add(identity * b, gram, alpha=c)) + identity * a
-        product = factor if product is None else matmul(factor, product)
+        # p = a I + G (b I + c G);  x ← p x;  G ← p G p
+        scaled = torch._foreach_mul(identities, b)
+        inner = torch._foreach_add(scaled, grams, alpha=c)
+        factors = list(torch._foreach_add(_products(grams, inner), identities, alpha=a))
+        products = _products(factors, products) if products else factors
         if index + 1 < len(coefficients):
-            gram = matmul(matmul(factor, gram), factor)
-    assert product is not None
-    return product
+            grams = _products(_products(factors, grams), factors)
+    return products
+
+
+def _products(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor]:
+    return [matmul(one, other) for one, other in zip(first, second, strict=True)]
 
 
 def _norm(x: Tensor) -> Tensor:
