@@ -44,6 +44,18 @@ def test_products_of_any_strides(count, rows, inner, columns, left, right):
         torch.testing.assert_close(found, first @ second, rtol=1e-5, atol=1e-5)
 
 
+def test_parts_of_wider_matrices_are_copied_first(onednn, monkeypatch):
+    """A column slice has rows that do not follow each other."""
+    seen = []
+    linear = cpu_matmul._linear
+    monkeypatch.setattr(cpu_matmul, "_linear", lambda *m: seen.extend(m) or linear(*m))
+    wide = torch.randn(2, 6, 9)
+    found = cpu_matmul.matmul(wide[:, :, :5], wide[:, 1:, 2:5])
+    torch.testing.assert_close(found, wide[:, :, :5] @ wide[:, 1:, 2:5])
+    assert len(seen) == 4
+    assert all(1 in m.stride() and m.stride()[0] * m.stride()[1] in m.shape for m in seen)
+
+
 def test_what_onednn_is_not_for_goes_to_torch(onednn):
     """Other dtypes, broadcast products, tensors without data."""
     for dtype, shapes in (
