@@ -6,7 +6,7 @@ together, pointwise work on all sides goes together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -16,7 +16,11 @@ from kfc_fx.codegen.layout import StackSpec
 from kfc_fx.codegen.matrices import transposed
 from kfc_fx.codegen.update_graph import Value
 from kfc_fx.curvature.polar import orthogonalisers
+from kfc_fx.curvature.precision import has_fast_bfloat16
 from kfc_fx.plan.forms import takes_matrix_step
+
+LEAST_IN_BFLOAT16 = 64
+"""Widest side from which the iteration is in bfloat16 where a device is faster in it."""
 
 
 def is_orthogonalised(stack: StackSpec) -> bool:
@@ -75,7 +79,8 @@ def _orthogonalised(
         parts = [_gram(scaled[index], stacks[index]) for index in side]
         grams.append(parts[0] if len(parts) == 1 else update.call(torch.cat, parts))
     share = context.option("orthogonalise", stacks[members[0]])
-    towards = update.call(orthogonalisers, grams, share)
+    precision = _precision(stacks[index] for index in members)
+    towards = update.call(orthogonalisers, grams, share, *precision)
     towards = update.let_list(f"towards_polar{suffix}", towards)
     found = {}
     for place, side in enumerate(sides):
@@ -105,6 +110,13 @@ def _moved(
 def shared(stack: StackSpec) -> object:
     """What stacks have in common that go together."""
     return stack.device, stack.dtype
+
+
+def _precision(stacks: Iterable[StackSpec]) -> list[torch.dtype]:
+    """That of the iteration, if not the stacks' own."""
+    widest = max(stacks, key=_side)
+    fast = widest.dtype == "float32" and has_fast_bfloat16(widest.device)
+    return [torch.bfloat16] if fast and _side(widest) >= LEAST_IN_BFLOAT16 else []
 
 
 def _side(stack: StackSpec) -> int:

@@ -67,7 +67,9 @@ def polar_factor_by_gram(matrix: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def orthogonalisers(grams: list[Tensor], share: float) -> list[Tensor]:
+def orthogonalisers(
+    grams: list[Tensor], share: float, dtype: torch.dtype | None = None
+) -> list[Tensor]:
     """M for which ``M X`` is ``share`` times the polar factor of X plus ``1 − share`` times X, both
     at the Frobenius norm of X, and so is their sum.
 
@@ -77,12 +79,16 @@ def orthogonalisers(grams: list[Tensor], share: float) -> list[Tensor]:
     Args:
         grams: ``X Xᵀ``, each ``[L, R, R]``, X ``[L, R, C]`` with ``R ≤ C``; of one device and
             dtype, so that pointwise work goes together.
+        dtype: of the iteration, by default that of the matrices. bfloat16 tells singular values
+            down to a twentieth of their root mean square apart, which is as much as such a short
+            iteration makes of them.
     """
     tiny = torch.finfo(grams[0].dtype).tiny ** 0.5
     identities = [_identity(gram) for gram in grams]
     traces = torch._foreach_add(_inner(grams, identities), tiny)
     grams = [gram / trace for gram, trace in zip(grams, traces, strict=True)]  # |X| is one now
-    products = _iterate(grams, identities, (QUINTIC,) * 3)
+    products = _iterate(_to(grams, dtype), _to(identities, dtype), (QUINTIC,) * 3)
+    products = _to(products, grams[0].dtype)
     turned = _products(products, grams)
     norms = torch._foreach_sqrt(torch._foreach_add(_inner(turned, products), tiny))
     # cosine of the angle between X and its polar factor
@@ -97,6 +103,10 @@ def orthogonalisers(grams: list[Tensor], share: float) -> list[Tensor]:
         for matrices, each in zip((products, identities), shares, strict=True)
     ]
     return list(torch._foreach_add(*parts))
+
+
+def _to(matrices: list[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
+    return matrices if dtype is None else [matrix.to(dtype) for matrix in matrices]
 
 
 def _inner(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:

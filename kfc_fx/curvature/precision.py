@@ -1,4 +1,4 @@
-"""float32 products that round as float32."""
+"""Which precision products round to, and which is fast."""
 
 from __future__ import annotations
 
@@ -42,3 +42,13 @@ def _ieee_by_backend() -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = before
+
+
+def has_fast_bfloat16(device: str) -> bool:
+    """Whether products of bfloat16 have units of their own: tensor cores, AVX512-BF16, AMX."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if kind == "cpu" and torch.backends.mkldnn.is_available():
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
