@@ -64,9 +64,10 @@ class KFC(torch.optim.Optimizer):
         factor_interval: T_s, steps between statistics. It begins as one step and grows by a quarter
             of the steps so far until it is T_s, and so does T_f.
         factor_samples: examples of each batch that statistics are estimated from, the first
-            ones; all by default. The factor products cost that share, the Fisher pass all the
-            same. A layer whose input does not lead with the examples takes the same share of
-            what it leads with.
+            ones: a number, None for all, or "auto" for a quarter of the batch but at least 128
+            (all with another backend than "eager"). The factor products cost that share, the
+            Fisher pass all the same. A layer whose input does not lead with the examples takes
+            the same share of what it leads with.
         inverse_interval: T_f, steps between refreshes of the inverses or bases. Where it equals
             ``factor_interval``, "adam" and "eigen" keep the moving average of a factor F as its
             eigenbasis Q and the diagonal of ``Qᵀ F Q``: half of the memory, and what orthogonal
@@ -132,7 +133,7 @@ class KFC(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         ema_decay: float = 0.95,
         factor_interval: int = 20,
-        factor_samples: int | None = None,
+        factor_samples: int | str | None = "auto",
         inverse_interval: int = 20,
         clip: float | None = 1e-2,
         clip_by: str = "factors",
@@ -166,7 +167,7 @@ class KFC(torch.optim.Optimizer):
             damping=damping,
             ema_decay=ema_decay,
             factor_interval=factor_interval,
-            factor_samples=factor_samples,
+            factor_samples=factor_samples,  # type: ignore[arg-type]
             inverse_interval=inverse_interval,
             clip=clip,
             clip_by=clip_by,  # type: ignore[arg-type]
@@ -189,7 +190,8 @@ class KFC(torch.optim.Optimizer):
         )
         lr = self.options.default_lr if lr is None else lr
         check_group({"lr": lr, "weight_decay": weight_decay})
-        if factor_samples is not None and compiled.backend != "eager":
+        partly = compiled.backend == "eager"
+        if factor_samples not in (None, "auto") and not partly:
             raise OptionError(
                 f"factor_samples needs backend='eager', got {compiled.backend!r}: a compiled "
                 "backward pass has the part of the batch that it takes fixed in its code"
@@ -206,7 +208,7 @@ class KFC(torch.optim.Optimizer):
         self._token = object()
         recorder = compiled.recorder
         recorder.owner, recorder.seed, recorder.fisher = self._token, seed, self.options.fisher
-        recorder.samples = factor_samples
+        recorder.samples = self.options.factor_samples if partly else None
         recorder.take()
         recorder.keep_inputs = self.options.needs_inputs
         compiled.forms_of = self.options.forms_of

@@ -11,7 +11,7 @@ from typing import Any, get_args
 from kfc_fx.codegen.layout import BlockChoice, Scaling
 from kfc_fx.codegen.options import Clip, GenericRule
 from kfc_fx.codegen.scaling import VECTOR_RULES
-from kfc_fx.curvature.recorder import Fisher
+from kfc_fx.curvature.recorder import Fisher, Samples
 from kfc_fx.errors import OptionError
 from kfc_fx.plan.forms import (
     FactorForms,
@@ -64,7 +64,7 @@ class KFCOptions:
     damping: float | None
     ema_decay: float
     factor_interval: int
-    factor_samples: int | None
+    factor_samples: Samples
     inverse_interval: int
     clip: float | None
     clip_by: Clip
@@ -117,9 +117,10 @@ class KFCOptions:
             if value is not None and not value > 0:
                 raise OptionError(f"{name} must be positive or None, got {value!r}")
         samples = self.factor_samples
-        if samples is not None and not (isinstance(samples, int) and samples >= 1):
+        counted = isinstance(samples, int) and samples >= 1
+        if not (samples is None or samples == "auto" or counted):
             raise OptionError(
-                f"factor_samples must be a whole number of examples, at least 1, or None; "
+                f"factor_samples must be a whole number of examples, at least 1, 'auto' or None; "
                 f"got {samples!r}"
             )
         if self.quadratic_model and not self._all("inverse"):

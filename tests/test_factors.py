@@ -86,6 +86,26 @@ def test_factor_samples_take_the_first_examples(input_factor):
                 assert not torch.allclose(own, getattr(everything[name], factor))
 
 
+@pytest.mark.parametrize(("examples", "taken"), [(128, 128), (160, 128), (600, 150)])
+def test_by_default_statistics_are_of_a_quarter_of_a_large_batch(examples, taken):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 5)).double()
+    x, y = torch.randn(examples, 4).double(), torch.randint(5, (examples,))
+
+    def omega(inputs, targets, backend="eager", **options):
+        compiled = kfc_fx.compile(net, backend=backend)
+        opt = kfc_fx.KFC(compiled, lr=0.0, fisher="empirical", **options)
+        F.cross_entropy(compiled(inputs), targets).backward()
+        opt.step()
+        return opt.factors["2"].omega
+
+    alone = omega(x[:taken], y[:taken], factor_samples=None)
+    torch.testing.assert_close(omega(x, y), alone)
+    whole = omega(x, y, factor_samples=None)
+    torch.testing.assert_close(omega(x, y, "aot_eager"), whole)
+    assert torch.allclose(alone, whole) == (taken == examples)
+
+
 def test_factor_samples_of_a_flattened_batch_take_the_same_share():
     torch.manual_seed(0)
     net = nn.Sequential(

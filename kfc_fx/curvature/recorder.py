@@ -21,6 +21,10 @@ from kfc_fx.plan.forms import FactorForms, statistic_shapes
 from kfc_fx.plan.spec import BlockSpec
 
 Fisher = Literal["sampled", "empirical"]
+Samples = int | Literal["auto"] | None
+
+SHARE, LEAST_SAMPLES = 0.25, 128
+"""Of a batch, what statistics are estimated from with "auto", and the least number of examples."""
 
 
 @dataclass
@@ -63,7 +67,7 @@ class StatisticsRecorder:
         """Token of the optimizer that the statistics are for: the last one made."""
         self.seconds = 0.0
         """Time spent in Fisher passes so far."""
-        self.samples: int | None = None
+        self.samples: Samples = None
         """Examples of a forward pass that statistics are estimated from; None for all."""
         self.keep_inputs = False
         self.last_inputs: Inputs | None = None
@@ -89,7 +93,10 @@ class StatisticsRecorder:
 
     def share(self, examples: int) -> float:
         """The share of a batch that statistics are estimated from."""
-        return 1.0 if self.samples is None else min(1.0, self.samples / max(1, examples))
+        if self.samples is None:
+            return 1.0
+        own = max(LEAST_SAMPLES, SHARE * examples) if self.samples == "auto" else self.samples
+        return min(1.0, own / max(1, examples))
 
     def probes_for(
         self, block: BlockSpec, forms: FactorForms, weight: Tensor, *, gated: bool
