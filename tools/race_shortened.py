@@ -34,22 +34,26 @@ def next_shortened(
     """The shortened runs of ``entry`` that can be made now, at its best rate; empty at the end.
 
     Shorter and shorter ones of seed 0, until one ends above all ``targets``, the rivals' final
-    losses. Then for each target the shortest that reached it is repeated with the other seeds; if
-    their mean does not reach it, the next longer one.
+    losses, by more than the whole runs of the rate are apart. Then for each target the shortest
+    that reached it, up to as much, is repeated with the other seeds; if their mean does not reach
+    it, the next longer one.
     """
-    lr = best_rate(entry.runs(results))
+    runs = entry.runs(results)
+    lr = best_rate(runs)
     if lr is None or not targets:
         return []
+    whole = [run.final_loss for run in runs if run.spec.lr == lr and not run.diverged]
+    apart = max(whole) - min(whole)
     ends: dict[int, float] = {}
     for steps in lengths(entry):
         first = _spec(entry, steps, lr, 0)
         if first not in results:
             return [first]
         ends[steps] = results[first].final_loss
-        if ends[steps] > max(targets):
+        if ends[steps] > max(targets) + apart:
             break
     for target in targets:
-        for steps in sorted(steps for steps, end in ends.items() if end <= target):
+        for steps in sorted(steps for steps, end in ends.items() if end <= target + apart):
             specs = [_spec(entry, steps, lr, seed) for seed in range(entry.seeds_of(search))]
             missing = [spec for spec in specs if spec not in results]
             if missing:

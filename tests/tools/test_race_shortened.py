@@ -27,10 +27,13 @@ def constant(spec: RunSpec, end: float) -> RunResult:
     return RunResult(**{**vars(made), "losses": (end,) * spec.steps})
 
 
-def searched(end_of: Callable[[RunSpec], float], targets: list[float]) -> dict[RunSpec, RunResult]:
-    """All shortened runs where each ends at ``end_of`` it, after the whole ones."""
+def searched(
+    end_of: Callable[[RunSpec], float], targets: list[float], apart: float = 0.0
+) -> dict[RunSpec, RunResult]:
+    """All shortened runs where each ends at ``end_of`` it, after the whole ones, which end ``apart``
+    from each other."""
     specs = [ENTRY.run(LR, seed) for seed in range(SEARCH.seeds)]
-    results = {spec: constant(spec, 0.5) for spec in specs}
+    results = {spec: constant(spec, 0.5 + apart * spec.seed) for spec in specs}
     while due := next_shortened(ENTRY, targets, SEARCH, results):
         assert not set(due) & set(results)
         results |= {spec: constant(spec, end_of(spec)) for spec in due}
@@ -59,6 +62,17 @@ def test_a_length_that_one_seed_alone_reaches_is_not_enough() -> None:
     assert {spec.steps for spec in made if spec.seed == 1} == {20, 30}
     assert shortest(made.values(), SEARCH.seeds, 3.5) == 30
     assert shortest(made.values(), SEARCH.seeds, 1.0) is None
+
+
+def test_a_first_seed_that_misses_by_less_than_seeds_differ_is_repeated() -> None:
+    def end_of(spec: RunSpec) -> float:
+        return 60 / spec.steps + (0.6 if spec.seed == 0 else -0.6)
+
+    made = searched(end_of, [4.2])
+    assert {spec.steps for spec in made if spec.seed == 1} == {20}
+    made = searched(end_of, [4.2], apart=0.5)
+    assert {spec.steps for spec in made if spec.seed == 1} == {15}  # 4.6 and 3.4
+    assert shortest(made.values(), SEARCH.seeds, 4.2) == 15
 
 
 def test_nothing_is_shortened_without_a_target_or_a_run_that_ended() -> None:
