@@ -20,7 +20,9 @@ WITHOUT_OPS = {"embedding": "counts", "scale_shift": "moments"}
 
 def block_entries(inspection: Inspection) -> list[dict[str, Any]]:
     """One entry for each block, in the order of the plan."""
-    costs = [cost for graph in inspection.graphs for cost in site_costs(graph)]
+    shapes = [spec.shape for spec in inspection.inputs if spec.shape]
+    share = inspection.compiled.recorder.share(shapes[0][0] if shapes else 1)
+    costs = [cost for graph in inspection.graphs for cost in site_costs(graph, share)]
     stacks = {b.name: stack for stack in _stacks(inspection) for b in stack.blocks}
     return [
         _entry(

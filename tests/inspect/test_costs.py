@@ -75,6 +75,18 @@ def test_the_statistics_of_a_perceptron_are_two_row_grams_a_layer():
     assert [call.op for call in first.calls] == ["row_gram", "row_gram"]
 
 
+@pytest.mark.parametrize("scaling", ["adam", "spectral"])
+def test_statistics_of_a_large_batch_are_of_a_part_of_it(scaling):
+    def flops(batch: int) -> int:
+        inputs = [parse_input(f"{batch}x{INSIDE}")]
+        found = inspect_model(
+            perceptron(), "perceptron", inputs, InspectionOptions(scaling=scaling)
+        )
+        return sum(block["flops"] for block in build_document(found)["blocks"])
+
+    assert flops(128) == flops(512) == flops(1024) / 2
+
+
 def test_the_update_of_a_perceptron_by_inverses():
     options = InspectionOptions(scaling="inverse")
     found = inspect_model(perceptron(), "perceptron", [parse_input(f"{N}x{INSIDE}")], options)
