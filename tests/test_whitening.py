@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kfc_fx.curvature import whitening
-from kfc_fx.curvature.polar import polar_factor, polar_factor_by_gram
+from kfc_fx.curvature.polar import orthogonalisers, polar_factor, polar_factor_by_gram
 from kfc_fx.curvature.whitening import (
     bias_whitening,
     cholesky_whitening,
@@ -51,6 +51,34 @@ def test_polar_factor_of_zero_is_zero_and_of_a_tiny_matrix_is_not(polar):
     assert not polar(torch.zeros(1, 3, 4)).any()
     tiny = polar(torch.eye(4)[None] * 1e-12)
     torch.testing.assert_close(tiny, torch.eye(4)[None], rtol=0.2, atol=0.2)
+
+
+def adam_like(*shape: int) -> torch.Tensor:
+    """Entries of one size, singular values within two decades."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2)).sign()
+    return x + 2 * x[:, :, :1] * x[:, :1]
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7, 1.0])
+def test_orthogonalisers_mix_a_matrix_and_its_polar_factor_at_its_own_norm(share):
+    """Of several sides at once; in bfloat16 up to what the polynomials miss themselves."""
+    given = [adam_like(2, 6, 9), adam_like(1, 64, 200)]
+    grams = [x @ x.mT for x in given]
+    for dtype, bound in ((None, 1e-5), (torch.bfloat16, 0.1)):
+        for x, left in zip(given, orthogonalisers(grams, share, dtype), strict=True):
+            moved = left @ x
+            u, s, vh = torch.linalg.svd(x, full_matrices=False)
+            norm = torch.linalg.matrix_norm(x, keepdim=True)
+            a, b, c = 3.4445, -4.7750, 2.0315
+            s = s / norm[:, 0]
+            polar = s
+            for _ in range(3):
+                polar = a * polar + b * polar**3 + c * polar**5
+            polar = polar / torch.linalg.vector_norm(polar, dim=1, keepdim=True)
+            mixed = share * polar + (1 - share) * s
+            mixed = mixed / torch.linalg.vector_norm(mixed, dim=1, keepdim=True)
+            expected = (u * mixed.unsqueeze(1)) @ vh * norm
+            assert torch.linalg.matrix_norm(moved - expected).max() < bound * norm.max()
 
 
 @pytest.mark.parametrize("side", [1, 5, 64])
