@@ -65,9 +65,13 @@ def grid(centre: float, search: SearchSpec) -> list[float]:
 def best_rate(runs: list[RunResult]) -> float | None:
     """The rate whose run of seed 0 ends with the lowest training loss; ``None`` where all
     diverged."""
+    return next(iter(best_rates(runs)), None)
+
+
+def best_rates(runs: list[RunResult]) -> list[float]:
+    """The rates whose runs of seed 0 did not diverge, the lowest training loss first."""
     finished = [run for run in runs if run.spec.seed == 0 and not run.diverged]
-    best = min(finished, key=lambda run: run.final_loss, default=None)
-    return None if best is None else best.spec.lr
+    return [run.spec.lr for run in sorted(finished, key=lambda run: run.final_loss)]
 
 
 def next_runs(

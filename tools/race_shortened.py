@@ -12,11 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from kfc_fx.tools.race_results import RunResult, RunSpec
-from kfc_fx.tools.race_search import Entry, SearchSpec, best_rate
+from kfc_fx.tools.race_search import Entry, SearchSpec, best_rates
 
 FEWER = (1.2, 1.5, 2, 3, 4, 6, 8, 10, 12, 15, 20, 25, 30)
 """Times fewer steps than a cell's that are tried."""
 LEAST_STEPS = 2
+RATES = 2
+"""Of each length: short runs may want another rate than whole ones. Rivals have four or more."""
 
 
 def lengths(entry: Entry) -> list[int]:
@@ -31,29 +33,32 @@ def next_shortened(
     search: SearchSpec,
     results: Mapping[RunSpec, RunResult],
 ) -> list[RunSpec]:
-    """The shortened runs of ``entry`` that can be made now, at its best rate; empty at the end.
+    """The shortened runs of ``entry`` that can be made now; empty at the end.
 
-    Shorter and shorter ones of seed 0, until one ends above all ``targets``, the rivals' final
-    losses, by more than the whole runs of the rate are apart. Then for each target the shortest
-    that reached it, up to as much, is repeated with the other seeds; if their mean does not reach
-    it, the next longer one.
+    Shorter and shorter ones of seed 0, each at the rates that were best for whole runs, until one
+    ends above all ``targets``, the rivals' final losses, by more than the seeds of a whole run are
+    apart. Then for each target the shortest that reached it, up to as much, is repeated with the
+    other seeds at its better rate; if their mean does not reach it, the next longer one.
     """
     runs = entry.runs(results)
-    lr = best_rate(runs)
-    if lr is None or not targets:
+    rates = best_rates(runs)[:RATES]
+    if not rates or not targets:
         return []
-    whole = [run.final_loss for run in runs if run.spec.lr == lr and not run.diverged]
+    whole = [run.final_loss for run in runs if run.spec.lr == rates[0] and not run.diverged]
     apart = max(whole) - min(whole)
-    ends: dict[int, float] = {}
+    firsts: dict[int, RunResult] = {}
     for steps in lengths(entry):
-        first = _spec(entry, steps, lr, 0)
-        if first not in results:
-            return [first]
-        ends[steps] = results[first].final_loss
-        if ends[steps] > max(targets) + apart:
+        tried = [_spec(entry, steps, lr, 0) for lr in rates]
+        missing = [spec for spec in tried if spec not in results]
+        if missing:
+            return missing
+        firsts[steps] = min((results[spec] for spec in tried), key=lambda run: run.final_loss)
+        if firsts[steps].final_loss > max(targets) + apart:
             break
     for target in targets:
-        for steps in sorted(steps for steps, end in ends.items() if end <= target + apart):
+        near = [steps for steps, run in firsts.items() if run.final_loss <= target + apart]
+        for steps in sorted(near):
+            lr = firsts[steps].spec.lr
             specs = [_spec(entry, steps, lr, seed) for seed in range(entry.seeds_of(search))]
             missing = [spec for spec in specs if spec not in results]
             if missing:
@@ -64,14 +69,14 @@ def next_shortened(
 
 
 def shortest(runs: Iterable[RunResult], seeds: int, target: float) -> int | None:
-    """Fewest steps of which all ``seeds`` runs were made and end at ``target`` or below in the
-    mean; ``None`` where there are none."""
-    ends: dict[int, list[float]] = {}
+    """Fewest steps of which all ``seeds`` runs of a rate were made and end at ``target`` or below
+    in the mean; ``None`` where there are none."""
+    ends: dict[tuple[int, float], list[float]] = {}
     for run in runs:
-        ends.setdefault(run.spec.steps, []).append(run.final_loss)
+        ends.setdefault((run.spec.steps, run.spec.lr), []).append(run.final_loss)
     found = [
         steps
-        for steps, losses in ends.items()
+        for (steps, _), losses in ends.items()
         if len(losses) >= seeds and statistics.fmean(losses) <= target
     ]
     return min(found, default=None)

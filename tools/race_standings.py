@@ -131,11 +131,7 @@ def _standing(
     tried = sorted(_tuned(name, runs), key=lambda run: run.spec.lr)
     best = _best(tried)
     curve = _mean_curve(best)
-    short = [
-        run
-        for run in runs
-        if run.spec.optimizer == name and best and run.spec.lr == best[0].spec.lr
-    ]
+    own = [run for run in runs if run.spec.optimizer == name]
     return Standing(
         optimizer=name,
         lr=best[0].spec.lr if best else None,
@@ -149,7 +145,7 @@ def _standing(
         capture_seconds=_mean(run.capture_seconds for run in best),
         cost=cost,
         targets=tuple(
-            _to_target(rival, targets[rival], curve, cost, best, short) for rival in targets
+            _to_target(rival, targets[rival], curve, cost, best, own) for rival in targets
         ),
     )
 
@@ -160,9 +156,9 @@ def _to_target(
     curve: list[float],
     cost: CostResult | None,
     best: list[RunResult],
-    short: list[RunResult],
+    own: list[RunResult],
 ) -> ToTarget:
-    steps, fewest = steps_to(curve, loss), shortest(short, len(best), loss)
+    steps, fewest = steps_to(curve, loss), shortest(own, len(best), loss)
     clock = None
     if steps is not None:
         clock = _mean(run.capture_seconds + sum(run.seconds[:steps]) for run in best)

@@ -75,6 +75,20 @@ def test_a_first_seed_that_misses_by_less_than_seeds_differ_is_repeated() -> Non
     assert shortest(made.values(), SEARCH.seeds, 4.2) == 15
 
 
+def test_a_short_run_may_want_another_rate_than_whole_ones() -> None:
+    specs = [ENTRY.run(lr, seed) for lr, seed in ((LR, 0), (LR, 1), (0.3, 0), (0.9, 0))]
+    results = {spec: constant(spec, spec.lr) for spec in specs}
+    while due := next_shortened(ENTRY, [3.5], SEARCH, results):
+        results |= {spec: constant(spec, 60 / spec.steps + (spec.lr == LR)) for spec in due}
+    made = [spec for spec in results if spec.cell_steps == ENTRY.steps]
+    assert {spec.lr for spec in made} == {LR, 0.3}
+    assert {(spec.steps, spec.lr) for spec in made if spec.seed == 1} == {(20, 0.3)}
+    assert shortest([results[spec] for spec in made], SEARCH.seeds, 3.5) == 20
+    # Not two seeds of different rates.
+    one_each = [spec for spec in made if spec.seed == 0]
+    assert shortest([results[spec] for spec in one_each], SEARCH.seeds, 3.5) is None
+
+
 def test_nothing_is_shortened_without_a_target_or_a_run_that_ended() -> None:
     whole = {ENTRY.run(LR): result(ENTRY.run(LR), None)}
     assert next_shortened(ENTRY, [1.0], SEARCH, whole) == []
