@@ -23,7 +23,7 @@ from kfc_fx.plan.spec import BlockSpec
 Fisher = Literal["sampled", "empirical"]
 Samples = int | Literal["auto"] | None
 
-SHARE, LEAST_SAMPLES = 0.25, 128
+SHARE, LEAST_SAMPLES = 0.5, 128
 """Of a batch, what statistics are estimated from with "auto", and the least number of examples."""
 
 

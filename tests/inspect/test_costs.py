@@ -84,7 +84,7 @@ def test_statistics_of_a_large_batch_are_of_a_part_of_it(scaling):
         )
         return sum(block["flops"] for block in build_document(found)["blocks"])
 
-    assert flops(128) == flops(512) == flops(1024) / 2
+    assert flops(128) == flops(256) == flops(512) / 2
 
 
 def test_the_update_of_a_perceptron_by_inverses():
