@@ -47,13 +47,13 @@ def matmul(first: Tensor, second: Tensor) -> Tensor:
 
 def _goes_to_onednn(first: Tensor, second: Tensor) -> bool:
     return (
-        first.ndim == second.ndim == 3
+        not torch.compiler.is_compiling()
+        and first.ndim == second.ndim == 3
         and len(first) == len(second)
         and first.dtype == torch.float32
         and first.device.type == second.device.type == "cpu"
         and _work(first, second) >= LEAST_WORK * torch.get_num_threads()
         and onednn_is_faster()
-        and not torch.compiler.is_compiling()
     )
 
 

@@ -70,6 +70,12 @@ def test_what_onednn_is_not_for_goes_to_torch(onednn):
     assert cpu_matmul.matmul(meta, meta).shape == (2, 3, 3)
 
 
+def test_compiled_code_keeps_the_product_that_inductor_knows(onednn):
+    first = torch.randn(2, 8, 8)
+    compiled = torch.compile(lambda x: cpu_matmul.matmul(x, x), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(first), first @ first, rtol=0, atol=0)
+
+
 def test_small_products_stay_with_blas(monkeypatch):
     monkeypatch.setattr(cpu_matmul, "onednn_is_faster", lambda: True)
     narrow, wide = torch.randn(1, 32, 32), torch.randn(1, 512, 512)
