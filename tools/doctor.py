@@ -13,7 +13,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from kfc_fx.curvature.precision import has_fast_bfloat16
 from kfc_fx.inspect.summary_view import plain_table
+from kfc_fx.kernels.cpu_matmul import onednn_is_faster
 from kfc_fx.tools.doctor_checks import CheckResult, check_ops, kernel_path, usable_devices
 from kfc_fx.tools.failures import one_line_failures
 from kfc_fx.tools.terminal import show, show_json
@@ -71,6 +73,14 @@ def device_name(device: str) -> str:
     return f"{found.name}, sm_{found.major}{found.minor}, {found.total_memory / 2**30:.0f} GiB"
 
 
+def product_path(device: str) -> str:
+    """What multiplies matrices of float32 in a generated update, and whether polar factors are
+    computed in bfloat16."""
+    cpu = "oneDNN" if onednn_is_faster() else "BLAS"
+    library = "cuBLAS" if device.startswith("cuda") else cpu
+    return library + ", polar factors in bfloat16" * has_fast_bfloat16(device)
+
+
 def _report(devices: list[str], results: list[CheckResult]) -> RenderableType:
     parts: list[RenderableType] = [_versions(), Text(), _devices(devices), Text()]
     parts.append(_checks(results))
@@ -98,11 +108,11 @@ def _versions() -> Table:
 
 
 def _devices(devices: list[str]) -> Table:
-    table = plain_table("device", "name", "statistics ops run by")
+    table = plain_table("device", "name", "statistics ops run by", "products of the update")
     for device in devices:
-        table.add_row(device, device_name(device), kernel_path(device))
+        table.add_row(device, device_name(device), kernel_path(device), product_path(device))
     if len(devices) == 1:
-        table.add_row("cuda", "none", "this torch sees no GPU; everything runs on the CPU")
+        table.add_row("cuda", "none", "this torch sees no GPU; everything runs on the CPU", "")
     return table
 
 
@@ -129,7 +139,13 @@ def _as_json(devices: list[str], results: list[CheckResult]) -> dict[str, object
         "python": platform.python_version(),
         "packages": {name: installed_version(name) for name in {*PACKAGES, *OPTIONAL}},
         "devices": [
-            {"device": d, "name": device_name(d), "kernels": kernel_path(d)} for d in devices
+            {
+                "device": d,
+                "name": device_name(d),
+                "kernels": kernel_path(d),
+                "products": product_path(d),
+            }
+            for d in devices
         ],
         "checks": [vars(result) | {"passed": result.passed} for result in results],
         "missing": missing_packages(),

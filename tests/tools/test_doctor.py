@@ -38,6 +38,15 @@ def test_the_report_names_versions_devices_and_a_verdict():
     assert "\x1b[" not in result.stdout
 
 
+@pytest.mark.parametrize("faster", [True, False])
+def test_the_report_names_what_multiplies_matrices(monkeypatch, faster):
+    monkeypatch.setattr(doctor, "onednn_is_faster", lambda: faster)
+    monkeypatch.setattr(doctor, "has_fast_bfloat16", lambda device: not faster)
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    products = json.loads(result.stdout)["devices"][0]["products"]
+    assert products == ("oneDNN" if faster else "BLAS, polar factors in bfloat16")
+
+
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [
