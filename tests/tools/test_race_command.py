@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from kfc_fx.tools import race
 from kfc_fx.tools.cli import app
-from kfc_fx.tools.race import QUICK_SEARCH, chosen_cells, run_all
+from kfc_fx.tools.race import QUICK_SEARCH, chosen_cells, chosen_optimizers, run_all
 from kfc_fx.tools.race_optimizers import CENTRES
 from kfc_fx.tools.race_processes import workers
 from kfc_fx.tools.race_results import ResultsFile, RunResult, RunSpec
@@ -152,6 +152,9 @@ def test_cells_are_chosen_by_task_and_batch_size_those_of_all_first() -> None:
     quick = chosen_cells("", "", quick=True)
     assert [task.name for task, _ in quick] == list(race.QUICK_TASKS)
     assert [2 * cell.steps for _, cell in quick] == [task.cells[0].steps for task, _ in quick]
+    left_out = set(chosen_optimizers("")) - set(chosen_optimizers("", quick=True))
+    assert left_out == {"kfc-eigen", "kfc-inverse"}
+    assert chosen_optimizers("kfc-eigen,sgd", quick=True) == ("kfc-eigen", "sgd")
 
 
 @pytest.mark.parametrize(
