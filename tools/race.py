@@ -95,7 +95,8 @@ def train(
         bool,
         typer.Option(
             "--quick",
-            help="A short one: three tasks, one batch size, two rates, one seed, no KFC eigen, inverse.",
+            help="A short one: three tasks, one batch size, two rates, one seed; without "
+            "kfc-eigen and kfc-inverse.",
         ),
     ] = False,
     length: Annotated[int, typer.Option(min=1, help="Times the steps of every task.")] = 1,
