@@ -16,11 +16,8 @@ from kfc_fx.codegen.layout import StackSpec
 from kfc_fx.codegen.matrices import transposed
 from kfc_fx.codegen.update_graph import Value
 from kfc_fx.curvature.polar import orthogonalisers
-from kfc_fx.curvature.precision import has_fast_bfloat16
+from kfc_fx.curvature.precision import LEAST_IN_BFLOAT16, has_fast_bfloat16
 from kfc_fx.plan.forms import takes_matrix_step
-
-LEAST_IN_BFLOAT16 = 64
-"""Widest side from which the iteration is in bfloat16 where a device is faster in it."""
 
 
 def is_orthogonalised(stack: StackSpec) -> bool:

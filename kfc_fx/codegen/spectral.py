@@ -15,7 +15,7 @@ from kfc_fx.codegen.moments import first_moments, stacked_gradient
 from kfc_fx.codegen.state_entry import StateEntry
 from kfc_fx.codegen.update_graph import Value
 from kfc_fx.curvature.polar import polar_factor, polar_factor_by_gram
-from kfc_fx.curvature.precision import has_fast_bfloat16
+from kfc_fx.curvature.precision import LEAST_IN_BFLOAT16, has_fast_bfloat16
 from kfc_fx.curvature.whitening import (
     bias_whitening,
     cholesky_whitening,
@@ -32,9 +32,8 @@ REFRESH_OPTIONS: tuple[str, ...] = ("damping",)
 REFRESH_SUMMARY = """Whitening matrices W of all input factors."""
 START_SUMMARY: str | None = "Whitening matrices of all input factors, from scratch."
 
-LEAST_SIDE_ON_CPU, LONGER_ON_CPU = 64, 4
-"""Of a matrix whose polar factor is computed in bfloat16 there: the short side, and times that
-the long one may be longer."""
+LONGER_ON_CPU = 4
+"""Times that the long side of a matrix may be longer, whose polar factor is in bfloat16 there."""
 
 
 def state_entries(stack: StackSpec, *, momentum: bool) -> dict[str, StateEntry]:
@@ -115,5 +114,5 @@ def _is_faster_in_bfloat16(stack: StackSpec) -> bool:
     if stack.device.startswith("cuda"):
         return has_fast_bfloat16(stack.device)
     short, long = sorted(stack.matrix_shape[1:])
-    fits = short >= LEAST_SIDE_ON_CPU and long <= LONGER_ON_CPU * short
+    fits = short >= LEAST_IN_BFLOAT16 and long <= LONGER_ON_CPU * short
     return stack.dtype == "float32" and fits and has_fast_bfloat16(stack.device)

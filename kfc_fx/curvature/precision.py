@@ -7,6 +7,9 @@ from contextlib import contextmanager
 
 import torch
 
+LEAST_IN_BFLOAT16 = 64
+"""Short side from which matrices are multiplied in bfloat16 where a device is faster in it."""
+
 
 @contextmanager
 def ieee_products() -> Iterator[None]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from kfc_fx.codegen.layout import StackSpec
+from kfc_fx.curvature.inputs import batch_size
 from kfc_fx.inspect.costs import SiteCost, site_costs
 from kfc_fx.inspect.inspection import Inspection
 from kfc_fx.inspect.methods import OpCall
@@ -20,8 +23,8 @@ WITHOUT_OPS = {"embedding": "counts", "scale_shift": "moments"}
 
 def block_entries(inspection: Inspection) -> list[dict[str, Any]]:
     """One entry for each block, in the order of the plan."""
-    shapes = [spec.shape for spec in inspection.inputs if spec.shape]
-    share = inspection.compiled.recorder.share(shapes[0][0] if shapes else 1)
+    inputs = tuple(torch.empty(spec.shape, device="meta") for spec in inspection.inputs)
+    share = inspection.compiled.recorder.share(batch_size((inputs, {})))
     costs = [cost for graph in inspection.graphs for cost in site_costs(graph, share)]
     stacks = {b.name: stack for stack in _stacks(inspection) for b in stack.blocks}
     return [
