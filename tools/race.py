@@ -254,7 +254,7 @@ def entry_of(task: TaskSpec, cell: CellSpec, optimizer: str) -> Entry:
     """What an optimizer does in a cell."""
     fewer = cell.kfc_fewer if optimizer.startswith(KFC_PREFIX) else 1
     steps, whole = cell.steps // fewer, None if fewer == 1 else cell.steps
-    return Entry(task.name, cell.batch_size, steps, optimizer, whole, cell.seeds)
+    return Entry(task.name, cell.batch_size, steps, optimizer, whole, cell.seeds, cell.finer)
 
 
 def _runs(settings: RaceSettings, file: ResultsFile, console: Console) -> list[str]:

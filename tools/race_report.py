@@ -14,7 +14,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kfc_fx.tools.comparison import smoothing_half_window
 from kfc_fx.tools.failures import CommandError, import_extra
 from kfc_fx.tools.race_optimizers import KFC_PREFIX, SHORTENED, title
 from kfc_fx.tools.race_results import ResultsFile
@@ -72,10 +71,9 @@ def heading(cell: Cell) -> str:
 
 def ends_table(cell: Cell) -> Table:
     """Where each optimizer ends at its best rate, what a step costs, how much memory it takes."""
-    window = smoothing_half_window(cell.steps) + 1
     made = Table(box=box.SIMPLE_HEAD)
     made.caption = (
-        f"Final loss: of training, the last {window} steps. Mean (lowest to highest) of the seeds. "
+        "Final loss: of training, after the last update. Mean (lowest to highest) of the seeds. "
         "Step: mean step in SGD steps (quartiles); early: the same for KFC's first ones. "
         "Memory: peak over the process with its data."
     )

@@ -40,7 +40,9 @@ class RunResult:
 
     ``losses`` has one mini-batch loss per step, from before its update; one that is not finite
     is ``None``. ``seconds`` are per step by the run's own clock, the capture apart.
-    ``test_loss`` and ``test_accuracy`` are of the end. ``peak_memory`` is in bytes beyond what
+    ``end_loss`` is the training loss of the parameters after the last update, over a set of
+    training examples that is the same for all runs of a task; ``None`` where the run diverged, or
+    was made before it was measured. ``test_loss`` and ``test_accuracy`` are of the end too. ``peak_memory`` is in bytes beyond what
     the process (on a GPU, its allocator) and the data took before the network was made, ``None``
     where the system does not tell.
     """
@@ -58,10 +60,12 @@ class RunResult:
     workers: int
     versions: dict[str, str]
     device: str = "cpu"
+    end_loss: float | None = None
 
     @property
     def curve(self) -> list[float]:
-        """Smoothed training loss after each step; infinite from where it diverged.
+        """Smoothed mini-batch loss of each step, from before its update; infinite from where it
+        diverged.
 
         A shortened run is smoothed over an eighth of it at most: more would be its beginning.
         """
@@ -73,8 +77,11 @@ class RunResult:
 
     @property
     def final_loss(self) -> float:
-        """Smoothed training loss at the end; infinite for a run that diverged."""
-        return float("inf") if self.diverged else self.curve[-1]
+        """Training loss at the end; infinite for a run that diverged. Where ``end_loss`` was not
+        measured, the end of the curve, which lags a step or two behind."""
+        if self.diverged:
+            return float("inf")
+        return self.curve[-1] if self.end_loss is None else self.end_loss
 
 
 @dataclass(frozen=True)

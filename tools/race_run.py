@@ -19,6 +19,7 @@ from kfc_fx.tools.training_run import learning_rate_scale, warm_up_steps
 
 DIVERGED_FACTOR = 3.0
 EVALUATION_BATCH = 500
+END_EXAMPLES = 2_000  # of the training set, evenly spaced
 PROCESS_STATUS = Path("/proc/self/status")
 CLEAR_PEAK = Path("/proc/self/clear_refs")
 
@@ -40,6 +41,8 @@ def train(spec: RunSpec, data: RaceData, *, workers: int = 1) -> RunResult:
     losses, seconds, diverged = _loop(spec, task, data, entered)
     peak = _peak_memory(device)  # before the test set is looked at
     tested = (None, None) if diverged else test(entered.network, task, data.test)
+    # After the test: this changes the running statistics of BatchNorm.
+    end_loss = None if diverged else training_loss(entered.network, task, data.train)
     return RunResult(
         spec=spec,
         diverged=diverged,
@@ -54,6 +57,7 @@ def train(spec: RunSpec, data: RaceData, *, workers: int = 1) -> RunResult:
         workers=workers,
         versions=versions(),
         device=device_name(device),
+        end_loss=end_loss,
     )
 
 
@@ -108,6 +112,24 @@ def batches(examples: Examples, batch_size: int, seed: int) -> Iterator[tuple[Te
         epoch = torch.randperm(len(examples), generator=order)[:whole]
         for rows in epoch.to(examples.inputs.device).split(batch_size):
             yield examples.batch(rows)
+
+
+@torch.no_grad()
+def training_loss(network: nn.Module, task: TaskSpec, examples: Examples) -> float:
+    """Mean loss over a part of the training set, evenly spaced, the network in training mode.
+
+    The losses of a run's last mini-batches would be from before its last updates, and by the luck
+    of which examples those were: in a run of six steps the former, in a task of small batches the
+    latter is more than what optimizers differ by.
+    """
+    count = min(END_EXAMPLES, len(examples))
+    rows = torch.arange(count, device=examples.inputs.device) * (len(examples) // count)
+    network.train()
+    total = 0.0
+    for part in rows.split(EVALUATION_BATCH):
+        inputs, targets = examples.batch(part)
+        total += task.loss(network(inputs), targets).item() * len(part)
+    return total / count
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from kfc_fx.tools.race_results import RunResult, RunSpec
 
@@ -27,7 +28,8 @@ class Entry:
     """One optimizer in one cell, all but its learning rate and seed.
 
     ``steps`` are those that its rate is found by; ``cell_steps`` the cell's, where they differ;
-    ``seeds`` those of the best rate, where they are not the search's.
+    ``seeds`` those of the best rate, where they are not the search's; ``finer``: whether one rate
+    halfway between the two best is tried, too.
     """
 
     task: str
@@ -36,6 +38,7 @@ class Entry:
     optimizer: str
     cell_steps: int | None = None
     seeds: int | None = None
+    finer: bool = False
 
     @property
     def cell(self) -> tuple[str, int, int]:
@@ -90,6 +93,9 @@ def next_runs(
     wider = _wider(tried, begin, search)
     if wider is not None:
         return [entry.run(wider)]
+    between = _between(tried, search) if entry.finer else None
+    if between is not None:
+        return [entry.run(between)]
     best = best_rate(tried)
     if best is None:
         return []
@@ -108,6 +114,19 @@ def _wider(tried: list[RunResult], begin: list[float], search: SearchSpec) -> fl
     if math.isclose(best, max(rates)):
         return _rounded(max(rates) * search.factor)
     return None
+
+
+def _between(tried: list[RunResult], search: SearchSpec) -> float | None:
+    """The rate halfway between the best and the better of its neighbours, in logarithms, unless
+    a grid that wide has been refined already."""
+    rates = sorted(run.spec.lr for run in tried)
+    steps = [upper / lower for lower, upper in pairwise(rates)]
+    best = best_rates(tried)
+    if len(best) < 2 or min(steps) < 0.9 * search.factor:
+        return None
+    place = rates.index(best[0])
+    neighbours = [rate for rate in best if abs(rates.index(rate) - place) == 1]
+    return _rounded(math.sqrt(best[0] * neighbours[0])) if neighbours else None
 
 
 def _rounded(rate: float) -> float:

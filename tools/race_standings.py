@@ -24,11 +24,11 @@ class Spread:
 
 @dataclass(frozen=True)
 class ToTarget:
-    """What an optimizer needed for the final training loss of ``rival``; all ``None`` where it
-    did not get there.
+    """What an optimizer needed for the final training loss ``loss`` of ``rival``; all ``None`` where
+    it did not get there.
 
-    ``steps`` are where the curve is there for the first time, ``shortened`` those of the shortest
-    run that ends there. ``relative_seconds`` and ``shortened_seconds`` are in mean SGD steps, by
+    ``steps`` are where the curve is for the first time as low as the rival's ends, ``shortened``
+    those of the shortest run whose own final loss is as low as ``loss``. ``relative_seconds`` and ``shortened_seconds`` are in mean SGD steps, by
     the step costs that were measured in turns; ``clock_seconds`` by the runs' own clock, the
     capture included.
     """
@@ -89,9 +89,17 @@ def steps_to(curve: Sequence[float], loss: float) -> int | None:
 def rival_ends(file: ResultsFile, cell: tuple[str, int, int]) -> dict[str, float]:
     """The final training loss of each rival in a cell (task, batch size, steps), at its best rate
     and as a mean over its seeds; without those that diverged."""
+    return {
+        name: statistics.fmean(run.final_loss for run in runs)
+        for name, runs in _rivals(cell, file).items()
+    }
+
+
+def _rivals(cell: tuple[str, int, int], file: ResultsFile) -> dict[str, list[RunResult]]:
+    """The runs of each rival at its best rate, without rivals of which one diverged."""
     best = {name: _best(_tuned(name, _runs_of(cell, file))) for name in RIVALS}
     return {
-        name: _mean_curve(runs)[-1]
+        name: runs
         for name, runs in best.items()
         if runs and not any(run.diverged for run in runs)
     }
@@ -105,7 +113,10 @@ def _cell(key: tuple[str, int, int], file: ResultsFile) -> Cell:
     runs = _runs_of(key, file)
     costs = {c.optimizer: c for c in file.costs if (c.task, c.batch_size) == key[:2]}
     names = [name for name in ENTRANTS if any(run.spec.optimizer == name for run in runs)]
-    targets = rival_ends(file, key)
+    targets = {
+        name: (end, _mean_curve(_rivals(key, file)[name])[-1])
+        for name, end in rival_ends(file, key).items()
+    }
     standings = tuple(_standing(name, runs, costs.get(name), targets) for name in names)
     return Cell(*key, runs[0].train_size, standings)
 
@@ -126,7 +137,7 @@ def _standing(
     name: str,
     runs: Sequence[RunResult],
     cost: CostResult | None,
-    targets: dict[str, float],
+    targets: dict[str, tuple[float, float]],
 ) -> Standing:
     tried = sorted(_tuned(name, runs), key=lambda run: run.spec.lr)
     best = _best(tried)
@@ -145,7 +156,7 @@ def _standing(
         capture_seconds=_mean(run.capture_seconds for run in best),
         cost=cost,
         targets=tuple(
-            _to_target(rival, targets[rival], curve, cost, best, own) for rival in targets
+            _to_target(rival, *targets[rival], curve, cost, best, own) for rival in targets
         ),
     )
 
@@ -153,12 +164,13 @@ def _standing(
 def _to_target(
     rival: str,
     loss: float,
+    curve_end: float,
     curve: list[float],
     cost: CostResult | None,
     best: list[RunResult],
     own: list[RunResult],
 ) -> ToTarget:
-    steps, fewest = steps_to(curve, loss), shortest(own, len(best), loss)
+    steps, fewest = steps_to(curve, curve_end), shortest(own, len(best), loss)
     clock = None
     if steps is not None:
         clock = _mean(run.capture_seconds + sum(run.seconds[:steps]) for run in best)

@@ -33,7 +33,8 @@ class CellSpec:
 
     ``kfc_fewer``: times fewer steps that KFC's rate is found by, where it needs that many fewer
     and large batches make whole runs dear. ``seeds``: of the best rate, where not the race's own.
-    ``costs``: whether step costs are measured.
+    ``costs``: whether step costs are measured. ``finer``: whether each optimizer tries one more
+    rate, halfway between its two best.
     """
 
     batch_size: int
@@ -42,6 +43,7 @@ class CellSpec:
     kfc_fewer: int = 1
     seeds: int | None = None
     costs: bool = True
+    finer: bool = False
 
     def of(self, chosen: tuple[str, ...]) -> tuple[str, ...]:
         """Who of ``chosen`` takes part."""
@@ -108,6 +110,13 @@ class RaceData:
 FEW = ("sgd", "muon", "kfc-adam", "kfc-spectral")
 SGD_ALONE = ("sgd", "kfc-adam")
 
+
+def against_sgd(batch_size: int, steps: int) -> CellSpec:
+    """SGD's long run, and how many fewer steps KFC needs to its end."""
+    entrants = SGD_ALONE
+    return CellSpec(batch_size, steps, entrants, kfc_fewer=10, seeds=1, costs=False, finer=True)
+
+
 TASKS = {
     task.name: task
     for task in (
@@ -122,9 +131,9 @@ TASKS = {
             (
                 CellSpec(512, 60),
                 CellSpec(128, 60, FEW),
-                CellSpec(512, 300, SGD_ALONE, kfc_fewer=10, seeds=1, costs=False),
-                CellSpec(2048, 120, SGD_ALONE, kfc_fewer=10, seeds=1, costs=False),
-                CellSpec(4096, 120, SGD_ALONE, kfc_fewer=10, seeds=1, costs=False),
+                against_sgd(512, 300),
+                against_sgd(2048, 120),
+                against_sgd(4096, 120),
             ),
         ),
         TaskSpec(
@@ -137,7 +146,7 @@ TASKS = {
             None,
             (
                 CellSpec(512, 80),
-                CellSpec(512, 400, SGD_ALONE, kfc_fewer=10, seeds=1, costs=False),
+                against_sgd(512, 400),
                 CellSpec(128, 60, FEW),
             ),
         ),

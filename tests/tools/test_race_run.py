@@ -89,6 +89,39 @@ def test_the_rivals_of_heavyball_learn(optimizer: str, task: TaskSpec, data: Rac
     assert result.final_loss < result.curve[0]
 
 
+def test_the_end_loss_is_of_the_parameters_after_the_last_update(
+    task: TaskSpec, data: RaceData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def keep(network: nn.Module, task: TaskSpec, examples: Examples) -> float:
+        seen.append((network, examples))
+        return race_run.training_loss_of_all(network, task, examples)
+
+    monkeypatch.setattr(race_run, "training_loss_of_all", race_run.training_loss, raising=False)
+    monkeypatch.setattr(race_run, "training_loss", keep)
+    result = train(spec("sgd", 0.1), data)
+    ((network, examples),) = seen
+    assert examples is data.train
+    inputs, targets = data.train.batch(slice(None))
+    assert result.end_loss == pytest.approx(task.loss(network(inputs), targets).item())
+    assert result.final_loss == result.end_loss
+    assert train(spec("sgd", 1e6), data).end_loss is None
+
+
+def test_a_training_loss_is_of_examples_from_all_of_the_set(
+    task: TaskSpec, data: RaceData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(race_run, "END_EXAMPLES", 8)
+    monkeypatch.setattr(race_run, "EVALUATION_BATCH", 3)
+    torch.manual_seed(0)
+    network = task.build().eval()
+    found = race_run.training_loss(network, task, data.train)
+    inputs, targets = data.train.batch(torch.arange(8) * 5)
+    assert found == pytest.approx(task.loss(network(inputs), targets).item())
+    assert network.training
+
+
 def test_all_start_alike_and_see_the_same_batches(task: TaskSpec, data: RaceData) -> None:
     first = {train(spec(name, 1e-9), data).losses for name in ("sgd", "muon", "adamw")}
     # At a rate of almost zero Muon's AdamW still moves the biases and the head.

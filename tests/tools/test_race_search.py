@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,28 @@ def test_a_best_rate_at_an_edge_widens_the_grid_twice_at_most(
 def test_widening_ends_where_the_new_rate_is_worse() -> None:
     results = searched(lambda lr: abs(math.log(lr / 5.2)))
     assert rates(results) == [*grid(1.0, SEARCH), 15.6]
+
+
+def finely_searched(end_of: Callable[[float], float | None]) -> dict[RunSpec, RunResult]:
+    entry, results = replace(ENTRY, finer=True), dict[RunSpec, RunResult]()
+    while due := next_runs(entry, 1.0, SEARCH, results):
+        assert not set(due) & set(results)
+        results |= {spec: result(spec, end_of(spec.lr)) for spec in due}
+    return results
+
+
+def test_a_finer_search_tries_one_rate_between_the_two_best() -> None:
+    results = finely_searched(lambda lr: abs(math.log(lr / 1.2)))  # 1.73, then 0.577
+    assert rates(results) == sorted([*grid(1.0, SEARCH), 0.999])
+    assert {spec.seed for spec in results if spec.lr == 0.999} == {0, 1, 2}
+    worse = finely_searched(lambda lr: 5.0 if lr == 0.999 else abs(math.log(lr / 1.2)))
+    assert rates(worse) == rates(results)
+    assert {spec.seed for spec in worse if spec.lr == 1.73} == {0, 1, 2}
+
+
+def test_a_finer_search_needs_a_neighbour_that_did_not_diverge() -> None:
+    results = finely_searched(lambda lr: 1.0 if lr == 1.73 else None)
+    assert rates(results) == grid(1.0, SEARCH)
 
 
 def test_an_optimizer_that_always_diverges_gets_lower_rates_and_no_seeds() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,8 +149,23 @@ def test_short_runs_are_smoothed_over_an_eighth() -> None:
     falling = RunResult(
         **{**vars(result(spec, 1.0)), "losses": tuple(float(15 - step) for step in range(15))}
     )
-    assert falling.final_loss == 1.5  # of the last two, where a whole run takes three
+    assert falling.curve[-1] == 1.5  # of the last two, where a whole run takes three
     assert math.isclose(falling.curve[7], 8.0)
+
+
+def test_what_counts_is_the_loss_after_the_last_update(file: ResultsFile) -> None:
+    # By its curve, a step behind, this run ends above SGD's 2.0; by what it leads to, below.
+    for seed in (0, 1):
+        made = constant(RunSpec("gpt", 128, 10, "kfc-adam", LR, seed, 60), 2.5)
+        file.add_run(replace(made, end_loss=1.9))
+    _, kfc = cells(file)[0].standings
+    assert kfc.targets[0].shortened == 10
+    # Where a rival's end was measured the same way, that is the target; its curve's is the curve's.
+    for seed in (0, 1):
+        made = constant(Entry("gpt", 128, 60, "sgd").run(LR, seed), 2.0)
+        file.add_run(replace(made, end_loss=1.8))
+    _, kfc = cells(file)[0].standings
+    assert (kfc.targets[0].loss, kfc.targets[0].shortened, kfc.targets[0].steps) == (1.8, 20, 1)
 
 
 def test_large_batches_find_kfc_s_rate_by_shorter_runs() -> None:
@@ -159,3 +175,4 @@ def test_large_batches_find_kfc_s_rate_by_shorter_runs() -> None:
     assert {entry.cell for entry in entries.values()} == {("kfc-cifar", 4096, 120)}
     assert entries["sgd"].run(0.1).cell == entries["kfc-adam"].run(0.1).cell
     assert entries["sgd"].seeds_of(SearchSpec()) == 1
+    assert all(entry.finer for entry in entries.values())
