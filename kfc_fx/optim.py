@@ -64,10 +64,10 @@ class KFC(torch.optim.Optimizer):
         factor_interval: T_s, steps between statistics. It begins as one step and grows by a quarter
             of the steps so far until it is T_s, and so does T_f.
         factor_samples: examples of each batch that statistics are estimated from, the first
-            ones: a number, None for all, or "auto" for half of the batch but at least 128 (all
-            with another backend than "eager"). The factor products cost that share, the Fisher
-            pass all the same. A layer whose input does not lead with the examples takes the same
-            share of what it leads with.
+            ones: a number, None for all, or "auto" for a quarter of the batch but at least 32; of
+            sampled targets half, at least 128 (all with another backend than "eager"). The factor
+            products cost that share, the Fisher pass all the same. A layer whose input does not
+            lead with the examples takes the same share of what it leads with.
         inverse_interval: T_f, steps between refreshes of the inverses or bases. Where it equals
             ``factor_interval``, "adam" and "eigen" keep the moving average of a factor F as its
             eigenbasis Q and the diagonal of ``Qᵀ F Q``: half of the memory, and what orthogonal
@@ -87,8 +87,10 @@ class KFC(torch.optim.Optimizer):
             see the loss that the step has led to.
         average: τ in steps of the Polyak average ``θ̄ ← ξ θ̄ + (1 − ξ) θ``, ``ξ = e^(−1/τ)``;
             None for no average. See :meth:`averaged`.
-        fisher: ``"sampled"`` targets from the model's predictive distribution, or
-            ``"empirical"`` ones, read off the gradient of the loss.
+        fisher: what Γ is estimated from. ``"sampled"``: targets from the model's predictive
+            distribution, by a backward pass of their own. ``"empirical"``: the gradient of the
+            loss, within its backward pass, at the scale of the likelihood's. By default "empirical"
+            for "adam" with classes, which takes eigenvectors of Γ alone; else "sampled".
         input_factor: ``"dense"``, ``"separable"``, or ``"auto"``: separable for convolutions
             whose dense Ω is wide.
         basis_limit: widest side of an eigenbasis ("adam", "eigen"). A dense factor of a linear or
@@ -141,7 +143,7 @@ class KFC(torch.optim.Optimizer):
         quadratic_model: bool = False,
         adapt_damping: int | None = None,
         average: float | None = None,
-        fisher: str = "sampled",
+        fisher: str | None = None,
         input_factor: str = "auto",
         basis_limit: int = 512,
         second_moment_decay: float = 0.95,
@@ -207,7 +209,9 @@ class KFC(torch.optim.Optimizer):
         self._reported = Progress(0, {})
         self._token = object()
         recorder = compiled.recorder
-        recorder.owner, recorder.seed, recorder.fisher = self._token, seed, self.options.fisher
+        recorder.owner, recorder.seed = self._token, seed
+        recorder.fisher = self.options.fisher_for(recorder.likelihood)
+        recorder.scale_free = self.options.scale_free
         recorder.samples = self.options.factor_samples if partly else None
         recorder.take()
         recorder.keep_inputs = self.options.needs_inputs

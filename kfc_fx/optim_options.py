@@ -11,7 +11,9 @@ from typing import Any, get_args
 from kfc_fx.codegen.layout import BlockChoice, Scaling
 from kfc_fx.codegen.options import Clip, GenericRule
 from kfc_fx.codegen.scaling import VECTOR_RULES
-from kfc_fx.curvature.recorder import Fisher, Samples
+from kfc_fx.curvature.likelihood import Categorical, Likelihood
+from kfc_fx.curvature.passes import Fisher
+from kfc_fx.curvature.recorder import Samples
 from kfc_fx.errors import OptionError
 from kfc_fx.plan.forms import (
     FactorForms,
@@ -46,6 +48,10 @@ DEFAULTS: dict[Scaling, ScalingDefaults] = {
     "inverse": ScalingDefaults(0.03, 0.9, False, 1e-2, "sgd", 1.0),
 }
 
+SCALE_FREE: set[Scaling] = {"adam", "spectral"}
+"""Scalings whose step does not depend on the scale of Γ: "adam" takes eigenvectors of it alone,
+"spectral" nothing."""
+
 BLOCK_OPTIONS = ("scaling", "input_factor")
 """What ``blocks=`` may set."""
 
@@ -72,7 +78,7 @@ class KFCOptions:
     quadratic_model: bool
     adapt_damping: int | None
     average: float | None
-    fisher: Fisher
+    fisher: Fisher | None
     input_factor: InputFactorOption
     basis_limit: int
     second_moment_decay: float
@@ -88,10 +94,11 @@ class KFCOptions:
     def __post_init__(self) -> None:
         for name, known in (
             ("scaling", get_args(Scaling)),
-            ("fisher", get_args(Fisher)),
             ("clip_by", ("factors", "exact")),
         ):
             _one_of(name, getattr(self, name), known)
+        if self.fisher is not None:
+            _one_of("fisher", self.fisher, get_args(Fisher))
         if self.generic is not None:
             _one_of("generic", self.generic, get_args(GenericRule))
         check_input_factor(self.input_factor)
@@ -164,12 +171,25 @@ class KFCOptions:
         return self.scalings == (scaling,)
 
     @property
+    def scale_free(self) -> bool:
+        """Whether no step depends on the scale of Γ."""
+        return set(self.scalings) <= SCALE_FREE
+
+    @property
     def scalings(self) -> tuple[Scaling, ...]:
         """Those that some block may take, the general one first."""
         special = [chosen["scaling"] for chosen in self.blocks.values() if "scaling" in chosen]
         return tuple(dict.fromkeys([self.scaling, *special]))
 
     # -- by block ----------------------------------------------------------------------------
+
+    def fisher_for(self, likelihood: Likelihood) -> Fisher:
+        """What Γ is estimated from. By default the loss's own backward pass, where that trains as
+        well: for classes. With Bernoulli outputs its gradients are much alike at first."""
+        if self.fisher is not None:
+            return self.fisher
+        fits = self.scale_free and isinstance(likelihood, Categorical)
+        return "empirical" if fits else "sampled"
 
     def choice_of(self, block: BlockSpec) -> BlockChoice | None:
         """Scaling and forms of a block; None where its scaling does not fit it and its parameters

@@ -11,7 +11,7 @@ import kfc_fx
 from kfc_fx import binding
 from kfc_fx.codegen import decompositions
 from kfc_fx.codegen.statistics import screen
-from kfc_fx.curvature.recorder import Statistics
+from kfc_fx.curvature.passes import Statistics
 
 SCALINGS = ("adam", "spectral", "eigen")
 

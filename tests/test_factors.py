@@ -86,15 +86,25 @@ def test_factor_samples_take_the_first_examples(input_factor):
                 assert not torch.allclose(own, getattr(everything[name], factor))
 
 
-@pytest.mark.parametrize(("examples", "taken"), [(128, 128), (160, 128), (300, 150)])
-def test_by_default_statistics_are_of_half_of_a_large_batch(examples, taken):
+@pytest.mark.parametrize(
+    ("fisher", "examples", "taken"),
+    [
+        ("empirical", 32, 32),
+        ("empirical", 100, 32),
+        ("empirical", 160, 40),
+        ("sampled", 128, 128),
+        ("sampled", 160, 128),
+        ("sampled", 300, 150),
+    ],
+)
+def test_by_default_statistics_are_of_part_of_a_large_batch(fisher, examples, taken):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 5)).double()
     x, y = torch.randn(examples, 4).double(), torch.randint(5, (examples,))
 
     def omega(inputs, targets, backend="eager", **options):
         compiled = kfc_fx.compile(net, backend=backend)
-        opt = kfc_fx.KFC(compiled, lr=0.0, fisher="empirical", **options)
+        opt = kfc_fx.KFC(compiled, lr=0.0, fisher=fisher, **options)
         F.cross_entropy(compiled(inputs), targets).backward()
         opt.step()
         return opt.factors["2"].omega
@@ -169,7 +179,7 @@ def test_sampled_targets_come_from_the_predictive_distribution():
     net = nn.Sequential(nn.Linear(3, 4)).double()
     x = torch.randn(20000, 3).double()
     compiled = kfc_fx.compile(net)
-    opt = kfc_fx.KFC(compiled, lr=0.0, seed=7)
+    opt = kfc_fx.KFC(compiled, lr=0.0, seed=7, fisher="sampled")
     F.cross_entropy(compiled(x), torch.zeros(20000, dtype=torch.long)).backward()
     opt.step()
     p = net(x).softmax(1)

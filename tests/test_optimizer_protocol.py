@@ -213,9 +213,11 @@ def test_factors_do_not_depend_on_the_loss_scale(fisher, scale):
         opt.step()
         return {name: (f.omega, f.gamma) for name, f in opt.factors.items()}
 
+    # Sampled targets do not know of the loss; its own gradient is divided by its scale.
+    near = {"rtol": 0, "atol": 0} if fisher == "sampled" else {"rtol": 2e-5, "atol": 1e-8}
     expected = factors(1.0, "mean")
-    torch.testing.assert_close(factors(scale, "mean"), expected, rtol=0, atol=0)
-    torch.testing.assert_close(factors(scale, "sum"), expected, rtol=0, atol=0)
+    torch.testing.assert_close(factors(scale, "mean"), expected, **near)
+    torch.testing.assert_close(factors(scale, "sum"), expected, **near)
 
 
 # -- state ----

@@ -91,7 +91,7 @@ class Net(nn.Module):
 
 def make(form, likelihood="categorical", **options):
     compiled = kfc_fx.compile(Net(form).double(), likelihood=likelihood)
-    return compiled, kfc_fx.KFC(compiled, **{"lr": 0.01, "seed": 3, **options})
+    return compiled, kfc_fx.KFC(compiled, **{"lr": 0.01, "seed": 3, "fisher": "sampled", **options})
 
 
 def factors_of(compiled, opt) -> dict[str, tuple[Tensor, Tensor]]:
@@ -146,7 +146,7 @@ def test_a_loss_from_several_outputs_collects_once():
 
 
 def test_empirical_targets_need_a_loss_of_the_prediction():
-    compiled, _ = make(FORMS["dict-logits"][0], fisher="empirical")
+    compiled, _ = make(FORMS["dict-logits"][0], fisher="empirical", scaling="eigen")
     with pytest.raises(kfc_fx.OutputError, match=r"loss was not computed from it.*sampled"):
         compiled(X)["loss"].backward()
 

@@ -95,7 +95,7 @@ class WrittenOut:
 
 def run_kfc(net, data, **options):
     compiled = kfc_fx.compile(net)
-    opt = kfc_fx.KFC(compiled, fisher="empirical", **options)
+    opt = kfc_fx.KFC(compiled, fisher="empirical", **{"factor_samples": None, **options})
     for x, y in data:
         F.cross_entropy(compiled(x), y).backward()
         opt.step()

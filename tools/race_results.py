@@ -42,9 +42,9 @@ class RunResult:
     is ``None``. ``seconds`` are per step by the run's own clock, the capture apart.
     ``end_loss`` is the training loss of the parameters after the last update, over a set of
     training examples that is the same for all runs of a task; ``None`` where the run diverged, or
-    was made before it was measured. ``test_loss`` and ``test_accuracy`` are of the end too. ``peak_memory`` is in bytes beyond what
-    the process (on a GPU, its allocator) and the data took before the network was made, ``None``
-    where the system does not tell.
+    was made before it was measured. ``test_loss`` and ``test_accuracy`` are of the end too.
+    ``peak_memory`` is in bytes beyond what the process (on a GPU, its allocator) and the data took
+    before the network was made, ``None`` where the system does not tell.
     """
 
     spec: RunSpec

@@ -24,13 +24,13 @@ class Spread:
 
 @dataclass(frozen=True)
 class ToTarget:
-    """What an optimizer needed for the final training loss ``loss`` of ``rival``; all ``None`` where
-    it did not get there.
+    """What an optimizer needed for the final training loss ``loss`` of ``rival``; all ``None``
+    where it did not get there.
 
     ``steps`` are where the curve is for the first time as low as the rival's ends, ``shortened``
-    those of the shortest run whose own final loss is as low as ``loss``. ``relative_seconds`` and ``shortened_seconds`` are in mean SGD steps, by
-    the step costs that were measured in turns; ``clock_seconds`` by the runs' own clock, the
-    capture included.
+    those of the shortest run whose own final loss is as low as ``loss``. ``relative_seconds`` and
+    ``shortened_seconds`` are in mean SGD steps, by the step costs that were measured in turns;
+    ``clock_seconds`` by the runs' own clock, the capture included.
     """
 
     rival: str
@@ -99,9 +99,7 @@ def _rivals(cell: tuple[str, int, int], file: ResultsFile) -> dict[str, list[Run
     """The runs of each rival at its best rate, without rivals of which one diverged."""
     best = {name: _best(_tuned(name, _runs_of(cell, file))) for name in RIVALS}
     return {
-        name: runs
-        for name, runs in best.items()
-        if runs and not any(run.diverged for run in runs)
+        name: runs for name, runs in best.items() if runs and not any(run.diverged for run in runs)
     }
 
 

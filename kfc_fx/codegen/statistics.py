@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kfc_fx.codegen.columns import stack_columns
 from kfc_fx.codegen.layout import StackSpec
-from kfc_fx.curvature.recorder import Statistics
+from kfc_fx.curvature.passes import Statistics
 
 
 @dataclass(frozen=True)

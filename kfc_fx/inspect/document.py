@@ -121,8 +121,8 @@ def _step_costs(
 ) -> tuple[dict[str, int], list[str]]:
     """Work of each kind of step, and a warning for what the graphs do not let be counted.
 
-    A statistics step is the Fisher pass, the statistics of all sites, and their EMA; it comes
-    beside the gradient step, as a refresh and an update do.
+    A statistics step is the Fisher pass, if there is one, the statistics of all sites, and their
+    EMA; it comes beside the gradient step, as a refresh and an update do.
     """
     costs: dict[str, int] = {}
     factors = Work(sum(b["flops"] for b in blocks), sum(b["bytes_moved"] for b in blocks))
@@ -135,7 +135,9 @@ def _step_costs(
         costs |= _named("refresh", work.refresh) | _named("update", work.apply)
     try:
         passes = [gradient_work(graph) for graph in inspection.graphs]
-        fisher = sum((fisher_work(graph) for graph in inspection.graphs), Work())
+        fisher = Work()
+        if inspection.compiled.recorder.fisher == "sampled":
+            fisher = sum((fisher_work(graph) for graph in inspection.graphs), fisher)
     except Exception as error:  # an operator without a fake implementation, or that needs data
         first_line = str(error).strip().partition("\n")[0]
         return costs, [f"the work of the graphs cannot be counted: {first_line}"]

@@ -1,16 +1,17 @@
 """Emission: a statistic is the gradient of a probe.
 
-A site's output goes through an emission, the identity in the forward pass. In the
-backward pass of the Fisher pass it returns the factor statistics as the gradients of *probes*:
-zero-stride leaf tensors of the statistics' shapes, which hold no memory. Gradient accumulation
-then sums the statistics of several uses and several micro-batches, and tracing compilers see
-nothing but pure functions.
+A site's output goes through an emission, the identity in the forward pass. In a backward pass
+that takes statistics it returns them as the gradients of *probes*: zero-stride leaf tensors of the
+statistics' shapes, which hold no memory. Gradient accumulation then sums the statistics of several
+uses, and tracing compilers see nothing but pure functions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,28 +32,44 @@ from kfc_fx.plan.geometry import ConvGeometry
 
 Pads = Sequence[tuple[int, int]]
 
-_fisher_passes: list[float] = []
-"""The Fisher passes that run, each by the share of its examples that statistics are taken of."""
+
+@dataclass(eq=False)
+class StatisticsPass:
+    """A backward pass that takes statistics.
+
+    ``share``: of every leading dimension, in (0, 1]; statistics are estimated from that part.
+    ``seconds``: spent on them in graphs that are not compiled.
+    """
+
+    share: float = 1.0
+    seconds: float = 0.0
+
+
+_passes: list[StatisticsPass] = []
+"""Those that run."""
 
 
 @contextmanager
-def fisher_pass(share: float = 1.0) -> Iterator[None]:
+def taking_statistics(share: float = 1.0) -> Iterator[StatisticsPass]:
     """While it lasts, backward passes through emissions compute statistics.
 
     Of the process, not of the thread: autograd runs CUDA nodes on threads of its own. Outside,
     emissions pass the cotangent on and return nothing for the probes.
-
-    Args:
-        share: of every leading dimension, in (0, 1]; statistics are estimated from that part.
     """
-    _fisher_passes.append(share)
+    running = StatisticsPass(share)
+    _passes.append(running)
     try:
-        # The graph is retained for the loss's own backward pass; AOTAutograd reads the setting
-        # when it compiles and again when it runs.
-        with torch._functorch.config.patch(donated_buffer=False):
-            yield
+        yield running
     finally:
-        _fisher_passes.remove(share)
+        _passes.remove(running)
+
+
+@contextmanager
+def fisher_pass(share: float = 1.0) -> Iterator[None]:
+    """The same for a backward pass after which the loss's own goes through the same graph."""
+    # The graph is retained; AOTAutograd reads the setting when it compiles and again when it runs.
+    with taking_statistics(share), torch._functorch.config.patch(donated_buffer=False):
+        yield
 
 
 def emit_linear_factors(
@@ -276,25 +293,40 @@ class _Emission(torch.autograd.Function):
         ctx.save_for_backward(*tensors[probes:])
         ctx.rule, ctx.block = rule, block
         ctx.probes, ctx.others = probes, len(tensors) - probes
+        ctx.takes = [take for probe in tensors[:probes] if (take := _taken_by(probe)) is not None]
         # An alias, not a view: no copy, and an in-place op may follow. `mark_dirty` would do
         # the same but for an output that is itself a view, as F.linear's on a 3-d input is.
         return y.detach()
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if not (_fisher_passes or _is_traced(cotangent)):
-            return cotangent, None, None, None, *(None,) * (ctx.probes + ctx.others)
-        x, *others = ctx.saved_tensors
-        share = _fisher_passes[-1] if _fisher_passes else 1.0
-        if cotangent.dim() < 2 or isinstance(ctx.rule, BatchedLinearRule):
-            share = 1.0
-        x, scale = part_of(x, ctx.rule.spatial, share)
-        g, _ = part_of(cotangent, ctx.rule.spatial, share)
-        with profiler_range(ctx.block, cotangent):
-            statistics = ctx.rule.statistics(x, g, *others)
-        if scale != 1:
-            statistics = tuple(statistic * scale for statistic in statistics)
+        if _is_traced(cotangent):
+            statistics = _statistics(ctx, cotangent, 1.0)
+        elif _passes:
+            running, start = _passes[-1], time.perf_counter()
+            # The loss's backward pass may be one that is differentiated itself.
+            with torch.no_grad(), profiler_range(ctx.block):
+                statistics = _statistics(ctx, cotangent, running.share)
+            running.seconds += time.perf_counter() - start
+            if ctx.takes:
+                # At once: where gradients of parameters alone are asked for, none goes to a probe.
+                for take, statistic in zip(ctx.takes, statistics, strict=True):
+                    take(statistic)
+                statistics = (None,) * ctx.probes
+        else:
+            statistics = (None,) * ctx.probes
         return cotangent, None, None, None, *statistics, *(None,) * ctx.others
+
+
+def _statistics(ctx: Any, cotangent: Tensor, share: float) -> tuple[Tensor | None, ...]:
+    """What an emission returns for its probes."""
+    x, *others = ctx.saved_tensors
+    if cotangent.dim() < 2 or isinstance(ctx.rule, BatchedLinearRule):
+        share = 1.0
+    x, scale = part_of(x, ctx.rule.spatial, share)
+    g, _ = part_of(cotangent, ctx.rule.spatial, share)
+    statistics: tuple[Tensor, ...] = ctx.rule.statistics(x, g, *others)
+    return tuple(statistic * scale for statistic in statistics) if scale != 1 else statistics
 
 
 def _is_traced(cotangent: Tensor) -> bool:
@@ -303,9 +335,10 @@ def _is_traced(cotangent: Tensor) -> bool:
     return torch.compiler.is_compiling() or detect_fake_mode([cotangent]) is not None
 
 
-def profiler_range(block: str, cotangent: Tensor) -> AbstractContextManager[object]:
-    """A range of torch.profiler that names the block, but in no traced graph."""
-    if _is_traced(cotangent):
+def profiler_range(block: str, in_graph: Tensor | None = None) -> AbstractContextManager[object]:
+    """A range of torch.profiler that names the block, but in no graph that ``in_graph`` is traced
+    in."""
+    if in_graph is not None and _is_traced(in_graph):
         return nullcontext()
     return torch.profiler.record_function(f"kfc_fx::statistics {block}")
 
@@ -341,7 +374,30 @@ class _FisherGate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor | None:  # type: ignore[override]
-        return gradient if _fisher_passes else None
+        return gradient if _passes else None
+
+
+class _Collection(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, probe: Tensor, take: Callable[[Tensor], None]) -> Tensor:  # type: ignore[override]
+        ctx.set_materialize_grads(False)
+        ctx.take = take
+        return probe.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[None, None]:  # type: ignore[override]
+        if gradient is not None:
+            ctx.take(gradient.detach())
+        return None, None
+
+
+def collected(probe: Tensor, take: Callable[[Tensor], None]) -> Tensor:
+    """Hand a probe's gradient to ``take`` and let nothing through to the probe itself."""
+    return _Collection.apply(probe, take)
+
+
+def _taken_by(probe: Tensor) -> Callable[[Tensor], None] | None:
+    return getattr(probe.grad_fn, "take", None)
 
 
 def gate(probe: Tensor) -> Tensor:

@@ -99,6 +99,11 @@ def _input_form(block: BlockSpec, option: InputFactorOption) -> InputFactor:
     return "dense"
 
 
+def quadratic_statistic(block: BlockSpec) -> str:
+    """The statistic that is quadratic in the cotangent; the others do not depend on it."""
+    return "omega" if block.kind == "scale_shift" else "gamma"
+
+
 def statistic_shapes(block: BlockSpec, forms: FactorForms) -> dict[str, tuple[int, int, int]]:
     """Shape of each statistic that a site of the block emits, in the order of its probes.
 
