@@ -174,12 +174,10 @@ class GradientPass:
                 "and the loss was not computed from it; use fisher='sampled'"
             )
         wanted = self._recorder.likelihood.empirical_cotangent(values, cotangent)
-        own = cotangent.to(wanted.dtype)
-        if not own.numel():
-            return own.new_zeros(())
-        # A cotangent of 1e-20 is not zero, but its square is, in single precision.
-        own = own / (largest := own.abs().amax().clamp(min=torch.finfo(own.dtype).tiny))
-        return ((own * wanted).sum() / own.square().sum().clamp(min=1) / largest).square()
+        own = cotangent.to(wanted.dtype).flatten()  # dot products make no third copy of the logits
+        square = torch.dot(own, own)
+        factor = torch.dot(own, wanted.flatten()) / square
+        return torch.where(square > 0, factor, 0).square()
 
     def close(self) -> None:
         """Take no more; what was taken so far is lost."""

@@ -84,7 +84,23 @@ def test_statistics_of_a_large_batch_are_of_a_part_of_it(scaling):
         )
         return sum(block["flops"] for block in build_document(found)["blocks"])
 
-    assert flops(128) == flops(256) == flops(512) / 2
+    assert flops(32) == flops(128) == flops(256) / 2
+
+
+def test_a_fisher_pass_is_counted_where_there_is_one():
+    def found(scaling: str) -> tuple[int, int]:
+        inspection = inspect_model(
+            perceptron(),
+            "perceptron",
+            [parse_input(f"{N}x{INSIDE}")],
+            InspectionOptions(scaling=scaling),
+        )
+        work = sum(fisher_work(graph).flops for graph in inspection.graphs)
+        return build_document(inspection)["summary"]["statistics_flops"], work
+
+    (own, _), (apart, work) = found("adam"), found("eigen")
+    assert work > 0
+    assert apart - own == work
 
 
 def test_the_update_of_a_perceptron_by_inverses():
