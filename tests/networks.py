@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterable, Mapping
 
@@ -150,3 +151,14 @@ def count_calls_of_emitting_graphs(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(module, "compile_emitting", counted)
     return calls
+
+
+def saved_state(opt: kfc_fx.KFC) -> dict:
+    """State without the target generators, which a backward pass moves on."""
+    state = copy.deepcopy(opt.state_dict()["kfc"])
+    del state["generators"]
+    return state
+
+
+def assert_same_state(found: dict, expected: dict) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
