@@ -441,13 +441,13 @@ class KFC(torch.optim.Optimizer):
             diagnostics.refreshes += 1
 
     def _note_gradient_time(self) -> None:
-        """Share the time since the last step between the gradient and the Fisher pass in it."""
+        """Share the time since the last step between the gradient and the statistics in it."""
         recorder, seconds = self.compiled.recorder, self._diagnostics.seconds
-        fisher, recorder.seconds = recorder.seconds, 0.0
-        seconds["statistics"] += fisher  # type: ignore[assignment]
+        statistics, recorder.seconds = recorder.seconds, 0.0
+        seconds["statistics"] += statistics  # type: ignore[assignment]
         if self._last_step_ended is not None:
             between = time.perf_counter() - self._last_step_ended
-            seconds["gradient"] += between - fisher  # type: ignore[assignment]
+            seconds["gradient"] += between - statistics  # type: ignore[assignment]
 
     def _note_missed(self, step: int) -> None:
         text = (

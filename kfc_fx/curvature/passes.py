@@ -124,7 +124,7 @@ class FisherPass:
 
 
 class GradientPass:
-    """The loss's own backward pass, which statistics of its own cotangents cost no second one in.
+    """Statistics in the loss's own backward pass, of its own cotangents.
 
     The tap's backward, which comes first in it, opens it; it closes where autograd ends. The
     cotangents c of the loss are those c* of the likelihood up to a factor: by the size of the
@@ -155,11 +155,11 @@ class GradientPass:
         values, self._values = self._values, None
         if values is None:
             return  # a second backward pass through the same forward pass
-        self._record.collecting = True
         if self._record.probes:
             self._square = self._scale(values, cotangents[self._position])
             share = self._recorder.share(self._examples)
             self._pass = self._running.enter_context(taking_statistics(share))
+        self._record.collecting = True
         self._recorder.open_passes.append(self)
         Variable._execution_engine.queue_callback(self._finish)
 
