@@ -74,11 +74,11 @@ def test_a_model_compiled_wrongly_fails(wrong):
 
 
 def test_a_wrong_statistic_fails(monkeypatch):
-    from kfc_fx.curvature import recorder
+    from kfc_fx.curvature import passes
 
-    add = recorder._add
+    add = passes.add
     monkeypatch.setattr(
-        recorder, "_add", lambda sums, block, new: add(sums, block, {n: -v for n, v in new.items()})
+        passes, "add", lambda sums, block, new: add(sums, block, {n: -v for n, v in new.items()})
     )
     with pytest.raises(CheckError, match=r"statistics are wrong: .* has a negative eigenvalue"):
         check_case(case_of(Wrong()))
