@@ -9,10 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 import kfc_fx
 from kfc_fx.compile import CompiledModel
+from kfc_fx.curvature.passes import Fisher, Sums
 from kfc_fx.errors import OutputError
 from kfc_fx.tools.zoo_case import ModelCase
 from kfc_fx.tools.zoo_compare import (
@@ -24,8 +25,6 @@ from kfc_fx.tools.zoo_compare import (
     starting_state,
 )
 from kfc_fx.tools.zoo_statistics import check_statistics
-
-Sums = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -95,9 +94,28 @@ def check_case(case: ModelCase) -> CaseReport:
 def _armed_step(
     compiled: CompiledModel, case: ModelCase, reset: Callable[[], None], plain: Observation
 ) -> tuple[Sums, float]:
-    """Statistics that were checked in one armed pass, and its difference from the plain one."""
+    """Statistics of sampled targets, and the largest difference of an armed pass from the plain
+    one; those of the loss's own gradient are checked as well."""
     recorder = compiled.recorder
-    recorder.armed, recorder.seed = True, SEED
+    recorder.scale_free = True  # the loss may be of any output
+    sums, worst = _armed_pass(compiled, case, reset, plain, "sampled")
+    own, own_worst = _armed_pass(compiled, case, reset, plain, "empirical")
+    if missing := set(sums) - set(own):
+        raise CheckError(
+            f"the loss's own pass recorded no statistic of {', '.join(sorted(missing))}"
+        )
+    return sums, max(worst, own_worst)
+
+
+def _armed_pass(
+    compiled: CompiledModel,
+    case: ModelCase,
+    reset: Callable[[], None],
+    plain: Observation,
+    fisher: Fisher,
+) -> tuple[Sums, float]:
+    recorder = compiled.recorder
+    recorder.armed, recorder.seed, recorder.fisher = True, SEED, fisher
     try:
         observed = observe(compiled, case, reset)
     except OutputError as error:
