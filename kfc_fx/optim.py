@@ -455,6 +455,8 @@ class KFC(torch.optim.Optimizer):
             "compiled model (not the original) with gradients enabled, after KFC was made, and "
             "compute the loss from what it returns"
         )
+        if self.compiled.backend != "eager" and self.compiled.recorder.fisher == "empirical":
+            text += "; of a compiled graph by loss.backward(), without inputs="
         if self._diagnostics.statistics_steps == 0:
             raise StatisticsError(text)
         self._diagnostics.missed_statistics += 1

@@ -102,6 +102,14 @@ def test_gradients_of_parameters_alone_give_the_same_statistics():
     torch.testing.assert_close(factors(opt), expected, rtol=0, atol=0)
 
 
+def test_a_compiled_graph_needs_a_whole_backward_pass():
+    compiled, opt = make("aot_eager")
+    loss = F.cross_entropy(compiled(IMAGES), LABELS)
+    loss.backward(inputs=list(compiled.parameters()))
+    with pytest.raises(kfc_fx.StatisticsError, match=r"by loss.backward\(\), without inputs="):
+        opt.step()
+
+
 def test_a_backward_pass_that_is_differentiated_keeps_no_graph_of_statistics():
     compiled, opt = make()
     compiled.original.eval()
