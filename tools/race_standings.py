@@ -89,10 +89,7 @@ def steps_to(curve: Sequence[float], loss: float) -> int | None:
 def rival_ends(file: ResultsFile, cell: tuple[str, int, int]) -> dict[str, float]:
     """The final training loss of each rival in a cell (task, batch size, steps), at its best rate
     and as a mean over its seeds; without those that diverged."""
-    return {
-        name: statistics.fmean(run.final_loss for run in runs)
-        for name, runs in _rivals(cell, file).items()
-    }
+    return {name: _mean_end(runs) for name, runs in _rivals(cell, file).items()}
 
 
 def _rivals(cell: tuple[str, int, int], file: ResultsFile) -> dict[str, list[RunResult]]:
@@ -112,8 +109,8 @@ def _cell(key: tuple[str, int, int], file: ResultsFile) -> Cell:
     costs = {c.optimizer: c for c in file.costs if (c.task, c.batch_size) == key[:2]}
     names = [name for name in ENTRANTS if any(run.spec.optimizer == name for run in runs)]
     targets = {
-        name: (end, _mean_curve(_rivals(key, file)[name])[-1])
-        for name, end in rival_ends(file, key).items()
+        name: (_mean_end(rivals), _mean_curve(rivals)[-1])
+        for name, rivals in _rivals(key, file).items()
     }
     standings = tuple(_standing(name, runs, costs.get(name), targets) for name in names)
     return Cell(*key, runs[0].train_size, standings)
@@ -177,6 +174,10 @@ def _to_target(
         for number in (steps, fewest)
     )
     return ToTarget(rival, loss, steps, seconds, clock, fewest, shortened_seconds)
+
+
+def _mean_end(runs: Sequence[RunResult]) -> float:
+    return statistics.fmean(run.final_loss for run in runs)
 
 
 def _mean_curve(runs: Sequence[RunResult]) -> list[float]:

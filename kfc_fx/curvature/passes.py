@@ -53,20 +53,20 @@ class ForwardRecord:
     probes: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     inputs: Sums = field(default_factory=dict)
     """Statistics of the blocks that need those of their input alone."""
-    quadratic: dict[str, str] = field(default_factory=dict)
-    """By block the statistic that is quadratic in the cotangent."""
-    collecting: bool = False
-    """Whether :class:`GradientPass` runs."""
+    square: Tensor | None = None
+    """What statistics that are quadratic in the cotangent are multiplied by while
+    :class:`GradientPass` runs; None while it does not."""
     collected: Sums = field(default_factory=dict)
     """What it has taken so far."""
     graphs: int = 0
 
-    def collect(self, block: str, statistic: str) -> Callable[[Tensor], None]:
-        """What takes a statistic of a block while :attr:`collecting`."""
+    def collect(self, block: str, statistic: str, *, quadratic: bool) -> Callable[[Tensor], None]:
+        """What takes a statistic of a block while :class:`GradientPass` runs."""
 
         def take(value: Tensor) -> None:
-            if self.collecting:
-                add(self.collected, block, {statistic: value})
+            if self.square is not None:
+                scaled = value * self.square.to(value) if quadratic else value
+                add(self.collected, block, {statistic: scaled})
 
         return take
 
@@ -147,7 +147,6 @@ class GradientPass:
         self._recorder, self._record, self._position = recorder, record, position
         self._examples = recorder.likelihood.examples(prediction)
         self._values: Tensor | None = _values(prediction)
-        self._square: Tensor | None = None
         self._pass = StatisticsPass()
         self._running = ExitStack()
 
@@ -155,11 +154,12 @@ class GradientPass:
         values, self._values = self._values, None
         if values is None:
             return  # a second backward pass through the same forward pass
-        if self._record.probes:
-            self._square = self._scale(values, cotangents[self._position])
-            share = self._recorder.share(self._examples)
-            self._pass = self._running.enter_context(taking_statistics(share))
-        self._record.collecting = True
+        if not self._record.probes:
+            self._recorder.statistics.add(self._record.inputs, self._record, self._examples)
+            return
+        self._record.square = self._scale(values, cotangents[self._position])
+        share = self._recorder.share(self._examples)
+        self._pass = self._running.enter_context(taking_statistics(share))
         self._recorder.open_passes.append(self)
         Variable._execution_engine.queue_callback(self._finish)
 
@@ -181,22 +181,16 @@ class GradientPass:
 
     def close(self) -> None:
         """Take no more; what was taken so far is lost."""
-        self._record.collecting = False
+        self._record.square = None
         self._running.close()
         if self in self._recorder.open_passes:
             self._recorder.open_passes.remove(self)
 
     def _finish(self) -> None:
-        if not self._record.collecting:
+        if self._record.square is None:
             return  # closed within the backward pass, by a step that a hook took
         self.close()
-        taken, collected = dict(self._record.inputs), self._record.collected
-        for block, values in collected.items():
-            taken[block] = dict(values)
-            name = self._record.quadratic[block]
-            if name in values and self._square is not None:
-                taken[block][name] = values[name] * self._square.to(values[name])
-        self._record.collected = {}
+        taken = self._record.inputs | self._record.collected
         self._recorder.statistics.add(taken, self._record, self._examples)
         self._recorder.seconds += self._pass.seconds
 

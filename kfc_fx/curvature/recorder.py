@@ -113,9 +113,9 @@ class StatisticsRecorder:
             leaves.append(cached[statistic])
         record.probes[block.name] = tuple(leaves)
         if self.fisher == "empirical" and not self._apart:
-            record.quadratic[block.name] = quadratic_statistic(block)
-            named = zip(leaves, statistic_shapes(block, forms), strict=True)
-            return tuple(collected(leaf, record.collect(block.name, name)) for leaf, name in named)
+            scaled, names = quadratic_statistic(block), statistic_shapes(block, forms)
+            takes = [record.collect(block.name, n, quadratic=n == scaled) for n in names]
+            return tuple(map(collected, leaves, takes))
         return tuple(gate(leaf) for leaf in leaves) if gated else tuple(leaves)
 
     def note_rows(

@@ -305,7 +305,7 @@ class _Emission(torch.autograd.Function):
         elif _passes:
             running, start = _passes[-1], time.perf_counter()
             # The loss's backward pass may be one that is differentiated itself.
-            with torch.no_grad(), profiler_range(ctx.block):
+            with torch.no_grad(), profiler_range(ctx.block, cotangent):
                 statistics = _statistics(ctx, cotangent, running.share)
             running.seconds += time.perf_counter() - start
             if ctx.takes:
@@ -335,10 +335,9 @@ def _is_traced(cotangent: Tensor) -> bool:
     return torch.compiler.is_compiling() or detect_fake_mode([cotangent]) is not None
 
 
-def profiler_range(block: str, in_graph: Tensor | None = None) -> AbstractContextManager[object]:
-    """A range of torch.profiler that names the block, but in no graph that ``in_graph`` is traced
-    in."""
-    if in_graph is not None and _is_traced(in_graph):
+def profiler_range(block: str, cotangent: Tensor) -> AbstractContextManager[object]:
+    """A range of torch.profiler that names the block, but in no traced graph."""
+    if _is_traced(cotangent):
         return nullcontext()
     return torch.profiler.record_function(f"kfc_fx::statistics {block}")
 

@@ -126,7 +126,7 @@ INPUT_FACTORS: dict[Callable[..., Tensor], Callable[..., tuple[Tensor, ...]]] = 
 def _taken(block: str, rule: MatrixRule, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     share = _shares[-1] if _shares and not isinstance(rule, BatchedLinearRule) else 1.0
     x = x.detach()
-    with profiler_range(block, in_graph=x):
+    with profiler_range(block, x):
         x, scale = part_of(x, rule.spatial, share)
         statistics = rule.input_statistics(x, *others)
     return tuple(s * scale for s in statistics) if scale != 1 else statistics

@@ -11,7 +11,7 @@ from kfc_fx.plan.spec import BlockSpec
 
 InputFactor = Literal["dense", "separable", "diagonal"]
 OutputFactor = Literal["dense", "diagonal", "absent"]
-"""Absent where a scaling needs Ω alone: then no statistic needs the Fisher pass."""
+"""Absent where a scaling needs Ω alone: then no statistic needs a cotangent."""
 InputFactorOption = Literal["auto", "dense", "separable"]
 
 DENSE_LIMIT = 1024
