@@ -58,7 +58,9 @@ def test_skipped_steps_leave_everything_warn_once_and_training_goes_on(scaling, 
             opt.step()
             opt.zero_grad()
     assert [w.category for w in caught] == [kfc_fx.KfcWarning]
+    assert "step is skipped" in str(caught[0].message)
     assert opt.diagnostics.skipped_steps == 3
+    assert opt.diagnostics.steps == 2
     assert_equal(parameters(compiled), before)
     saved["counters"]["skipped_steps"] = 3
     assert_same_state(saved_state(opt), saved)

@@ -22,6 +22,20 @@ from tests.networks import (
 SCALINGS = ["adam", "spectral", "eigen", "inverse"]
 
 
+def step_that_raises(opt: kfc_fx.KFC, failing: str) -> None:
+    """A step in which one of the generated functions raises."""
+    functions = opt._bound_engine().program.functions
+    own = functions[failing]
+
+    def fail(*_, **__):
+        raise RuntimeError("out of memory")
+
+    functions[failing] = fail
+    with pytest.raises(RuntimeError, match="out of memory"):
+        opt.step()
+    functions[failing] = own
+
+
 @pytest.mark.parametrize("failing", ["accumulate", "refresh", "apply"])
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_a_step_that_raised_can_be_taken_again_as_if_nothing_had_been(scaling, failing):
@@ -33,16 +47,7 @@ def test_a_step_that_raised_can_be_taken_again_as_if_nothing_had_been(scaling, f
     backward(compiled)
     backward(reference)
     before, saved = parameters(compiled), saved_state(opt)
-    functions = opt._bound_engine().program.functions
-    own = functions[failing]
-
-    def fail(*_, **__):
-        raise RuntimeError("out of memory")
-
-    functions[failing] = fail
-    with pytest.raises(RuntimeError, match="out of memory"):
-        opt.step()
-    functions[failing] = own
+    step_that_raises(opt, failing)
     assert_equal(parameters(compiled), before)
     assert_same_state(saved_state(opt), saved)
     opt.step()
@@ -57,16 +62,7 @@ def test_a_first_step_that_raised_can_be_taken_again(failing):
     reference, plain = make()
     backward(compiled)
     backward(reference)
-    functions = opt._bound_engine().program.functions
-    own = functions[failing]
-
-    def fail(*_, **__):
-        raise RuntimeError("out of memory")
-
-    functions[failing] = fail
-    with pytest.raises(RuntimeError, match="out of memory"):
-        opt.step()
-    functions[failing] = own
+    step_that_raises(opt, failing)
     opt.step()
     plain.step()
     assert_equal(parameters(compiled), parameters(reference))
