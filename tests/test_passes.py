@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kfc_fx
-from kfc_fx.ops import emission
+from kfc_fx.ops import statistics_pass
 
 IMAGES, LABELS = torch.randn(12, 3, 6, 6), torch.randint(5, (12,))
 BACKENDS = pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -160,10 +160,10 @@ def test_a_backward_pass_that_fails_leaves_nothing_behind(backend):
         F.cross_entropy(compiled(IMAGES), LABELS).backward()
     handle.remove()
     opt.zero_grad()
-    assert not emission._passes
+    assert not statistics_pass._passes
     assert not compiled.recorder.statistics.sums
     F.cross_entropy(compiled(IMAGES), LABELS).backward()
-    assert not emission._passes
+    assert not statistics_pass._passes
     opt.step()
     found = factors(opt)
     compiled, opt = make(backend, fisher="empirical")
@@ -234,4 +234,4 @@ def test_where_the_scale_matters_the_loss_must_be_seen():
     kfc_fx.KFC(compiled, lr=0.01, fisher="empirical", scaling="eigen")
     with pytest.raises(kfc_fx.OutputError, match=r"loss was not computed from it.*sampled"):
         compiled(IMAGES, LABELS)["loss"].backward()
-    assert not emission._passes
+    assert not statistics_pass._passes

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from kfc_fx.errors import OutputError
-from kfc_fx.ops.emission import StatisticsPass, fisher_pass, taking_statistics
+from kfc_fx.ops.statistics_pass import StatisticsPass, fisher_pass, taking_statistics
 
 if TYPE_CHECKING:
     from kfc_fx.curvature.recorder import StatisticsRecorder

@@ -22,8 +22,8 @@ from kfc_fx.curvature.passes import (
     add,
 )
 from kfc_fx.errors import CaptureError, OutputError
-from kfc_fx.ops.emission import collected, gate
 from kfc_fx.ops.input_factors import input_share
+from kfc_fx.ops.statistics_pass import collected, gate
 from kfc_fx.plan.forms import FactorForms, quadratic_statistic, statistic_shapes
 from kfc_fx.plan.spec import BlockSpec
 

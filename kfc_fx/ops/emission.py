@@ -9,13 +9,11 @@ uses, and tracing compilers see nothing but pure functions.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch._functorch.config
 from torch import Tensor
 from torch._guards import detect_fake_mode
 
@@ -28,48 +26,10 @@ from kfc_fx.ops.emission_rules import (
     LinearRule,
 )
 from kfc_fx.ops.scale_shift_rule import Norm, ScaleShiftRule
+from kfc_fx.ops.statistics_pass import running_pass, taken_by
 from kfc_fx.plan.geometry import ConvGeometry
 
 Pads = Sequence[tuple[int, int]]
-
-
-@dataclass(eq=False)
-class StatisticsPass:
-    """A backward pass that takes statistics.
-
-    ``share``: of every leading dimension, in (0, 1]; statistics are estimated from that part.
-    ``seconds``: spent on them in graphs that are not compiled.
-    """
-
-    share: float = 1.0
-    seconds: float = 0.0
-
-
-_passes: list[StatisticsPass] = []
-"""Those that run."""
-
-
-@contextmanager
-def taking_statistics(share: float = 1.0) -> Iterator[StatisticsPass]:
-    """While it lasts, backward passes through emissions compute statistics.
-
-    Of the process, not of the thread: autograd runs CUDA nodes on threads of its own. Outside,
-    emissions pass the cotangent on and return nothing for the probes.
-    """
-    running = StatisticsPass(share)
-    _passes.append(running)
-    try:
-        yield running
-    finally:
-        _passes.remove(running)
-
-
-@contextmanager
-def fisher_pass(share: float = 1.0) -> Iterator[None]:
-    """The same for a backward pass after which the loss's own goes through the same graph."""
-    # The graph is retained; AOTAutograd reads the setting when it compiles and again when it runs.
-    with taking_statistics(share), torch._functorch.config.patch(donated_buffer=False):
-        yield
 
 
 def emit_linear_factors(
@@ -293,7 +253,7 @@ class _Emission(torch.autograd.Function):
         ctx.save_for_backward(*tensors[probes:])
         ctx.rule, ctx.block = rule, block
         ctx.probes, ctx.others = probes, len(tensors) - probes
-        ctx.takes = [take for probe in tensors[:probes] if (take := _taken_by(probe)) is not None]
+        ctx.takes = [take for probe in tensors[:probes] if (take := taken_by(probe)) is not None]
         # An alias, not a view: no copy, and an in-place op may follow. `mark_dirty` would do
         # the same but for an output that is itself a view, as F.linear's on a 3-d input is.
         return y.detach()
@@ -302,8 +262,8 @@ class _Emission(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if _is_traced(cotangent):
             statistics = _statistics(ctx, cotangent, 1.0)
-        elif _passes:
-            running, start = _passes[-1], time.perf_counter()
+        elif (running := running_pass()) is not None:
+            start = time.perf_counter()
             # The loss's backward pass may be one that is differentiated itself.
             with torch.no_grad(), profiler_range(ctx.block, cotangent):
                 statistics = _statistics(ctx, cotangent, running.share)
@@ -364,47 +324,6 @@ def conv_geometry(
 ) -> ConvGeometry:
     pads = tuple((before, after) for before, after in padding)
     return ConvGeometry(tuple(kernel_size), tuple(stride), pads, tuple(dilation), groups)
-
-
-class _FisherGate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, probe: Tensor) -> Tensor:  # type: ignore[override]
-        return probe.detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor | None:  # type: ignore[override]
-        return gradient if _passes else None
-
-
-class _Collection(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, probe: Tensor, take: Callable[[Tensor], None]) -> Tensor:  # type: ignore[override]
-        ctx.set_materialize_grads(False)
-        ctx.take = take
-        return probe.detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None) -> tuple[None, None]:  # type: ignore[override]
-        if gradient is not None:
-            ctx.take(gradient.detach())
-        return None, None
-
-
-def collected(probe: Tensor, take: Callable[[Tensor], None]) -> Tensor:
-    """Hand a probe's gradient to ``take`` and let nothing through to the probe itself."""
-    return _Collection.apply(probe, take)
-
-
-def _taken_by(probe: Tensor) -> Callable[[Tensor], None] | None:
-    return getattr(probe.grad_fn, "take", None)
-
-
-def gate(probe: Tensor) -> Tensor:
-    """Let a probe's gradient through in a Fisher pass only.
-
-    For compiled graphs, whose backward computes every output that it was traced with.
-    """
-    return _FisherGate.apply(probe)
 
 
 for _emission in EMISSIONS:
