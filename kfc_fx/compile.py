@@ -183,7 +183,7 @@ class CompiledModel(nn.Module):
         """
         mark_batch_dynamic(args, kwargs)
         with _state_preserved(self.original), torch.enable_grad():
-            with self.recorder.forward_pass(batch_size((args, kwargs)), apart=True) as record:
+            with self.recorder.forward_pass(batch_size((args, kwargs)), fisher="sampled") as record:
                 output = self._forward(*args, **kwargs)
             self.recorder.collect(output, record, self._statistics_of())
 

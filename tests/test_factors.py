@@ -116,6 +116,17 @@ def test_by_default_statistics_are_of_part_of_a_large_batch(fisher, examples, ta
     assert torch.allclose(alone, whole) == (taken == examples)
 
 
+def test_initialise_takes_the_part_of_sampled_statistics():
+    """Its targets are sampled, whatever the steps take theirs from."""
+    torch.manual_seed(0)
+    compiled = kfc_fx.compile(nn.Sequential(nn.Linear(4, 3)).double())
+    opt = kfc_fx.KFC(compiled, lr=0.0, fisher="empirical")
+    x = torch.randn(200, 4).double()
+    opt.initialise([x])
+    ones = torch.cat([x[:128], torch.ones(128, 1).double()], 1)
+    torch.testing.assert_close(opt.factors["0"].omega, ones.T @ ones / 128)
+
+
 def test_factor_samples_of_a_flattened_batch_take_the_same_share():
     torch.manual_seed(0)
     net = nn.Sequential(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -49,6 +50,8 @@ class Statistics:
 class ForwardRecord:
     """One armed forward pass: the blocks that ran in it and their output rows."""
 
+    fisher: Fisher
+    """What Γ of this pass is taken from."""
     rows: dict[str, list[int]] = field(default_factory=dict)
     probes: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     inputs: Sums = field(default_factory=dict)
@@ -108,7 +111,7 @@ class FisherPass:
         with torch.no_grad():
             generator = self._recorder.generator(prediction.device)
             cotangent = self._recorder.likelihood.sampled_cotangent(self._values, generator)
-        with fisher_pass(self._recorder.share(examples)):
+        with fisher_pass(self._recorder.share(examples, self._record.fisher)):
             values = torch.autograd.grad(
                 prediction,
                 probes,
@@ -126,7 +129,8 @@ class FisherPass:
 class GradientPass:
     """Statistics in the loss's own backward pass, of its own cotangents.
 
-    The tap's backward, which comes first in it, opens it; it closes where autograd ends. The
+    The tap's backward, which comes first in it, opens it; it closes where autograd ends, also
+    with an error. The
     cotangents c of the loss are those c* of the likelihood up to a factor: by the size of the
     batch, the reduction of the loss, a gradient scaler. It is found by least squares,
     ``(c · c*) / (c · c)``, and its square is what statistics are multiplied by. Of a loss that the
@@ -158,10 +162,11 @@ class GradientPass:
             self._recorder.statistics.add(self._record.inputs, self._record, self._examples)
             return
         self._record.square = self._scale(values, cotangents[self._position])
-        share = self._recorder.share(self._examples)
+        share = self._recorder.share(self._examples, self._record.fisher)
         self._pass = self._running.enter_context(taking_statistics(share))
         self._recorder.open_passes.append(self)
-        Variable._execution_engine.queue_callback(self._finish)
+        end = _End(self.close, self._finish)
+        Variable._execution_engine.queue_callback(end)
 
     @torch.no_grad()
     def _scale(self, values: Tensor, cotangent: Tensor | None) -> Tensor:
@@ -193,6 +198,22 @@ class GradientPass:
         taken = self._record.inputs | self._record.collected
         self._recorder.statistics.add(taken, self._record, self._examples)
         self._recorder.seconds += self._pass.seconds
+
+
+class _End:
+    """What autograd calls at the end of a backward pass; dropped without, after a pass that failed.
+
+    Args:
+        close: runs in either case.
+        finish: runs where the pass came to its end.
+    """
+
+    def __init__(self, close: Callable[[], None], finish: Callable[[], None]) -> None:
+        self._finish = finish
+        weakref.finalize(self, close)
+
+    def __call__(self) -> None:
+        self._finish()
 
 
 def _values(prediction: Tensor) -> Tensor:

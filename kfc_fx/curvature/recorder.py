@@ -61,7 +61,6 @@ class StatisticsRecorder:
         self.statistics = Statistics()
         self.open_passes: list[GradientPass] = []
         self._record: ForwardRecord | None = None
-        self._apart = False
         self._probes: dict[str, dict[str, Tensor]] = {}
         self._generators: dict[torch.device, torch.Generator] = {}
 
@@ -71,25 +70,25 @@ class StatisticsRecorder:
         return self._record
 
     @contextmanager
-    def forward_pass(self, examples: int, *, apart: bool = False) -> Iterator[ForwardRecord]:
+    def forward_pass(self, examples: int, fisher: Fisher | None = None) -> Iterator[ForwardRecord]:
         """Run an armed forward pass of a batch: graphs emit while it lasts.
 
         Args:
-            apart: there will be no loss: :meth:`collect` is called.
+            fisher: what its Γ is taken from, if not what the recorder's is.
         """
-        outer, self._record = self._record, ForwardRecord()
-        self._apart = apart
+        record = ForwardRecord(fisher or self.fisher)
+        outer, self._record = self._record, record
         try:
-            with input_share(self.share(examples)):
-                yield self._record
+            with input_share(self.share(examples, record.fisher)):
+                yield record
         finally:
-            self._record, self._apart = outer, False
+            self._record = outer
 
-    def share(self, examples: int) -> float:
+    def share(self, examples: int, fisher: Fisher) -> float:
         """The share of a batch that statistics are estimated from."""
         if self.samples is None:
             return 1.0
-        part, least = SHARES[self.fisher]
+        part, least = SHARES[fisher]
         own = max(least, part * examples) if self.samples == "auto" else self.samples
         return min(1.0, own / max(1, examples))
 
@@ -112,7 +111,7 @@ class StatisticsRecorder:
                 cached[statistic] = leaf.requires_grad_()
             leaves.append(cached[statistic])
         record.probes[block.name] = tuple(leaves)
-        if self.fisher == "empirical" and not self._apart:
+        if record.fisher == "empirical":
             scaled, names = quadratic_statistic(block), statistic_shapes(block, forms)
             takes = [record.collect(block.name, n, quadratic=n == scaled) for n in names]
             return tuple(map(collected, leaves, takes))
@@ -170,7 +169,7 @@ class StatisticsRecorder:
             return output  # nothing to differentiate: a frozen or unused part of the model
         run: FisherPass | GradientPass
         position = _position(prediction, tensors)
-        if self.fisher == "empirical":
+        if record.fisher == "empirical":
             run = GradientPass(self, prediction, position, record)
         else:
             run = FisherPass(self, prediction, record, statistics_of)
@@ -179,7 +178,7 @@ class StatisticsRecorder:
         return replace_tensors(output, lambda t: by_id.get(id(t), t))
 
     def take(self) -> Statistics:
-        """The sums so far; the recorder starts anew, and a backward pass that failed is over."""
+        """The sums so far; the recorder starts anew, and takes no more of a pass that runs."""
         for running in list(self.open_passes):
             running.close()
         taken, self.statistics = self.statistics, Statistics()
