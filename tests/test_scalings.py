@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kfc_fx
+from kfc_fx.codegen import spectral
 from kfc_fx.curvature.polar import COEFFICIENTS, SAFETY
 from kfc_fx.ops import emission
 from kfc_fx.ops.input_factors import INPUT_FACTORS
@@ -122,6 +123,33 @@ def test_spectral_steps_equal_the_algorithm_written_out(steps, input_factor, mom
         refresh_at=(*range(9), 10), separable=input_factor == "separable",
     )  # fmt: skip
     assert_same(found, expected, 1e-8)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        pytest.param(lambda: nn.Linear(140, 128), (140,), id="all in bfloat16"),
+        pytest.param(lambda: nn.Linear(300, 128), (300,), id="late"),
+        pytest.param(lambda: nn.Conv2d(40, 128, 3), (40, 3, 3), id="late and separable"),
+    ],
+)
+def test_spectral_in_bfloat16_steps_as_in_single_precision(monkeypatch, layer, shape):
+    def step(fast: bool) -> torch.Tensor:
+        monkeypatch.setattr(spectral, "has_fast_bfloat16", lambda _: fast)
+        torch.manual_seed(0)
+        net = layer()
+        compiled = kfc_fx.compile(nn.Sequential(net, nn.Flatten()))
+        # As many examples and classes as it takes for a gradient of full rank.
+        x, y = torch.randn(600, *shape), torch.arange(600) % 128
+        opt = kfc_fx.KFC(compiled, lr=0.1, scaling="spectral")
+        before = net.weight.detach().clone()
+        F.cross_entropy(compiled(x), y).backward()
+        opt.step()
+        return net.weight.detach() - before
+
+    rounded, exact = step(True), step(False)
+    off = (rounded - exact).norm() / exact.norm()
+    assert 1e-4 < off < 0.1
 
 
 @pytest.mark.parametrize("steps", [1, 11])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -32,13 +34,20 @@ def error(w: torch.Tensor, matrix: torch.Tensor, damping: float) -> float:
     return float(torch.linalg.matrix_norm(off).max()) / matrix.shape[1] ** 0.5
 
 
-@pytest.mark.parametrize("polar", [polar_factor, polar_factor_by_gram])
+POLAR_FACTORS = [
+    polar_factor,
+    polar_factor_by_gram,
+    pytest.param(partial(polar_factor_by_gram, late=torch.bfloat16), id="late"),
+]
+
+
+@pytest.mark.parametrize("polar", POLAR_FACTORS)
 @pytest.mark.parametrize("shape", [(2, 8, 50), (2, 50, 8), (1, 24, 24), (3, 1, 9), (3, 9, 1)])
 def test_polar_factor_brings_singular_values_to_one_and_keeps_the_vectors(polar, shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     matrix = u * s.clamp(min=0.01 * s.max()).unsqueeze(1) @ vh
-    found = polar(matrix)
+    found = polar(matrix).float()
     diagonal = (u.mT @ found @ vh.mT).diagonal(dim1=1, dim2=2)
     assert diagonal.min() > 0.8
     assert diagonal.max() < 1.2
@@ -46,10 +55,10 @@ def test_polar_factor_brings_singular_values_to_one_and_keeps_the_vectors(polar,
     assert rest.abs().max() < 0.05
 
 
-@pytest.mark.parametrize("polar", [polar_factor, polar_factor_by_gram])
+@pytest.mark.parametrize("polar", POLAR_FACTORS)
 def test_polar_factor_of_zero_is_zero_and_of_a_tiny_matrix_is_not(polar):
     assert not polar(torch.zeros(1, 3, 4)).any()
-    tiny = polar(torch.eye(4)[None] * 1e-12)
+    tiny = polar(torch.eye(4)[None] * 1e-12).float()
     torch.testing.assert_close(tiny, torch.eye(4)[None], rtol=0.2, atol=0.2)
 
 

@@ -37,7 +37,7 @@ def polar_factor(matrix: Tensor) -> Tensor:
 
     Singular values from 1/1000 of the Frobenius norm up come out near one, smaller ones are
     raised about 1000 times. In bfloat16, whose products are several times as fast where a
-    device has it.
+    device has it; so is the result.
 
     Args:
         matrix: ``[L, R, C]``.
@@ -48,22 +48,28 @@ def polar_factor(matrix: Tensor) -> Tensor:
     for a, b, c in SCHEDULE:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(matrix.dtype)
+    return x.mT if tall else x
 
 
-def polar_factor_by_gram(matrix: Tensor) -> Tensor:
+def polar_factor_by_gram(matrix: Tensor, late: torch.dtype | None = None) -> Tensor:
     """:func:`polar_factor` in the matrix's own precision, at fewer operations.
 
     Every iterate is a polynomial of the Gram matrix times the input, so that only the first and
     the last product have the matrix's long side: 2 in place of 10. The Gram matrix squares
     singular values; single precision has room for that, half precision has not.
+
+    Args:
+        matrix: ``[L, R, C]``.
+        late: precision of the last two steps, of the last product and of the result. bfloat16
+            has room for the Gram matrix there: after three steps singular values are within a
+            factor of ten.
     """
     tall = matrix.shape[1] > matrix.shape[2]
     x = matrix.mT if tall else matrix
     x = x / _norm(x)
     gram = matmul(x, x.mT)
-    (product,) = _iterate([gram], [_identity(gram)], SCHEDULE)
-    x = matmul(product, x)
+    (product,) = _iterate([gram], [_identity(gram)], SCHEDULE, late)
+    x = matmul(product, x.to(product.dtype))
     return x.mT if tall else x
 
 
@@ -125,10 +131,17 @@ def _iterate(
     grams: list[Tensor],
     identities: list[Tensor],
     coefficients: Sequence[tuple[float, float, float]],
+    late: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """The products p of the polynomials of ``G = X Xᵀ`` that make ``p X`` the polar factor of X."""
+    """The products p of the polynomials of ``G = X Xᵀ`` that make ``p X`` the polar factor of X.
+
+    Args:
+        late: precision of the last two polynomials.
+    """
     products: list[Tensor] = []
     for index, (a, b, c) in enumerate(coefficients):
+        if index == len(coefficients) - 2:
+            grams, products, identities = (_to(m, late) for m in (grams, products, identities))
         # p = a I + G (b I + c G);  x ← p x;  G ← p G p
         scaled = torch._foreach_mul(identities, b)
         inner = torch._foreach_add(scaled, grams, alpha=c)
