@@ -51,7 +51,7 @@ class KFC(torch.optim.Optimizer):
             ``{"layer4.*": {"scaling": "spectral", "input_factor": "dense"}}``; the last match
             counts.
         momentum: decay of the first moment ("adam", 0.9; "spectral", 0.95), or μ of
-            ``p ← μ p + v`` ("eigen" and "inverse", 0.9).
+            ``p ← μ p + v`` ("eigen" and "inverse", 0.7).
         nesterov: let the momentum of blocks take Nesterov's step ahead, ``β m + (1 − β) g`` in
             place of m, or ``μ p + v`` in place of p; by default with "adam" and "spectral" (as in
             Dozat 2016), not with "eigen" and "inverse" (as published).

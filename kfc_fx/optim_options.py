@@ -44,8 +44,8 @@ class ScalingDefaults:
 DEFAULTS: dict[Scaling, ScalingDefaults] = {
     "adam": ScalingDefaults(0.01, 0.9, True, 1e-2, "adamw", 1.0),
     "spectral": ScalingDefaults(0.07, 0.95, True, 0.3, "adamw", 0.1),
-    "eigen": ScalingDefaults(0.03, 0.9, False, 1e-2, "sgd", 1.0),
-    "inverse": ScalingDefaults(0.03, 0.9, False, 1e-2, "sgd", 1.0),
+    "eigen": ScalingDefaults(0.03, 0.7, False, 1e-2, "sgd", 1.0),
+    "inverse": ScalingDefaults(0.03, 0.7, False, 1e-2, "sgd", 1.0),
 }
 
 SCALE_FREE: set[Scaling] = {"adam", "spectral"}

@@ -103,7 +103,7 @@ def test_inverse_steps_equal_the_algorithm_written_out(steps, clip, input_factor
         found, data, lr=0.05, scaling="inverse", damping=0.01, clip=clip, input_factor=input_factor
     )
     nu, scale = written_inverse(
-        expected, data, lr=0.05, damping=0.01, clip=clip, momentum=0.9,
+        expected, data, lr=0.05, damping=0.01, clip=clip, momentum=0.7,
         separable=input_factor == "separable",
     )  # fmt: skip
     assert_same(found, expected)
@@ -156,7 +156,7 @@ def test_inverse_steps_with_nesterov_s_step_ahead(clip):
     found, expected, data = network(), network(), batches(3)
     options = {"lr": 0.05, "damping": 0.01, "clip": clip}
     run_kfc(found, data, scaling="inverse", nesterov=True, input_factor="dense", **options)
-    written_inverse(expected, data, momentum=0.9, separable=False, nesterov=True, **options)
+    written_inverse(expected, data, momentum=0.7, separable=False, nesterov=True, **options)
     assert_same(found, expected)
 
 

@@ -43,6 +43,10 @@ def accumulate_graph(spec: UpdateSpec) -> UpdateGraph:
             result[f"locations_{key}"] = update.call(
                 torch.lerp, state[f"locations_{key}"], rows[key] / examples, rate[key]
             )
+        if stack.counts_examples:
+            result[f"examples_{key}"] = update.call(
+                torch.where, rate[key] > 0, examples, state[f"examples_{key}"]
+            )
     return update.finish(result)
 
 

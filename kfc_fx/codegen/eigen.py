@@ -19,7 +19,8 @@ from kfc_fx.codegen.update_graph import Value
 SUMMARY = """The inverse of a diagonal in the eigenbasis of Ω ⊗ Γ (George et al. 2018, EKFAC).
 
     v = −lr Q_Γ [(Q_Γᵀ ∇ Q_Ω) / (s + damping)] Q_Ωᵀ{clip},
-    s the EMA of (Q_Γᵀ ∇ Q_Ω)²;
+    s the EMA of (Q_Γᵀ ∇ Q_Ω)², times the number of examples that ∇ is the mean of: the second
+    moment of one example's gradient, where noise is most of it;
     p ← momentum p + v; θ ← θ + {moved}."""
 OPTIONS: tuple[str, ...] = ("step", "second_moment_decay", "damping")
 REFRESH_OPTIONS: tuple[str, ...] = ()
@@ -53,7 +54,8 @@ def directions(context: Context, stacks: Sequence[StackSpec]) -> Iterator[tuple[
     rotated = update.named_list("rotated", [r for _, r in found])
     s = second_moments(context, stacks, rotated)
     corrected = update.call(torch._foreach_div, s, 1 - decay ** arguments["step"])
-    scale = update.let_list("scale", corrected)
+    counts = context.states("examples", stacks)
+    scale = update.let_list("scale", update.call(torch._foreach_mul, corrected, counts))
     update.effect(torch._foreach_add_, scale, context.option("damping", one))
     scaled = update.let_list("scaled", update.call(torch._foreach_div, rotated, scale))
     for index, (stack, (g, _)) in enumerate(zip(stacks, found, strict=True)):

@@ -93,6 +93,11 @@ class StackSpec:
         return apart and self.bias
 
     @property
+    def counts_examples(self) -> bool:
+        """Whether the state has the number of examples that a gradient is the mean of."""
+        return self.scaling == "eigen"
+
+    @property
     def matrix_shape(self) -> tuple[int, int, int]:
         """Stacked shape of ``[W b]`` and of everything shaped like the gradient."""
         return self.depth, self.first.rows, self.first.columns

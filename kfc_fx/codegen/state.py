@@ -27,6 +27,8 @@ def state_entries(spec: UpdateSpec, stack: StackSpec) -> dict[str, StateEntry]:
     entries["mass"] = StateEntry((stack.depth, 1, 1), "zeros")
     if stack.has_bias_apart:
         entries["locations"] = StateEntry((stack.depth, 1, 1), "zeros")
+    if stack.counts_examples:
+        entries["examples"] = StateEntry((stack.depth, 1, 1), "ones")
     rule = RULES[stack.scaling]
     return entries | rule.state_entries(stack, momentum=stack.scaling in spec.momentum)
 

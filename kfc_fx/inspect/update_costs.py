@@ -40,7 +40,7 @@ def state_bytes(spec: UpdateSpec, stack: StackSpec) -> dict[str, int]:
 
 def factor_bytes(spec: UpdateSpec, stack: StackSpec) -> int:
     """Bytes of the factors of a stack and of their bases or inverses."""
-    moments = ("v", "m", "p", "mass", "locations")
+    moments = ("v", "m", "p", "mass", "locations", "examples")
     sizes = state_bytes(spec, stack)
     return sum(size for name, size in sizes.items() if name not in moments)
 
