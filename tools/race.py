@@ -252,13 +252,9 @@ def _due_shortened(
 
 def entry_of(task: TaskSpec, cell: CellSpec, optimizer: str) -> Entry:
     """What an optimizer does in a cell."""
-    own = (task.name, cell.batch_size, cell.steps, optimizer)
-    entry = Entry(*own, seeds=cell.seeds, finer=cell.finer)
-    if not optimizer.startswith(KFC_PREFIX):
-        shorter = cell.steps // cell.search_fewer
-        return entry if shorter == cell.steps else replace(entry, search_steps=shorter)
-    fewer = cell.steps // cell.kfc_fewer
-    return entry if fewer == cell.steps else replace(entry, steps=fewer, cell_steps=cell.steps)
+    fewer = cell.kfc_fewer if optimizer.startswith(KFC_PREFIX) else 1
+    steps, whole = cell.steps // fewer, None if fewer == 1 else cell.steps
+    return Entry(task.name, cell.batch_size, steps, optimizer, whole, cell.seeds, cell.finer)
 
 
 def _runs(settings: RaceSettings, file: ResultsFile, console: Console) -> list[str]:

@@ -9,9 +9,6 @@ from itertools import pairwise
 
 from kfc_fx.tools.race_results import RunResult, RunSpec
 
-WHOLE_RATES = 2
-"""Rates of a search by shorter runs that whole ones are made at: those may want a lower one."""
-
 
 @dataclass(frozen=True)
 class SearchSpec:
@@ -32,9 +29,7 @@ class Entry:
 
     ``steps`` are those that its rate is found by; ``cell_steps`` the cell's, where they differ;
     ``seeds`` those of the best rate, where they are not the search's; ``finer``: whether one rate
-    halfway between the two best is tried, too. ``search_steps``: those of shorter runs that the
-    two best rates are found by, where whole ones are dear; the better of whole runs at these
-    counts.
+    halfway between the two best is tried, too.
     """
 
     task: str
@@ -44,7 +39,6 @@ class Entry:
     cell_steps: int | None = None
     seeds: int | None = None
     finer: bool = False
-    search_steps: int | None = None
 
     @property
     def cell(self) -> tuple[str, int, int]:
@@ -59,12 +53,6 @@ class Entry:
         """The run of a learning rate and a seed."""
         own = (self.task, self.batch_size, self.steps, self.optimizer)
         return RunSpec(*own, lr, seed, self.cell_steps)
-
-    def search(self) -> Entry:
-        """What the rates are found by: itself, or its shorter runs."""
-        if self.search_steps is None:
-            return self
-        return replace(self, steps=self.search_steps, cell_steps=self.cell[2], search_steps=None)
 
     def runs(self, results: Mapping[RunSpec, RunResult]) -> list[RunResult]:
         """The finished runs of this entry."""
@@ -97,24 +85,17 @@ def next_runs(
     They depend on nothing but what is finished, so that a search which was stopped goes on
     where it was.
     """
-    trial = entry.search()
     begin = grid(centre, search)
-    missing = [run for run in map(trial.run, begin) if run not in results]
+    missing = [run for run in map(entry.run, begin) if run not in results]
     if missing:
         return missing
-    tried = [run for run in trial.runs(results) if run.spec.seed == 0]
+    tried = [run for run in entry.runs(results) if run.spec.seed == 0]
     wider = _wider(tried, begin, search)
     if wider is not None:
-        return [trial.run(wider)]
+        return [entry.run(wider)]
     between = _between(tried, search) if entry.finer else None
     if between is not None:
-        return [trial.run(between)]
-    if trial is not entry:
-        whole = [entry.run(lr) for lr in best_rates(tried)[:WHOLE_RATES]]
-        missing = [run for run in whole if run not in results]
-        if missing:
-            return missing
-        tried = [results[run] for run in whole]
+        return [entry.run(between)]
     best = best_rate(tried)
     if best is None:
         return []

@@ -47,7 +47,7 @@ class Standing:
     """One optimizer at its best learning rate; ``lr`` is ``None`` where every rate diverged.
 
     ``curve`` is the smoothed training loss by step, the mean over the seeds. ``rates`` are all
-    that were tried, by runs of any length, ``diverged`` those of which one of the longest runs did.
+    that were tried, ``diverged`` those that did.
     """
 
     optimizer: str
@@ -123,13 +123,6 @@ def _tuned(name: str, runs: Iterable[RunResult]) -> list[RunResult]:
     return [run for run in own if run.spec.steps == longest]
 
 
-def _has_diverged(lr: float, runs: Iterable[RunResult]) -> bool:
-    """Whether one of the longest runs at a rate did."""
-    own = [run for run in runs if run.spec.lr == lr]
-    longest = max(run.spec.steps for run in own)
-    return any(run.diverged for run in own if run.spec.steps == longest)
-
-
 def _best(tuned: list[RunResult]) -> list[RunResult]:
     lr = best_rate(tuned)
     return [run for run in tuned if run.spec.lr == lr]
@@ -141,15 +134,15 @@ def _standing(
     cost: CostResult | None,
     targets: dict[str, tuple[float, float]],
 ) -> Standing:
-    best = _best(_tuned(name, runs))
+    tried = sorted(_tuned(name, runs), key=lambda run: run.spec.lr)
+    best = _best(tried)
     curve = _mean_curve(best)
     own = [run for run in runs if run.spec.optimizer == name]
-    rates = tuple(sorted({run.spec.lr for run in own}))
     return Standing(
         optimizer=name,
         lr=best[0].spec.lr if best else None,
-        rates=rates,
-        diverged=tuple(lr for lr in rates if _has_diverged(lr, own)),
+        rates=tuple(dict.fromkeys(run.spec.lr for run in tried)),
+        diverged=tuple(dict.fromkeys(run.spec.lr for run in tried if run.diverged)),
         curve=tuple(curve),
         final=_spread(run.final_loss for run in best),
         test_loss=_spread(run.test_loss for run in best),

@@ -112,28 +112,6 @@ def test_a_finer_search_needs_a_neighbour_that_did_not_diverge() -> None:
     assert rates(results) == grid(1.0, SEARCH)
 
 
-def test_a_search_by_shorter_runs_makes_whole_ones_at_its_two_best_rates() -> None:
-    """The better whole run counts, which may want a lower rate, and is repeated."""
-    entry, results = replace(ENTRY, search_steps=3), dict[RunSpec, RunResult]()
-    while due := next_runs(entry, 1.0, SEARCH, results):
-        assert not set(due) & set(results)
-        best = {3: 1.73, 12: 0.577}
-        results |= {
-            spec: result(spec, abs(math.log(spec.lr / best[spec.steps])) + 0.1 * spec.lr)
-            for spec in due
-        }
-    short = [spec for spec in results if spec.steps == 3]
-    assert [spec.lr for spec in short] == grid(1.0, SEARCH)
-    whole = [spec for spec in results if spec.steps == 12]
-    assert [(spec.lr, spec.seed) for spec in whole] == [
-        (1.73, 0),
-        (0.577, 0),
-        (0.577, 1),
-        (0.577, 2),
-    ]
-    assert {spec.cell for spec in results} == {ENTRY.cell}
-
-
 def test_an_optimizer_that_always_diverges_gets_lower_rates_and_no_seeds() -> None:
     results = searched(lambda lr: None)
     assert rates(results) == [0.0213, 0.064, *grid(1.0, SEARCH)]
