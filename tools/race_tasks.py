@@ -132,7 +132,7 @@ TASKS = {
                 CellSpec(128, 60, FEW),
                 against_sgd(512, 300),
                 against_sgd(2048, 120, finer=True),
-                against_sgd(4096, 120, finer=True),
+                against_sgd(4096, 140, finer=True),
             ),
         ),
         TaskSpec(
