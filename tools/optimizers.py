@@ -20,8 +20,8 @@ SCALINGS = get_args(Scaling)
 LEARNING_RATES = {
     "kfc adam": 0.01,
     "kfc spectral": 0.05,
-    "kfc eigen": 0.003,
-    "kfc inverse": 0.005,
+    "kfc eigen": 0.03,
+    "kfc inverse": 0.03,
     "sgd": 0.02,
     "adamw": 0.002,
 }

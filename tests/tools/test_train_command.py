@@ -71,7 +71,7 @@ def test_digits_by_sgd_and_adamw(tmp_path: Path) -> None:
     assert len(first_losses) == 1
 
 
-@pytest.mark.parametrize("scaling", ["adam", "inverse"])
+@pytest.mark.parametrize("scaling", ["adam", "eigen", "inverse"])
 def test_digits_by_kfc_and_sgd(tmp_path: Path, scaling: str) -> None:
     result = kfc_fx("train", "--scaling", scaling, "--save", "run.json", "--epochs", "4")
     assert result.exit_code == 0, result.output
