@@ -129,10 +129,9 @@ class FisherPass:
 class GradientPass:
     """Statistics in the loss's own backward pass, of its own cotangents.
 
-    The tap's backward, which comes first in it, opens it; it closes where autograd ends, also
-    with an error. The
-    cotangents c of the loss are those c* of the likelihood up to a factor: by the size of the
-    batch, the reduction of the loss, a gradient scaler. It is found by least squares,
+    The tap's backward, which comes first in it, opens it; it closes where autograd ends, also with
+    an error. The cotangents c of the loss are those c* of the likelihood up to a factor: by the
+    size of the batch, the reduction of the loss, a gradient scaler. It is found by least squares,
     ``(c · c*) / (c · c)``, and its square is what statistics are multiplied by. Of a loss that the
     model computes inside, c is not seen; where the scale of Γ does not matter, the factor is that
     of a mean over the examples then.
