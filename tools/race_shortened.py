@@ -14,7 +14,7 @@ from dataclasses import replace
 from kfc_fx.tools.race_results import RunResult, RunSpec
 from kfc_fx.tools.race_search import Entry, SearchSpec, best_rates
 
-FEWER = (1.2, 1.5, 2, 3, 4, 6, 8, 10, 12, 15, 20, 25, 30)
+FEWER = (1.2, 1.5, 2, 3, 4, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50)
 """Times fewer steps than a cell's that are tried."""
 LEAST_STEPS = 2
 RATES = 2
