@@ -161,6 +161,7 @@ def test_a_backward_pass_that_fails_leaves_nothing_behind(backend):
     assert not statistics_pass._passes  # at once: another model may be next
     handle.remove()
     opt.zero_grad()
+    assert not statistics_pass._passes
     assert not compiled.recorder.statistics.sums
     F.cross_entropy(compiled(IMAGES), LABELS).backward()
     assert not statistics_pass._passes

@@ -6,7 +6,11 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
+import kfc_fx
+from kfc_fx.codegen import spectral
 from kfc_fx.curvature import whitening
 from kfc_fx.curvature.polar import orthogonalisers, polar_factor, polar_factor_by_gram
 from kfc_fx.curvature.whitening import (
@@ -166,3 +170,30 @@ def test_the_bias_is_whitened_in_the_units_of_the_rest():
     channel = torch.diag_embed(torch.tensor([[2.0, 6.0]]))
     weight = bias_whitening(channel, 4, torch.tensor([[[7.5]]]), 0.25)
     torch.testing.assert_close(weight, torch.tensor([[[0.5]]]))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        pytest.param(lambda: nn.Linear(140, 128), (140,), id="all in bfloat16"),
+        pytest.param(lambda: nn.Linear(300, 128), (300,), id="late"),
+        pytest.param(lambda: nn.Conv2d(40, 128, 3), (40, 3, 3), id="late and separable"),
+    ],
+)
+def test_spectral_in_bfloat16_steps_as_in_single_precision(monkeypatch, layer, shape):
+    def step(fast: bool) -> torch.Tensor:
+        monkeypatch.setattr(spectral, "has_fast_bfloat16", lambda _: fast)
+        torch.manual_seed(0)
+        net = layer()
+        compiled = kfc_fx.compile(nn.Sequential(net, nn.Flatten()))
+        # As many examples and classes as it takes for a gradient of full rank.
+        x, y = torch.randn(600, *shape), torch.arange(600) % 128
+        opt = kfc_fx.KFC(compiled, lr=0.1, scaling="spectral")
+        before = net.weight.detach().clone()
+        F.cross_entropy(compiled(x), y).backward()
+        opt.step()
+        return net.weight.detach() - before
+
+    rounded, exact = step(True), step(False)
+    off = (rounded - exact).norm() / exact.norm()
+    assert 1e-4 < off < 0.1

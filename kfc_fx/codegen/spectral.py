@@ -124,8 +124,7 @@ def _polar_factor(update: UpdateGraph, stack: StackSpec, white: Value) -> Value:
     """
     if not _in_bfloat16(stack):
         return update.call(polar_factor_by_gram, white)
-    short, long = sorted(stack.matrix_shape[1:])
-    if stack.device.startswith("cuda") or long <= LONGER_ON_CPU * short:
+    if stack.device.startswith("cuda") or not _is_long(stack):
         return update.call(polar_factor, white)
     return update.call(polar_factor_by_gram, white, torch.bfloat16)
 
@@ -137,8 +136,10 @@ def _in_bfloat16(stack: StackSpec) -> bool:
         return False
     if stack.device.startswith("cuda"):
         return True
+    least = LEAST_LATE_IN_BFLOAT16 if _is_long(stack) else LEAST_IN_BFLOAT16
+    return stack.dtype == "float32" and min(stack.matrix_shape[1:]) >= least
+
+
+def _is_long(stack: StackSpec) -> bool:
     short, long = sorted(stack.matrix_shape[1:])
-    square = long <= LONGER_ON_CPU * short
-    return stack.dtype == "float32" and short >= (
-        LEAST_IN_BFLOAT16 if square else LEAST_LATE_IN_BFLOAT16
-    )
+    return long > LONGER_ON_CPU * short

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -164,7 +165,8 @@ class GradientPass:
         share = self._recorder.share(self._examples, self._record.fisher)
         self._pass = self._running.enter_context(taking_statistics(share))
         self._recorder.open_passes.append(self)
-        end = _End(self.close, self._finish)
+        end = partial(self._finish)  # autograd drops it, called or after an error
+        weakref.finalize(end, self.close)
         Variable._execution_engine.queue_callback(end)
 
     @torch.no_grad()
@@ -197,22 +199,6 @@ class GradientPass:
         taken = self._record.inputs | self._record.collected
         self._recorder.statistics.add(taken, self._record, self._examples)
         self._recorder.seconds += self._pass.seconds
-
-
-class _End:
-    """What autograd calls at the end of a backward pass; dropped without, after a pass that failed.
-
-    Args:
-        close: runs in either case.
-        finish: runs where the pass came to its end.
-    """
-
-    def __init__(self, close: Callable[[], None], finish: Callable[[], None]) -> None:
-        self._finish = finish
-        weakref.finalize(self, close)
-
-    def __call__(self) -> None:
-        self._finish()
 
 
 def _values(prediction: Tensor) -> Tensor:
