@@ -28,7 +28,7 @@ from kfc_fx.tools.race_optimizers import (
 from kfc_fx.tools.race_processes import Workers, workers
 from kfc_fx.tools.race_report import write_report
 from kfc_fx.tools.race_results import ResultsFile, RunResult, RunSpec
-from kfc_fx.tools.race_run import device_name, use_tensor_cores
+from kfc_fx.tools.race_run import device_name, use_huge_pages, use_tensor_cores
 from kfc_fx.tools.race_search import Entry, SearchSpec, next_runs
 from kfc_fx.tools.race_shortened import next_shortened
 from kfc_fx.tools.race_standings import rival_ends
@@ -155,6 +155,7 @@ def train(
             )
             _check_same_data(settings, file)
             failures: list[str] = []
+            use_huge_pages()
             try:
                 if not costs_only:
                     failures = _runs(settings, file, console)

@@ -37,8 +37,8 @@ RIVAL_TITLES = {
     "psgd": "PSGD Kron",
 }
 RIVALS = tuple(RIVAL_TITLES)
-SHORTENED = (f"{KFC_PREFIX}adam", f"{KFC_PREFIX}spectral")
-"""Whose runs are shortened to find how few steps end as low as a rival."""
+SHORTENED = (f"{KFC_PREFIX}adam",)
+"""Whose runs are shortened to find how few steps end as low as a rival: the default scaling."""
 ENTRANTS = (*RIVALS, *(f"{KFC_PREFIX}{scaling}" for scaling in get_args(Scaling)))
 
 

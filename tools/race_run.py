@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ EVALUATION_BATCH = 500
 END_EXAMPLES = 2_000  # of the training set, evenly spaced
 PROCESS_STATUS = Path("/proc/self/status")
 CLEAR_PEAK = Path("/proc/self/clear_refs")
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # torch's CPU allocator looks for it at its first large tensor
 
 
 def train(spec: RunSpec, data: RaceData, *, workers: int = 1) -> RunResult:
@@ -71,6 +73,13 @@ def use_tensor_cores(device: torch.device) -> None:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
+
+
+def use_huge_pages() -> None:
+    """Let torch ask Linux for huge pages for its large tensors, here and in processes started
+    from here, for everyone, unless the user has decided: with pages of 4 KiB, a step of SGD at a
+    batch of 4096 spends almost half of its time on having them mapped."""
+    os.environ.setdefault(HUGE_PAGES, "1")
 
 
 def make(

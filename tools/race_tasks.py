@@ -111,9 +111,11 @@ FEW = ("sgd", "muon", "kfc-adam", "kfc-spectral")
 SGD_ALONE = ("sgd", "kfc-adam")
 
 
-def against_sgd(batch_size: int, steps: int, *, finer: bool = False) -> CellSpec:
-    """SGD's long run, and how many fewer steps KFC needs to its end."""
-    return CellSpec(batch_size, steps, SGD_ALONE, kfc_fewer=10, seeds=1, costs=False, finer=finer)
+def against_sgd(batch_size: int, steps: int, fewer: int, *, finer: bool = False) -> CellSpec:
+    """SGD's long run, to whose end KFC is to need ``fewer`` times fewer steps, or less."""
+    return CellSpec(
+        batch_size, steps, SGD_ALONE, kfc_fewer=fewer, seeds=1, costs=False, finer=finer
+    )
 
 
 TASKS = {
@@ -128,11 +130,11 @@ TASKS = {
             "accuracy",
             "10",
             (
-                CellSpec(512, 60),
-                CellSpec(128, 60, FEW),
-                against_sgd(512, 300),
-                against_sgd(2048, 120, finer=True),
-                against_sgd(4096, 140, finer=True),
+                CellSpec(512, 42),
+                CellSpec(128, 42, FEW),
+                against_sgd(512, 300, 10),
+                against_sgd(2048, 90, 15),
+                against_sgd(4096, 140, 20, finer=True),
             ),
         ),
         TaskSpec(
@@ -144,9 +146,9 @@ TASKS = {
             "loss",
             None,
             (
-                CellSpec(512, 80),
-                against_sgd(512, 400),
-                CellSpec(128, 60, FEW),
+                CellSpec(512, 42),
+                against_sgd(512, 400, 15),
+                CellSpec(128, 42, FEW),
             ),
         ),
         TaskSpec(
@@ -157,7 +159,7 @@ TASKS = {
             "categorical",
             "loss",
             "head",
-            (CellSpec(128, 80), CellSpec(32, 100, FEW)),
+            (CellSpec(128, 42), CellSpec(32, 42, FEW)),
         ),
         TaskSpec(
             "vit",
@@ -167,7 +169,7 @@ TASKS = {
             "categorical",
             "accuracy",
             "head",
-            (CellSpec(512, 60), CellSpec(128, 60, FEW)),
+            (CellSpec(512, 42), CellSpec(128, 42, FEW)),
         ),
         TaskSpec(
             "resnet20",
@@ -177,7 +179,7 @@ TASKS = {
             "categorical",
             "accuracy",
             "14",
-            (CellSpec(128, 60),),
+            (CellSpec(128, 42),),
         ),
     )
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from kfc_fx.tools.race import QUICK_SEARCH, chosen_cells, chosen_optimizers, run
 from kfc_fx.tools.race_optimizers import CENTRES
 from kfc_fx.tools.race_processes import workers
 from kfc_fx.tools.race_results import ResultsFile, RunResult, RunSpec
+from kfc_fx.tools.race_run import HUGE_PAGES
 from kfc_fx.tools.race_search import Entry, SearchSpec
 from kfc_fx.tools.race_tasks import TASKS, Examples, RaceData, TaskSpec
 
@@ -46,6 +48,12 @@ class Crew:
         spec = self.active.pop()
         self.made.append(spec)
         return spec, self.answer(spec)
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the command sets in the environment of its processes does not outlive a test."""
+    monkeypatch.setenv(HUGE_PAGES, "0")
 
 
 def by_distance(spec: RunSpec) -> RunResult:
@@ -197,6 +205,23 @@ def test_a_task_without_data_is_skipped_by_name(
     assert "vit is skipped: no CIFAR-10 files in" in output
     assert raced == [("gpt", TASKS["gpt"].cells[0].steps)]
     assert (code, "no runs in" in output) == (0, True)
+
+
+@pytest.mark.parametrize(("before", "during"), [(None, "1"), ("0", "0")])
+def test_runs_get_huge_pages_unless_the_user_says_no(
+    before: str | None, during: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if before is None:
+        monkeypatch.delenv(HUGE_PAGES)
+    (tmp_path / "tinyshakespeare.txt").write_text("to be or not to be " * 400)
+    seen: list[str | None] = []
+    monkeypatch.setattr(race, "run_all", lambda *_: seen.append(os.environ.get(HUGE_PAGES)) or [])
+    results = tmp_path / "results.json"
+    code, output = invoke(
+        *("--data-dir", str(tmp_path), "--no-costs", "--results", str(results)),
+        *("--tasks", "gpt", "--batch-sizes", "128", "--optimizers", "sgd"),
+    )
+    assert (code, seen) == (0, [during]), output
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
