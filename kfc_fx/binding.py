@@ -112,7 +112,7 @@ def update_spec(
         OptionError: the plan has no block to precondition, or a group splits a block.
     """
     plan = compiled.plan
-    options.check_patterns([block.name for block in plan.blocks])
+    options.check_patterns(plan)
     held = [block for block in plan.blocks if block.weight in groups]
     _check_blocks(plan, held, groups)
     choices = {block: choice for block in held if (choice := options.choice_of(block))}

@@ -41,7 +41,8 @@ class KFC(torch.optim.Optimizer):
         lr: learning rate α; by default 0.01 ("adam"), 0.07 ("spectral") or 0.03 ("eigen",
             "inverse"). With the first two, five different tasks took at most 1.11 times the
             steps of their best rate at 0.01 (measured with ``orthogonalise=0``), and 1.05 times at
-            0.07 (``benchmarks/train.md``).
+            0.07 (``benchmarks/train.md``). It is that of all blocks: one whose scaling ``blocks``
+            changes wants a parameter group with a rate of its own.
         scaling: how a gradient is scaled by the factors of its block. ``"adam"``: Adam in the
             eigenbasis of Ω ⊗ Γ. ``"spectral"``: steepest descent under the spectral norm in the
             metric of Ω, which needs no Fisher pass and keeps no Γ. ``"eigen"``: EKFAC, a second
@@ -92,7 +93,7 @@ class KFC(torch.optim.Optimizer):
             loss, within its backward pass, at the scale of the likelihood's. By default "empirical"
             for "adam" with classes, which takes eigenvectors of Γ alone; else "sampled".
         input_factor: ``"dense"``, ``"separable"``, or ``"auto"``: separable for convolutions
-            whose dense Ω is wide.
+            whose dense Ω is wider than 1024.
         basis_limit: widest side of an eigenbasis ("adam", "eigen"). A dense factor of a linear or
             pointwise layer, or of output channels, that is wider is cut into equal parts, each with
             a basis of its own, as if channels of two parts were uncorrelated.

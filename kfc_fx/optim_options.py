@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, get_args
@@ -23,7 +23,7 @@ from kfc_fx.plan.forms import (
     factor_forms,
     takes_matrix_step,
 )
-from kfc_fx.plan.spec import BlockSpec
+from kfc_fx.plan.spec import BlockSpec, CurvaturePlan
 
 GENERIC_MOMENTUM = 0.9
 """Of generic parameters, unless a momentum is given: torch.optim.AdamW's default."""
@@ -159,7 +159,14 @@ class KFCOptions:
         self._check_blocks()
 
     def _check_blocks(self) -> None:
+        if not isinstance(self.blocks, Mapping):
+            raise OptionError(f"blocks must be a dict of options by pattern, got {self.blocks!r}")
         for pattern, chosen in self.blocks.items():
+            if not (isinstance(pattern, str) and isinstance(chosen, Mapping)):
+                raise OptionError(
+                    "blocks takes a dict of options for each pattern of names, as in "
+                    f"{{'layer4.*': {{'scaling': 'spectral'}}}}; got {pattern!r}: {chosen!r}"
+                )
             for name, value in chosen.items():
                 _one_of(f"an option in blocks[{pattern!r}]", name, BLOCK_OPTIONS)
                 if name == "scaling":
@@ -210,10 +217,13 @@ class KFCOptions:
         choice = self.choice_of(block)
         return choice.forms if choice else None
 
-    def check_patterns(self, names: Sequence[str]) -> None:
-        """Raise :class:`OptionError` for a pattern of ``blocks`` that no block's name matches."""
+    def check_patterns(self, plan: CurvaturePlan) -> None:
+        """Raise :class:`OptionError` for a pattern of ``blocks`` that matches no block's name, nor
+        that of a frozen layer, which may be a block later."""
+        names = [block.name for block in plan.blocks]
+        frozen = {name.rpartition(".")[0] for name in plan.frozen}
         for pattern in self.blocks:
-            if not any(fnmatchcase(name, pattern) for name in names):
+            if not any(fnmatchcase(name, pattern) for name in (*names, *frozen)):
                 near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
                 hint = f"; the nearest name is {near[0]!r}" if near else ""
                 raise OptionError(f"blocks: no block matches {pattern!r}{hint}")

@@ -272,3 +272,14 @@ def test_an_indefinite_factor_is_inverted_with_more_damping_or_not_at_all():
     assert omega_inverse[:2].isfinite().all()
     assert torch.equal(omega_inverse[2], torch.eye(3))
     assert torch.equal(gamma_inverse[2], torch.eye(2))
+
+
+def test_a_singular_factor_without_damping_is_inverted_with_the_least():
+    """Its Cholesky factor ends in a zero, for which LAPACK's inverse raises."""
+    from kfc_fx.curvature.inverse import damped_inverses
+
+    omega = torch.stack([torch.full((2, 2), 4.0), torch.eye(2)])
+    omega_inverse, _, failed = damped_inverses(omega, torch.eye(2).repeat(2, 1, 1), 0.0)
+    assert not failed.any()
+    assert omega_inverse.isfinite().all()
+    assert torch.equal(omega_inverse[1], torch.eye(2))

@@ -98,6 +98,32 @@ def test_frozen_parameters_stay_and_can_be_unfrozen():
     assert not torch.equal(net[0].weight, before[0])
 
 
+@pytest.mark.parametrize("width", [16, 160], ids=["decomposed", "by orthogonal iteration"])
+def test_moments_turn_with_bases_that_begin_anew_where_a_block_joins(width):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh())
+    net.append(nn.Linear(width, 5))
+    net[0].requires_grad_(False)
+    compiled, opt = make(net, factor_interval=1, inverse_interval=4)
+    x, y = torch.randn(64, 20), torch.arange(64) % 5
+
+    def moment() -> torch.Tensor:
+        block = opt.state_dict()["kfc"]["blocks"]["2"]
+        return block["q_gamma"] @ block["m"] @ block["q_omega"].mT
+
+    for step in range(12):
+        if step == 6:
+            net[0].requires_grad_(True)
+        before = moment() if step > 5 else None
+        F.cross_entropy(compiled(x), y).backward()
+        gradient = torch.cat([net[2].weight.grad, net[2].bias.grad[:, None]], 1)
+        opt.step()
+        opt.zero_grad()
+        if before is not None:
+            torch.testing.assert_close(moment(), 0.9 * before + 0.1 * gradient, rtol=0, atol=1e-5)
+    assert set(opt.factors) == {"0", "2", "4"}
+
+
 @pytest.mark.parametrize("scaling", ["adam", "inverse"])
 def test_it_trains(scaling):
     compiled, opt = make(scaling=scaling, lr=0.01 if scaling == "adam" else 0.1)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kfc_fx
-from kfc_fx.curvature.damping import adapted_damping
+from kfc_fx.curvature.damping import LEAST, MOST, adapted_damping
 from kfc_fx.curvature.fisher_vector import fisher_gram
 from kfc_fx.curvature.likelihood import Bernoulli, Categorical, Gaussian
 from kfc_fx.curvature.quadratic_model import best_combination
@@ -230,6 +230,11 @@ def test_damping_follows_the_ratio():
     assert adapted_damping(1.0, 0.5, 5) == 1.0
     assert adapted_damping(1.0, 0.1, 5) == pytest.approx((20 / 19) ** 5)
     assert adapted_damping(1.0, float("nan"), 5) > 1
+    # Where nothing changes any more it stays within bounds, but for a user's own beyond them.
+    assert adapted_damping(LEAST, 0.9, 5) == LEAST
+    assert adapted_damping(MOST, float("nan"), 5) == MOST
+    assert adapted_damping(1e-12, 0.9, 5) == 1e-12
+    assert adapted_damping(0.0, 0.1, 5) == 0.0
 
 
 def test_adapted_damping_is_used_saved_and_loaded():

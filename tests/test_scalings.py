@@ -79,8 +79,11 @@ def written_spectral(net, data, *, lr, momentum, damping, refresh_at, separable,
             plain.add(name, -lr * direction / size * math.sqrt(min(g.shape[1:])))
 
 
-def written_eigen(net, data, *, lr, momentum, beta2, damping, clip, refresh_at, nesterov=False):
-    plain = WrittenOut(net, False)
+def written_eigen(
+    net, data, *, lr, momentum, beta2, damping, clip, refresh_at, separable, nesterov=False
+):
+    """Eigenvectors of Ω written out whole, also where it is a product."""
+    plain = WrittenOut(net, separable)
     p, s, basis = {}, {}, {}
     for step, (x, y) in enumerate(data):
         grads = gradients(net, x, y)
@@ -126,12 +129,16 @@ def test_spectral_steps_equal_the_algorithm_written_out(steps, input_factor, mom
 
 @pytest.mark.parametrize("steps", [1, 11])
 @pytest.mark.parametrize("clip", [None, 1e-3])
-def test_eigen_steps_equal_the_algorithm_written_out(steps, clip):
+@pytest.mark.parametrize("input_factor", ["dense", "separable"])
+def test_eigen_steps_equal_the_algorithm_written_out(steps, clip, input_factor):
     found, expected, data = network(), network(), batches(steps)
     # So slow that eleven steps do not blow up what eigenvectors are rounded by.
     options = {"lr": 0.01, "momentum": 0.8, "damping": 1e-2, "clip": clip}
-    run_kfc(found, data, scaling="eigen", factor_interval=1, **options)
-    written_eigen(expected, data, beta2=0.95, refresh_at=(*range(9), 10), **options)
+    run_kfc(found, data, scaling="eigen", factor_interval=1, input_factor=input_factor, **options)
+    written_eigen(
+        expected, data, beta2=0.95, refresh_at=(*range(9), 10),
+        separable=input_factor == "separable", **options,
+    )  # fmt: skip
     assert_same(found, expected, 1e-6)
 
 
@@ -145,7 +152,7 @@ def test_spectral_and_eigen_steps_with_the_other_momentum():
     found, expected = network(), network()
     options = {"lr": 0.05, "momentum": 0.8, "damping": 1e-3, "clip": 1e-3, "nesterov": True}
     run_kfc(found, data, scaling="eigen", **options)
-    written_eigen(expected, data, beta2=0.95, refresh_at=(0, 1, 2), **options)
+    written_eigen(expected, data, beta2=0.95, refresh_at=(0, 1, 2), separable=False, **options)
     assert_same(found, expected, 1e-6)
 
 
@@ -273,6 +280,19 @@ def test_each_block_takes_its_own_scaling():
     assert {stack.scaling for stack in opt.engine.spec.stacks} == {*chosen.values(), "adam"}
 
 
+@pytest.mark.parametrize("vector", ["eigen", "inverse"])
+@pytest.mark.parametrize("other", ["adam", "spectral"])
+def test_a_step_that_pauses_for_some_blocks_takes_the_others_too(vector, other):
+    """The exact ν is of the former alone; a bound far above it changes nothing."""
+    blocks = {"2": {"scaling": vector}, "4": {"scaling": vector}}
+    options = {"lr": 0.02, "scaling": other, "blocks": blocks, "clip": 1e9}
+    found, expected, data = network(), network(), batches(3)
+    opt = run_kfc(found, data, clip_by="exact", **options)
+    run_kfc(expected, data, clip_by="factors", **options)
+    assert opt.engine.spec.pauses
+    assert_same(found, expected)
+
+
 def test_input_factor_by_block():
     net = network()
     opt = run_kfc(net, batches(1), lr=0.01, blocks={"[02]": {"input_factor": "separable"}})
@@ -286,6 +306,9 @@ def test_input_factor_by_block():
         ({"0": {"scaling": "muon"}}, r"scaling in blocks\['0'\] must be one of adam"),
         ({"0": {"lr": 0.1}}, r"an option in blocks\['0'\] must be one of scaling, input_factor"),
         ({"0": {"input_factor": "diagonal"}}, "input_factor must be one of"),
+        ({"0": "spectral"}, "options for each pattern of names.*got '0': 'spectral'"),
+        ({0: {"scaling": "spectral"}}, "options for each pattern of names.*got 0"),
+        ([("0", {"scaling": "spectral"})], "blocks must be a dict of options by pattern"),
     ],
 )
 def test_bad_block_options_are_refused(blocks, message):
@@ -298,6 +321,20 @@ def test_a_pattern_that_no_block_matches_is_refused_with_the_nearest_name():
     F.cross_entropy(compiled(torch.randn(4, 2, 7, 7)), LABELS[:4]).backward()
     with pytest.raises(kfc_fx.OptionError, match=r"no block matches 'layer4\.\*'; the nearest"):
         opt.step()
+
+
+def test_a_pattern_may_name_a_layer_that_is_frozen_for_now():
+    net = conv_network()
+    net[0].requires_grad_(False)
+    compiled, opt = make(net, blocks={"0": {"scaling": "spectral"}})
+    train(compiled, opt, 2)
+    net[0].requires_grad_(True)
+    train(compiled, opt, 2)
+    scalings = {stack.first.name: stack.scaling for stack in opt.engine.spec.stacks}
+    assert scalings == {"0": "spectral", "1": "adam", "3": "adam", "6": "adam"}
+    net[0].requires_grad_(False)
+    train(compiled, opt, 2)
+    assert {stack.scaling for stack in opt.engine.spec.stacks} == {"adam"}
 
 
 def test_spectral_leaves_tables_and_norms_to_adamw_at_their_own_rate():

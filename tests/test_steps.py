@@ -160,13 +160,16 @@ def test_inverse_steps_with_nesterov_s_step_ahead(clip):
     assert_same(found, expected)
 
 
-def test_the_first_separable_adam_step_equals_the_algorithm_written_out():
+@pytest.mark.parametrize("steps", [1, 11])
+@pytest.mark.parametrize("inverse_interval", [1, 10])
+def test_separable_adam_steps_equal_the_algorithm_written_out(steps, inverse_interval):
     """Eigenvectors of the written-out product, up to order and sign, which Adam does not see."""
-    found, expected, data = network(), network(), batches(1)
-    run_kfc(found, data, lr=0.01, input_factor="separable")
+    found, expected, data = network(), network(), batches(steps)
+    intervals = {"factor_interval": 1, "inverse_interval": inverse_interval}
+    run_kfc(found, data, lr=0.01, input_factor="separable", **intervals)
     written_adam(
-        expected, data, lr=0.01, momentum=0.9, beta2=0.95, eps=1e-8,
-        refresh_at=(0,), separable=True,
+        expected, data, lr=0.01, momentum=0.9, beta2=0.95, eps=1e-8, separable=True,
+        refresh_at=range(11) if inverse_interval == 1 else (*range(9), 10),
     )  # fmt: skip
     assert_same(found, expected, 1e-6)
 

@@ -40,8 +40,7 @@ def state_entries(stack: StackSpec, *, momentum: bool) -> dict[str, StateEntry]:
 def refresh(context: Context, stack: StackSpec, *, first: bool) -> list[Value]:
     """New bases, and moments turned into them."""
     failed = refresh_bases(context, stack, first=first)
-    if not first:
-        turn_moments(context, stack, first_moment=context.has_momentum(stack))
+    turn_moments(context, stack, first_moment=context.has_momentum(stack))
     return failed
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -38,7 +38,7 @@ def _precondition_graph(spec: UpdateSpec) -> UpdateGraph:
     """``precondition(gradients, state, lr, ...) -> (v by stack, v by parameter, new state)``; for
     the quadratic model, the momentum by parameter before the new state."""
     update = UpdateGraph("precondition", PRECONDITION_SUMMARY)
-    names = ["gradients", "state", "lr", *_options(spec, by_vector=True)]
+    names = ["gradients", "state", "lr", *_options(spec, _by_vector(spec))]
     names += ["active"] * spec.partial
     context = Context(update, spec, {name: update.argument(name) for name in names})
     views: dict[str, Value] = {}
@@ -141,27 +141,26 @@ def _vector_steps(
         yield context.step(stack, moved[index])
 
 
-def _options(spec: UpdateSpec, *, by_vector: bool = False) -> list[str]:
-    """Arguments for the options of the scalings in use."""
+def _by_vector(spec: UpdateSpec) -> list[Scaling]:
+    return [scaling for scaling in spec.scalings if scaling in VECTOR_RULES]
+
+
+def _options(spec: UpdateSpec, scalings: Sequence[Scaling]) -> list[str]:
+    """Arguments for the options of ``scalings`` besides their momentum."""
     names: list[str] = []
-    for scaling in spec.scalings:
-        rule = RULES[scaling]
-        if by_vector and scaling not in VECTOR_RULES:
-            continue
-        own = ["momentum"] if scaling in spec.momentum and not by_vector else []
-        own += [name for name in rule.OPTIONS if name != "step"]
+    for scaling in scalings:
+        own = [name for name in RULES[scaling].OPTIONS if name != "step"]
         own += ["orthogonalise"] * (scaling == "adam" and spec.orthogonalise)
         names += [spec.option(name, scaling) for name in own]
-        names += ["step"] * ("step" in rule.OPTIONS and "step" not in names)
-    return names
+    return names + ["step"] * any("step" in RULES[scaling].OPTIONS for scaling in scalings)
 
 
 def _arguments(update: UpdateGraph, spec: UpdateSpec) -> dict[str, Value]:
     names = ["parameters", "gradients", "state", "lr"]
-    names += [] if spec.pauses else _options(spec)
-    if spec.pauses:
-        taken = set(_options(spec, by_vector=True))
-        names += [name for name in _options(spec) if name not in taken]
+    names += [spec.option("momentum", s) for s in spec.scalings if s in spec.momentum]
+    # Where v is computed before the pause, so are the options that it takes.
+    before = _by_vector(spec) if spec.pauses else []
+    names += _options(spec, [s for s in spec.scalings if s not in before])
     names += {
         "none": [],
         "factors": ["clip"],

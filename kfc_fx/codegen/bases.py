@@ -14,7 +14,9 @@ from kfc_fx.codegen.update_graph import Value
 from kfc_fx.curvature.eigenbasis import eigenbasis, in_basis
 from kfc_fx.curvature.orthogonal_iteration import orthogonal_iteration
 
-START_SUMMARY = "Eigenbases of all factors, from scratch."
+START_SUMMARY = """Eigenbases of all factors, from scratch, and the moments turned into them.
+
+    Blocks that were there before have moments, where others have joined."""
 REFRESH_SUMMARY = """Bases of all factors, and the moments turned into them.
 
     Narrow factors are decomposed; wide ones follow by one orthogonal iteration."""

@@ -40,8 +40,7 @@ def state_entries(stack: StackSpec, *, momentum: bool) -> dict[str, StateEntry]:
 def refresh(context: Context, stack: StackSpec, *, first: bool) -> list[Value]:
     """New bases, and second moments turned into them."""
     failed = refresh_bases(context, stack, first=first)
-    if not first:
-        turn_moments(context, stack, first_moment=False)
+    turn_moments(context, stack, first_moment=False)
     return failed
 
 

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 DECAY = 19 / 20
 """ω₁ a step (Martens & Grosse 2015, section 6.5)."""
 GOOD_RATIO, POOR_RATIO = 3 / 4, 1 / 4
+LEAST, MOST = 1e-8, 1e4
+"""Further out λ would change no step, and take as many adaptations to come back: near a minimum
+neither the loss nor its model changes, and their ratio says nothing."""
 
 
 def adapted_damping(damping: float, ratio: float, interval: int) -> float:
@@ -18,8 +21,8 @@ def adapted_damping(damping: float, ratio: float, interval: int) -> float:
     the model predicted, larger where by less than a quarter, or where it is not a number."""
     factor = DECAY**interval
     if ratio > GOOD_RATIO:
-        return damping * factor
-    return damping if ratio >= POOR_RATIO else damping / factor
+        return max(damping * factor, min(damping, LEAST))
+    return damping if ratio >= POOR_RATIO else min(damping / factor, max(damping, MOST))
 
 
 class Trial:

@@ -87,7 +87,8 @@ def _inverse(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
         return reciprocal, ~reciprocal.isfinite().flatten(1).all(1)
     identity = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device)
     lower, info = torch.linalg.cholesky_ex(factor + damping * identity)
-    inverse = torch.cholesky_inverse(lower)
+    # LAPACK raises for a triangle with a zero on its diagonal, on behalf of the whole stack.
+    inverse = torch.cholesky_inverse(torch.where((info != 0)[:, None, None], identity, lower))
     failed = (info != 0) | ~inverse.isfinite().flatten(1).all(1)
     for index in failed.nonzero().flatten().tolist():
         retried = _retried_inverse(factor[index], damping[index])
