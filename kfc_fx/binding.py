@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from kfc_fx.codegen.layout import stack_blocks
 from kfc_fx.codegen.options import GenericParameter, UpdateSpec
 from kfc_fx.codegen.scaling import VECTOR_RULES
 from kfc_fx.compile import CompiledModel
-from kfc_fx.errors import OptionError
+from kfc_fx.errors import KfcWarning, OptionError
 from kfc_fx.optim_options import KFCOptions
 from kfc_fx.plan.spec import BlockSpec, CurvaturePlan
 
@@ -48,7 +49,8 @@ class Binding:
         """The engine for the plan, devices and groups as they are now.
 
         Raises:
-            OptionError: the plan has no block to precondition, or a group splits a block.
+            OptionError: the plan has no block to precondition, a group splits a block, or a loaded
+                state does not fit.
         """
         parameters = dict(self._compiled.original.named_parameters())
         key = (
@@ -62,10 +64,11 @@ class Binding:
                 compiled, graph = self._options.compile_update, self._options.cuda_graph
                 _check_one_device(spec, parameters, compiled=compiled)
                 captured = _captures(spec, parameters, graph)
-                self._engine = UpdateEngine(
+                engine = UpdateEngine(
                     spec, self.saved(), parameters, compiled=compiled, captured=captured
                 )
-                self._loaded = SavedState.empty()
+                self._check_loaded(engine.anew)
+                self._engine, self._loaded = engine, SavedState.empty()
             self._key = key
         return self._engine
 
@@ -89,6 +92,30 @@ class Binding:
     def load(self, state: SavedState) -> None:
         """Start the next engine from ``state``."""
         self._engine, self._loaded = None, state
+
+    def _check_loaded(self, anew: Sequence[str]) -> None:
+        """What the user might take for resumed.
+
+        Args:
+            anew: blocks that a loaded state, if there is one, has nothing for that fits.
+
+        Raises:
+            OptionError: what it has for one of them is of another kind.
+        """
+        if not (self._loaded.blocks and anew):
+            return
+        other = [name for name in anew if name in self._loaded.blocks]
+        if other:
+            raise OptionError(
+                f"the loaded state does not fit {len(other)} blocks ({_shown(other)}): it is of "
+                "another scaling, of factors in another form, or of another layer. Make KFC with "
+                "the options that it was saved with, or load the model's state alone"
+            )
+        warnings.warn(
+            f"{len(anew)} blocks begin anew ({_shown(anew)}): the loaded state has none of them",
+            KfcWarning,
+            stacklevel=5,
+        )
 
     @property
     def average(self) -> Mapping[str, Tensor]:
@@ -155,6 +182,10 @@ def update_spec(
         orthogonal_iteration_from=ORTHOGONAL_ITERATION_FROM,
         factors_in_basis=options.factor_interval == options.inverse_interval,
     )
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
 
 
 def _is_half(parameter: Tensor) -> bool:

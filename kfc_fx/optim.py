@@ -202,6 +202,8 @@ class KFC(torch.optim.Optimizer):
         self.compiled = compiled
         self._binding = Binding(compiled, self.options)
         chosen = list(compiled.original.parameters() if params is None else params)
+        if not chosen:
+            raise OptionError("there is nothing to optimize: the model has no parameters")
         super().__init__(chosen, {"lr": lr, "weight_decay": weight_decay})
         self.schedule = schedule_for(self.options.scalings, factor_interval, inverse_interval)
         self._diagnostics = Diagnostics(damping=self.options.damping_of(self.options.scaling))
@@ -222,16 +224,23 @@ class KFC(torch.optim.Optimizer):
     # -- torch.optim.Optimizer -------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its parameters must be the compiled model's."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        check_group(group)
-        for parameter in group["params"]:
-            if parameter not in self._binding.names:
+        """Add a group; its parameters must be the compiled model's, and it may set ``lr`` and
+        ``weight_decay``.
+
+        Raises:
+            OptionError: it has other parameters, or sets another option; nothing is added then.
+        """
+        given = param_group["params"]
+        params = [given] if isinstance(given, Tensor) else list(given)
+        check_group({**self.defaults, **param_group})
+        for entry in params:
+            parameter = entry[1] if isinstance(entry, tuple) else entry  # named, as torch allows
+            if isinstance(parameter, Tensor) and parameter not in self._binding.names:
                 raise OptionError(
                     f"a parameter of shape {tuple(parameter.shape)} is not one of the compiled "
                     "model; KFC updates the parameters of the model it was made with"
                 )
+        super().add_param_group({**param_group, "params": params})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -250,6 +259,8 @@ class KFC(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if trial is not None and loss is None:
+            raise StepError("adapt_damping needs a closure that returns the loss; it returned None")
         self._check_owner()
         gradients = named_gradients(self.param_groups, self._binding.names)
         engine, diagnostics = self._bound_engine(), self._diagnostics
@@ -300,8 +311,12 @@ class KFC(torch.optim.Optimizer):
         if "kfc" not in state_dict:
             raise OptionError("this state_dict is not of a KFC optimizer: it has no entry 'kfc'")
         kfc = state_dict["kfc"]
+        try:
+            saved = SavedState.from_dict(kfc)
+        except KeyError as error:
+            raise OptionError(f"this state_dict is not whole: {error} is missing") from None
         super().load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
-        self._binding.load(SavedState.from_dict(kfc))
+        self._binding.load(saved)
         self.diagnostics.restore(kfc["counters"])
         self.compiled.recorder.set_generator_states(kfc["generators"])
         self.compiled.recorder.take()
@@ -340,14 +355,15 @@ class KFC(torch.optim.Optimizer):
         """Source of the generated update."""
         return self.engine.program.source
 
-    def save_report(self, path: str | Path, *, loss: float | None = None) -> None:
+    def save_report(self, path: str | Path, *, loss: float | Tensor | None = None) -> None:
         """Add to a report of the run: step, loss, rates, time by part; spectra of all factors.
 
         Call it every so often; ``kfc-fx inspect MODEL --report PATH`` shows the report.
 
         Args:
             path: of a JSON file, made by the first call and added to by later ones.
-            loss: the training loss, if it is to be in the report.
+            loss: the training loss, if it is to be in the report; one that is not finite is
+                ``null`` there, as such numbers are in JSON.
 
         Raises:
             KfcError: the file there is no report.
@@ -435,7 +451,8 @@ class KFC(torch.optim.Optimizer):
         elif self.compiled.recorder.armed:
             self._note_missed(step)
         at_once = engine.spec.factors_in_basis and bool(statistics.sums)
-        if not engine.started or at_once or self.schedule.refresh_due(step):
+        due = not engine.started or at_once or self.schedule.refresh_due(step)
+        if due and not engine.waiting:  # there is nothing to make a basis of for some blocks
             with diagnostics.timed("refresh"):
                 failed = engine.refresh(self._option_arguments(engine))
             diagnostics.count("inverse_failures", failed, UNDECOMPOSED)
@@ -487,8 +504,12 @@ class KFC(torch.optim.Optimizer):
         return option_arguments(engine.spec, self.options, self._exact.inverse_damping)
 
     def _arm(self) -> None:
-        """Let the next forward pass emit, if statistics are due at the next step."""
-        self.compiled.recorder.armed = self.schedule.statistics_due(self._diagnostics.steps)
+        """Let the next forward pass emit, if statistics are due at the next step, or there are
+        blocks without any, which have joined since the last."""
+        engine = self._binding.current
+        waiting = engine is not None and engine.waiting
+        due = self.schedule.statistics_due(self._diagnostics.steps)
+        self.compiled.recorder.armed = due or waiting
 
 
 def _copy_into(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any, get_args
 
@@ -54,6 +54,10 @@ SCALE_FREE: set[Scaling] = {"adam", "spectral"}
 
 BLOCK_OPTIONS = ("scaling", "input_factor")
 """What ``blocks=`` may set."""
+
+
+GROUP_OPTIONS = ("lr", "weight_decay")
+"""What a parameter group may set."""
 
 
 @dataclass(frozen=True)
@@ -287,8 +291,16 @@ class KFCOptions:
 
 
 def check_group(group: Mapping[str, Any]) -> None:
-    """Raise :class:`OptionError` for a parameter group with a rate below zero."""
-    for name in ("lr", "weight_decay"):
+    """Raise :class:`OptionError` for a parameter group with a rate below zero, or with an option
+    that is not one of a group: entries that torch or schedulers keep in one are left alone."""
+    others = {option.name for option in fields(KFCOptions)} | {"seed"}
+    for name in set(group) - set(GROUP_OPTIONS):
+        if name in others or difflib.get_close_matches(name, GROUP_OPTIONS, cutoff=0.8):
+            raise OptionError(
+                f"a parameter group may set {' and '.join(GROUP_OPTIONS)}, got {name!r}; the other "
+                "options are for all groups, and blocks= has some by layer"
+            )
+    for name in GROUP_OPTIONS:
         if not float(group[name]) >= 0:
             raise OptionError(f"{name} must not be negative, got {group[name]!r}")
 

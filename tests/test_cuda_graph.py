@@ -154,6 +154,34 @@ def test_steps_without_some_gradients_run_in_between(recorded):
     assert_equal(model, plain)
 
 
+def test_parameters_that_never_have_a_gradient_are_left_out_of_the_graph(recorded, monkeypatch):
+    """As the unused pooler of a pretrained model: the step waits for nothing all the same."""
+
+    def with_unused(graph):
+        net = network(torch.float64)
+        net.append(nn.Identity())
+        net[-1].unused = nn.Linear(3, 3, dtype=torch.float64)
+        model = kfc_fx.compile(net)
+        return model, kfc_fx.KFC(model, lr=0.02, fisher="empirical", cuda_graph=graph)
+
+    model, opt = with_unused(True)
+    plain, plain_opt = with_unused(False)
+    train(plain, plain_opt, 5)
+    monkeypatch.setattr(kfc_fx.optim, "all_finite", lambda _: pytest.fail("asked the host"))
+    train(model, opt, 5)
+    assert len(recorded) == 1
+    assert_equal(model, plain)
+    opt.diagnostics.steps = 23  # neither statistics nor a refresh are due
+    opt.compiled.recorder.armed = False
+    backward(model, 9, scale=float("nan"))
+    before = parameters(model)
+    opt.step()
+    with pytest.warns(KfcWarning, match="a gradient is not finite"):
+        assert opt.diagnostics.skipped_steps == 1
+    for old, new in zip(before, model.parameters(), strict=True):
+        assert torch.equal(old, new)
+
+
 def test_parameters_that_moved_elsewhere_are_recorded_anew(recorded):
     model, opt = optimizer(True)
     plain, plain_opt = optimizer(False)

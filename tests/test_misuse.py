@@ -108,6 +108,11 @@ def test_a_model_with_nothing_to_precondition_is_an_error():
         opt.step()
 
 
+def test_a_model_without_parameters_is_an_error():
+    with pytest.raises(kfc_fx.OptionError, match="the model has no parameters"):
+        kfc_fx.KFC(kfc_fx.compile(nn.ReLU()))
+
+
 def test_the_last_optimizer_made_owns_the_model():
     compiled, first = make()
     second = kfc_fx.KFC(compiled, lr=0.01)

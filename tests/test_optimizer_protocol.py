@@ -355,3 +355,33 @@ def test_a_model_of_mixed_precision_parameters_trains(scaling):
     assert losses[-1] < losses[0]
     assert opt.factors["body"].omega.dtype == torch.float32
     assert compiled.body.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"lr": -1.0}, "lr must not be negative"),
+        ({"momentum": 0.5}, "may set lr and weight_decay, got 'momentum'"),
+        ({"wieght_decay": 0.5}, "may set lr and weight_decay, got 'wieght_decay'"),
+        ({"params": [nn.Parameter(torch.zeros(2, 3))]}, r"a parameter of shape \(2, 3\) is not"),
+    ],
+)
+def test_a_group_that_is_refused_is_not_added(extra, message):
+    net = conv_network()
+    compiled = kfc_fx.compile(net)
+    opt = kfc_fx.KFC(compiled, net[:6].parameters(), lr=0.01)
+    train(compiled, opt, 1)
+    with pytest.raises(kfc_fx.OptionError, match=message):
+        opt.add_param_group({"params": net[6].parameters(), **extra})
+    assert len(opt.param_groups) == 1
+    before = net[6].weight.detach().clone()
+    train(compiled, opt, 1)
+    assert torch.equal(net[6].weight, before)
+
+
+def test_a_group_may_have_names_and_entries_of_others():
+    net = conv_network()
+    compiled = kfc_fx.compile(net)
+    opt = kfc_fx.KFC(compiled, [{"params": net.named_parameters(), "name": "all"}], lr=0.01)
+    train(compiled, opt, 1)
+    assert opt.param_groups[0]["name"] == "all"

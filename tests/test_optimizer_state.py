@@ -77,6 +77,81 @@ def test_factors_survive_a_change_of_the_intervals(intervals):
             torch.testing.assert_close(own, wanted, rtol=0, atol=rounding)
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"scaling": "spectral"}, {"scaling": "adam"}),
+        ({"scaling": "inverse"}, {"scaling": "adam"}),
+        ({"scaling": "adam"}, {"scaling": "inverse"}),
+        ({"scaling": "inverse", "input_factor": "separable"}, {"scaling": "inverse"}),
+        ({"scaling": "adam"}, {"scaling": "adam", "input_factor": "separable"}),
+        ({"scaling": "adam"}, {"scaling": "adam", "blocks": {"3": {"scaling": "spectral"}}}),
+        ({"scaling": "eigen"}, {"scaling": "eigen", "basis_limit": 4}),
+    ],
+    ids=str,
+)
+def test_a_state_of_another_kind_is_refused(before, after):
+    """A part of it would fit: a count of statistics, say, that the factors do not have."""
+    compiled, opt = make(**before)
+    train(compiled, opt, 2)
+    other, again = make(**after)
+    again.load_state_dict(opt.state_dict())
+    start = parameters(other)
+    for _ in range(2):
+        with pytest.raises(kfc_fx.OptionError, match=r"does not fit . blocks .*another scaling"):
+            train(other, again, 1)
+    assert_equal(parameters(other), start)
+
+
+def test_blocks_that_a_loaded_state_lacks_begin_anew_and_soon():
+    net = conv_network()
+    net[3].requires_grad_(False)
+    compiled, opt = make(net)
+    train(compiled, opt, 30)
+    saved = opt.state_dict()
+    other, again = make(conv_network())
+    saved["param_groups"] = again.state_dict()["param_groups"]
+    again.load_state_dict(saved)
+    with pytest.warns(kfc_fx.KfcWarning, match=r"1 blocks begin anew \(3\)"):
+        train(other, again, 1)
+    assert not again.factors["3"].omega.any()
+    train(other, again, 1)  # though none are due by the interval, it has statistics
+    assert again.factors["3"].omega.any()
+    assert again.engine.started
+
+
+def test_a_state_of_the_same_kind_goes_on_without_a_word():
+    compiled, opt = make(momentum=0.0)
+    train(compiled, opt, 3)
+    other, again = make(momentum=0.9, scaling="eigen")  # the same factors and bases
+    again.load_state_dict(opt.state_dict())
+    train(other, again, 1)
+    assert again.engine.anew == []
+
+
+def test_a_block_whose_bias_is_frozen_begins_anew_whole():
+    net = conv_network()
+    compiled, opt = make(net)
+    train(compiled, opt, 12)
+    net[6].bias.requires_grad_(False)
+    train(compiled, opt, 2)
+    assert opt.factors["6"].omega.shape == (64, 64)
+    assert opt.factors["6"].omega.diagonal().mean() > 0.01
+    assert opt.engine.anew == ["6"]
+
+
+@pytest.mark.parametrize("missing", ["masters", "blocks"])
+def test_a_state_dict_that_is_not_whole_changes_nothing(missing):
+    compiled, opt = make(lr=0.5)
+    train(compiled, opt, 1)
+    saved = opt.state_dict()
+    del saved["kfc"][missing]
+    _, other = make(lr=0.1)
+    with pytest.raises(kfc_fx.OptionError, match=f"not whole: '{missing}' is missing"):
+        other.load_state_dict(saved)
+    assert other.param_groups[0]["lr"] == 0.1
+
+
 def test_a_foreign_state_dict_is_refused():
     _, opt = make()
     foreign = torch.optim.SGD(conv_network().parameters(), lr=0.1).state_dict()

@@ -276,3 +276,17 @@ def test_a_step_without_a_closure_is_refused_where_the_damping_is_adapted():
 def test_options_that_do_not_fit_are_refused(options, message):
     with pytest.raises(OptionError, match=message):
         kfc_fx.KFC(kfc_fx.compile(network()), lr=0.1, **options)
+
+
+def test_a_closure_without_a_loss_is_refused_before_the_step():
+    (x, y), model = batch(), kfc_fx.compile(network())
+    opt = kfc_fx.KFC(model, lr=0.1, scaling="inverse", adapt_damping=1)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def closure():
+        LOSSES["categorical"](model(x), y).backward()
+
+    with pytest.raises(StepError, match="a closure that returns the loss"):
+        opt.step(closure)
+    assert all(torch.equal(b, p) for b, p in zip(before, model.parameters(), strict=True))
+    assert opt.diagnostics.steps == 0

@@ -41,6 +41,20 @@ def test_a_report_of_a_run(scaling, tmp_path):
     assert first["gamma_condition"] >= 1
 
 
+@pytest.mark.parametrize("loss", [float("nan"), torch.tensor(float("inf"))], ids=str)
+def test_a_report_of_a_run_that_diverged_is_json(loss, tmp_path):
+    compiled, opt = make(conv_network())
+    backward(compiled)
+    opt.step()
+    path = tmp_path / "run.json"
+    opt.save_report(path, loss=torch.tensor(2.5))
+    opt.save_report(path, loss=loss)
+    text = path.read_text()
+    assert [entry["loss"] for entry in json.loads(text)["steps"]] == [2.5, None]
+    assert "NaN" not in text
+    assert "Infinity" not in text
+
+
 def test_spectra():
     omega = torch.diag(torch.tensor([4.0, 1.0, 1.0, 2.0]))[None]
     found = factor_summary(Factors(torch.eye(3)[None] * 5, dense=omega))

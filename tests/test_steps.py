@@ -221,6 +221,30 @@ def test_generic_parameters_follow_torch_optim(rule):
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize("rule", ["adamw", "sgd"])
+def test_a_generic_parameter_that_joins_late_begins_as_with_torch_optim(rule):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)).double()
+    net[1].requires_grad_(False)
+    compiled = kfc_fx.compile(net, norm_layers=False)
+    opt = kfc_fx.KFC(compiled, lr=0.01, generic=rule)
+    options = {"momentum": 0.9} if rule == "sgd" else {"weight_decay": 0.0}
+    kind = torch.optim.SGD if rule == "sgd" else torch.optim.AdamW
+    own = [p.detach().clone().requires_grad_() for p in net[1].parameters()]
+    reference = kind(own, lr=0.01, **options)
+    x, y = torch.randn(16, 4).double(), torch.arange(16) % 3
+    for step in range(13):
+        net[1].requires_grad_(step >= 12)
+        F.cross_entropy(compiled(x), y).backward()
+        for mine, theirs in zip(own, net[1].parameters(), strict=True):
+            mine.grad = theirs.grad
+        opt.step()
+        opt.zero_grad()
+    reference.step()
+    for mine, theirs in zip(own, net[1].parameters(), strict=True):
+        torch.testing.assert_close(theirs, mine, rtol=0, atol=1e-9)
+
+
 def test_weight_decay_is_decoupled_and_averages_are_polyak():
     plain, decayed, data = network(), network(), batches(1)
     run_kfc(plain, data, lr=0.1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 
 import typer
@@ -22,6 +23,7 @@ __all__ = [
     "import_extra",
     "one_line_failures",
     "unknown_name",
+    "writable",
 ]
 
 
@@ -53,6 +55,23 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> CommandError:
     return CommandError(
         f"unknown {kind} {name!r}{did_you_mean(name, names)}; there are: {', '.join(names)}"
     )
+
+
+def writable(option: str, path: Path) -> Path:
+    """``path``, with its folder made, so that a long run does not end without its file.
+
+    Raises:
+        CommandError: it cannot be written, named by ``option``.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        path.open("ab").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise CommandError(f"{option} {path}: {error.strerror or error}") from error
+    return path
 
 
 def import_extra(module: str, purpose: str) -> ModuleType:

@@ -22,7 +22,7 @@ from kfc_fx.inspect.summary_view import summary_view
 from kfc_fx.inspect.target import Subject, load_checkpoint, parse_arguments, resolve_target
 from kfc_fx.inspect.update_text import prove_update
 from kfc_fx.inspect.update_view import proof_view, update_view, whole_update
-from kfc_fx.tools.failures import CommandError, one_line_failures, unknown_name
+from kfc_fx.tools.failures import CommandError, one_line_failures, unknown_name, writable
 from kfc_fx.tools.terminal import show, show_json, show_text
 
 VIEWS = ("summary", "plan", "graph", "update", "passes", "dot", "json", "html", "run")
@@ -185,7 +185,7 @@ def _show(inspection: Inspection, options: ViewOptions) -> bool:
     if options.report is not None:
         document["run"] = read_report(options.report)
     if options.view == "run" and options.save is not None and options.save.suffix == ".png":
-        save_plots(document["run"], options.save)
+        save_plots(document["run"], writable("--save", options.save))
         return True
     if options.view == "update" and options.run:
         return _show_proof(inspection, document, options)

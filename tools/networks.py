@@ -1,16 +1,15 @@
-"""The networks of ``kfc-fx train``, by name or as ``module:function``."""
+"""The networks of ``kfc-fx train``, by name or as ``module:function`` or ``./file.py:Name``."""
 
 from __future__ import annotations
 
-import importlib
-import sys
+import copy
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from kfc_fx.tools.failures import CommandError, did_you_mean, import_extra, unknown_name
+from kfc_fx.inspect.target import resolve_target
+from kfc_fx.tools.failures import CommandError, import_extra, unknown_name
 
 ImageShape = tuple[int, int, int]
 
@@ -26,20 +25,21 @@ def build(name: str, image_shape: ImageShape, classes: int) -> nn.Module:
     """A freshly initialised network that maps images to logits ``[N, classes]``.
 
     Args:
-        name: one of :data:`NETWORKS`, or ``module:function`` for a function without arguments
-            that returns an ``nn.Module``; the working directory is searched too.
+        name: one of :data:`NETWORKS`, or what names a model elsewhere (``resolve_target``):
+            ``module:function`` or ``./file.py:Name``, called without arguments.
         image_shape: (C, H, W).
         classes: length of the output.
 
     Raises:
         CommandError: no such network, or it does not fit the images.
+        TargetError: nothing elsewhere has that name, or it is no model.
     """
     if ":" in name:
-        network = _from_function(name)
+        network = copy.deepcopy(resolve_target(name).model)  # it may name one that is there
     elif name in NETWORKS:
         network = NETWORKS[name](image_shape, classes)
     else:
-        raise unknown_name("model", name, [*NETWORKS, "module:function"])
+        raise unknown_name("model", name, [*NETWORKS, "module:function", "./file.py:Name"])
     _check_output(name, network, image_shape, classes)
     return network
 
@@ -120,35 +120,6 @@ def _check_size(name: str, image_shape: ImageShape, sizes: list[int], reason: st
         wanted = " or ".join(f"{size}x{size}" for size in sizes)
         because = f" ({reason})" if reason else ""
         raise CommandError(f"{name} needs images of {wanted}{because}; these are {height}x{width}")
-
-
-def _from_function(name: str) -> nn.Module:
-    module_name, _, function_name = name.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:
-        raise CommandError(f"--model {name}: cannot import {module_name!r}: {error}") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        names = [key for key, value in vars(module).items() if callable(value)]
-        raise CommandError(
-            f"--model {name}: {module_name} has no function {function_name!r}"
-            f"{did_you_mean(function_name, names)}"
-        )
-    return _called(name, function)
-
-
-def _called(name: str, function: Callable[[], object]) -> nn.Module:
-    try:
-        network = function()
-    except TypeError as error:
-        raise CommandError(f"--model {name}: it is called without arguments: {error}") from error
-    if not isinstance(network, nn.Module):
-        kind = type(network).__name__
-        raise CommandError(f"--model {name}: it returned {kind}, not an nn.Module")
-    return network
 
 
 def _check_output(name: str, network: nn.Module, image_shape: ImageShape, classes: int) -> None:

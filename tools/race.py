@@ -14,7 +14,13 @@ from rich.console import Console
 
 from kfc_fx.tools import data as data_sets
 from kfc_fx.tools import race_tasks
-from kfc_fx.tools.failures import CommandError, import_extra, one_line_failures, unknown_name
+from kfc_fx.tools.failures import (
+    CommandError,
+    import_extra,
+    one_line_failures,
+    unknown_name,
+    writable,
+)
 from kfc_fx.tools.race_costs import measure_costs
 from kfc_fx.tools.race_optimizers import (
     CENTRES,
@@ -154,6 +160,7 @@ def train(
                 whole_data=whole_data,
             )
             _check_same_data(settings, file)
+            writable("--results", path)
             failures: list[str] = []
             use_huge_pages()
             try:
@@ -186,15 +193,15 @@ def chosen_cells(
     names = _names(tasks) or (QUICK_TASKS if quick else tuple(TASKS))
     chosen = [find_task(name) for name in names]
     sizes = _sizes(batch_sizes)
+    known = sorted({cell.batch_size for task in chosen for cell in task.cells})
+    if not sizes <= {*known}:
+        raise CommandError(f"--batch-sizes {batch_sizes}: there are {', '.join(map(str, known))}")
     cells = [
         (task, _halved(cell) if quick else cell)
         for task in chosen
         for cell in task.cells
         if (cell.batch_size in sizes if sizes else cell.entrants is None or not quick)
     ]
-    if not cells:
-        known = sorted({cell.batch_size for task in chosen for cell in task.cells})
-        raise CommandError(f"--batch-sizes {batch_sizes}: there are {', '.join(map(str, known))}")
     return sorted(cells, key=lambda cell: cell[1].entrants is not None)
 
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from kfc_fx.tools import networks, optimizers
-from kfc_fx.tools.failures import CommandError, import_extra, one_line_failures
+from kfc_fx.tools.failures import CommandError, import_extra, one_line_failures, writable
 from kfc_fx.tools.side_by_side import TrainSettings, train_side_by_side
 from kfc_fx.tools.training_run import RunSpec
 
@@ -30,8 +30,8 @@ def train(
     model: Annotated[
         str | None,
         typer.Option(
-            help="digits-net, kfc-cifar, lenet, resnet18, or module:function for your own; "
-            "by default the one that suits the data."
+            help="digits-net, kfc-cifar, lenet, resnet18, or module:function or ./file.py:Name "
+            "for your own; by default the one that suits the data."
         ),
     ] = None,
     optimizer_names: Annotated[
@@ -69,8 +69,8 @@ def train(
             model=model,
             optimizers=optimizers.specify(optimizer_names, lr or [], scaling, model),
             run=RunSpec(epochs, batch_size, seed, _usable_device(device)),
-            plot=None if no_plot else _writable("--plot", plot),
-            save=_writable("--save", save) if save else None,
+            plot=None if no_plot else writable("--plot", plot),
+            save=writable("--save", save) if save else None,
         )
         if settings.plot:
             import_extra("matplotlib.figure", "the plot (which --no-plot leaves out)")
@@ -85,16 +85,3 @@ def _usable_device(name: str) -> str:
         first_line = str(error).strip().partition("\n")[0]
         raise CommandError(f"--device {name}: {first_line}") from error
     return name
-
-
-def _writable(option: str, path: Path) -> Path:
-    """``path``, with its folder made, so that a long run does not end without its file."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not path.exists()
-        path.open("ab").close()
-        if is_new:
-            path.unlink()
-    except OSError as error:
-        raise CommandError(f"{option} {path}: {error.strerror or error}") from error
-    return path

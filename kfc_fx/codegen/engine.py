@@ -13,18 +13,21 @@ from torch.profiler import record_function
 
 from kfc_fx.artifacts import record_artifact
 from kfc_fx.codegen.compiled_step import compile_step, tensor_arguments
+from kfc_fx.codegen.generic import adamw_moments, sgd_moments
 from kfc_fx.codegen.layout import StackSpec
 from kfc_fx.codegen.masters import MasterWeights
 from kfc_fx.codegen.options import UpdateSpec
 from kfc_fx.codegen.program import generate
 from kfc_fx.codegen.scaling import VECTOR_RULES
 from kfc_fx.codegen.source import UpdateProgram
-from kfc_fx.codegen.state import entries_of, stacked_state, state_by_block
+from kfc_fx.codegen.state import entries_of, fitting, stacked_state, state_by_block
 from kfc_fx.codegen.static_step import StaticStep
 from kfc_fx.codegen.statistics import ScreenedStatistics
 from kfc_fx.curvature.eigenbasis import from_basis
 from kfc_fx.curvature.factors import Factors, joined
 
+MOST_STATIC = 2
+"""Sets of parameters with gradients whose steps are recorded; each has buffers of its own."""
 GENERIC_STATE = ("generic_m", "generic_v")
 
 
@@ -73,10 +76,15 @@ class UpdateEngine:
         self.spec = spec
         self._compiled = compiled
         self._captured = captured and not spec.pauses
-        self._static: StaticStep | None = None
+        self._static: dict[UpdateSpec, StaticStep] = {}
         self.parameters = parameters
-        self.started = saved.started and all(b.name in saved.blocks for b in self.blocks)
-        self.state: dict[str, Tensor] = stacked_state(spec, saved.blocks)
+        kept = fitting(spec, saved.blocks)
+        self.anew = [block.name for block in self.blocks if block.name not in kept]
+        """Blocks that ``saved`` has nothing for, or not what is kept of them now."""
+        self.waiting = bool(self.anew)
+        """Whether there are blocks without statistics."""
+        self.started = saved.started and not self.anew
+        self.state: dict[str, Tensor] = stacked_state(spec, kept)
         self.generic = {
             name: {key: self._placed(name, value, wide=True) for key, value in entry.items()}
             for name, entry in saved.generic.items()
@@ -122,6 +130,7 @@ class UpdateEngine:
             self.state |= self.program.functions["accumulate"](
                 statistics.sums, statistics.examples, statistics.rows, statistics.rate, self.state
             )
+        self.waiting = False
 
     def refresh(self, arguments: Mapping[str, Any]) -> list[str]:
         """Factors into inverses, bases or whitening matrices; returns the blocks for which that
@@ -140,7 +149,7 @@ class UpdateEngine:
         self.state |= fresh
         for key in in_basis:
             del self.state[key]
-        self.started = True
+        self.started = not self.waiting
         return self._failed_blocks(failed)
 
     def apply(
@@ -161,7 +170,7 @@ class UpdateEngine:
         spec = self._present(gradients)
         program = self.program_for(spec)
         given = {**arguments, "parameters": self.parameters, "gradients": gradients}
-        given["state"] = self.state | self._lists(spec)
+        given["state"] = self.state | self._lists(spec, given)
         given["masters"] = self._masters.of(spec.masters)
         given["lr"] = {
             **given["lr"],
@@ -174,15 +183,12 @@ class UpdateEngine:
         if spec.partial:
             gradients, given["active"] = self._filled(gradients)
             given["gradients"] = gradients
-        if self._captured and spec is self.spec:
-            if self._static is None or not self._static.fits(given):
-                skipped = self.take_skipped()
-                self._static = StaticStep(spec, program, given)
-                self._static.skipped += skipped
+        if self._captures(spec):
+            static = self._static_step(spec, program, given)
             with record_function("kfc_fx::apply"):
-                result = self._static.run(given)
+                result = static.run(given)
             self._masters.note_written()
-            return self._commit(spec, {**result, **self._static.report})
+            return self._commit(spec, {**result, **static.report})
         if self._compiled:
             given |= tensor_arguments(given, spec.stacks[0].device)
         moments: dict[str, Tensor] = {}
@@ -201,17 +207,19 @@ class UpdateEngine:
     def guards(self, gradients: Mapping[str, Tensor]) -> bool:
         """Whether a step on these gradients looks itself, on the device, whether they are finite;
         :meth:`take_skipped` tells afterwards."""
-        return self._captured and self._present(gradients) is self.spec
+        return self._captures(self._present(gradients))
 
     def take_skipped(self) -> int:
-        """How many of the steps since the last call were not taken; one synchronisation."""
-        if self._static is None:
-            return 0
-        count = int(self._static.skipped)
-        if count:
-            self._static.skipped.zero_()
-            self._static.forget_skipped(count)
-        return count
+        """How many of the steps since the last call were not taken; one synchronisation for each
+        set of parameters that had gradients."""
+        total = 0
+        for static in self._static.values():
+            count = int(static.skipped)
+            if count:
+                static.skipped.zero_()
+                static.forget_skipped(count)
+            total += count
+        return total
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -224,11 +232,12 @@ class UpdateEngine:
             {name: dict(entry) for name, entry in self.generic.items()},
             dict(self.average),
             self.started,
+            self.waiting,
         )
         try:
             yield
         except BaseException:
-            self.state, self.generic, self.average, self.started = before
+            self.state, self.generic, self.average, self.started, self.waiting = before
             raise
 
     def saved(self) -> SavedState:
@@ -274,6 +283,24 @@ class UpdateEngine:
 
     # -- one step ------------------------------------------------------------------------
 
+    def _captures(self, spec: UpdateSpec) -> bool:
+        """Whether the step of a spec is static: where all blocks have gradients, and of generic
+        parameters the same few have none as in most steps."""
+        known = spec in self._static or len(self._static) < MOST_STATIC
+        return self._captured and not spec.partial and known
+
+    def _static_step(
+        self, spec: UpdateSpec, program: UpdateProgram, given: Mapping[str, Any]
+    ) -> StaticStep:
+        """That of a spec, made anew where it does not fit any more."""
+        static = self._static.get(spec)
+        if static is None or not static.fits(given):
+            fresh = StaticStep(spec, program, given)
+            if static is not None:
+                fresh.skipped += static.skipped
+            self._static[spec] = static = fresh
+        return static
+
     @staticmethod
     def _call(program: UpdateProgram, function: str, given: Mapping[str, Any]) -> Any:
         """Call a generated function with those of the given values that it takes."""
@@ -312,14 +339,16 @@ class UpdateEngine:
             for name in block.parameters
         }
 
-    def _lists(self, spec: UpdateSpec) -> dict[str, Any]:
+    def _lists(self, spec: UpdateSpec, given: Mapping[str, Any]) -> dict[str, Any]:
         """State of the generic parameters and of the average, as the lists the code takes."""
         for parameter in spec.generic:
             if parameter.name not in self.generic:
-                zeros = torch.zeros_like(self.parameters[parameter.name])
-                self.generic[parameter.name] = {
-                    name: self._placed(parameter.name, zeros, wide=True) for name in GENERIC_STATE
-                }
+                gradient = self._placed(
+                    parameter.name, given["gradients"][parameter.name], wide=True
+                )
+                initial = adamw_moments if spec.generic_rule == "adamw" else sgd_moments
+                moments = initial(gradient, given["generic_momentum"], given["step"])
+                self.generic[parameter.name] = dict(zip(GENERIC_STATE, moments, strict=True))
         if spec.average:
             for name in spec.parameters:
                 own = self._placed(name, self.parameters[name], wide=name in spec.masters)

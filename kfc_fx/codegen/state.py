@@ -14,6 +14,9 @@ from kfc_fx.codegen.scaling import RULES
 from kfc_fx.codegen.state_entry import StateEntry
 from kfc_fx.curvature.eigenbasis import from_basis, in_basis
 
+OPTIONAL = ("m", "p", "examples")
+"""Entries that a saved block may lack: its momentum was zero, or the version an older one."""
+
 
 def state_entries(spec: UpdateSpec, stack: StackSpec) -> dict[str, StateEntry]:
     """State of a stack by name, without the stack's key."""
@@ -33,15 +36,34 @@ def state_entries(spec: UpdateSpec, stack: StackSpec) -> dict[str, StateEntry]:
     return entries | rule.state_entries(stack, momentum=stack.scaling in spec.momentum)
 
 
+def fitting(
+    spec: UpdateSpec, saved: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, dict[str, Tensor]]:
+    """The saved blocks that have what the spec keeps of their factors and bases, in the same sizes.
+
+    Of another scaling or another form a part might fit, the count of statistics and the moments,
+    say: those would go with factors that they do not belong to.
+    """
+    whole = {block: _with_both_forms(entries) for block, entries in saved.items()}
+    found = {}
+    for stack in spec.stacks:
+        needed = {n: e.shape for n, e in state_entries(spec, stack).items() if n not in OPTIONAL}
+        for block, (start, stop) in stack.spans.items():
+            entries = whole.get(block, {})
+            sizes = {name: tuple(entries[name].shape) for name in needed if name in entries}
+            depth, count = stack.depth, stop - start
+            if sizes == {n: (s[0] * count // depth, *s[1:]) for n, s in needed.items()}:
+                found[block] = entries
+    return found
+
+
 def stacked_state(spec: UpdateSpec, saved: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Stacked tensors by ``"<name>_<key>"``, from saved blocks where there are any.
 
     Args:
-        saved: block name to state name to tensor, as :func:`state_by_block` returns it. An
-            entry of another shape than the layout's (the block changed) starts anew.
+        saved: block name to state name to tensor, as :func:`fitting` returns it.
     """
     state = {}
-    saved = {block: _with_both_forms(entries) for block, entries in saved.items()}
     for stack in spec.stacks:
         for name, entry in state_entries(spec, stack).items():
             tensor = _initial(entry, stack)
@@ -54,9 +76,7 @@ def stacked_state(spec: UpdateSpec, saved: Mapping[str, Mapping[str, Tensor]]) -
                 # Eigenvectors, in columns as LAPACK leaves them: a product rounds by the layout.
                 tensor = tensor.mT.contiguous().mT
             for span, part in parts.items():
-                own = entries_of(tensor, stack, span)
-                if part.shape == own.shape:
-                    own.copy_(part)
+                entries_of(tensor, stack, span).copy_(part)
             state[f"{name}_{stack.key}"] = tensor
     return state
 

@@ -6,6 +6,7 @@ One entry for each time that it is written, and the spectra of all factors as th
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ def append_entry(
     factors: Mapping[str, Factors],
     *,
     lr: float,
-    loss: float | None,
+    loss: float | Tensor | None,
 ) -> Progress:
     """Add an entry to the report at ``path``, which is made if there is none.
 
@@ -58,16 +59,16 @@ def append_entry(
     report["steps"].append(
         {
             "step": diagnostics.steps,
-            "loss": loss,
+            "loss": _finite(loss),
             "lr": lr,
             "damping": diagnostics.damping,
-            "nu": diagnostics.nu,
-            "clip_scale": diagnostics.clip_scale,
+            "nu": _finite(diagnostics.nu),
+            "clip_scale": _finite(diagnostics.clip_scale),
             "seconds": seconds,
         }
     )
     report["factors"] = {name: factor_summary(factor) for name, factor in factors.items()}
-    path.write_text(json.dumps(report) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(report, allow_nan=False) + "\n", encoding="utf-8")
     return Progress(diagnostics.steps, dict(diagnostics.seconds))
 
 
@@ -93,6 +94,12 @@ def _read(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise KfcError(f"{path} is there already and is no report of a run: {error}") from error
     raise KfcError(f"{path} is a report of version {report['version']}, not {VERSION}")
+
+
+def _finite(value: float | Tensor | None) -> float | None:
+    """JSON has no other numbers."""
+    number = None if value is None else float(value)
+    return number if number is not None and math.isfinite(number) else None
 
 
 def _spectrum(factor: Tensor) -> Tensor:

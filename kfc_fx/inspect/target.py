@@ -192,7 +192,8 @@ def _model(target: str, found: object, arguments: Mapping[str, Any]) -> nn.Modul
     try:
         model = found(**arguments)
     except TypeError as error:
-        raise TargetError(f"{target}: {error}; pass arguments by --model-arg name=value") from error
+        without = "" if arguments else ", and it is called without arguments"
+        raise TargetError(f"{target}: {error}{without}") from error
     except Exception as error:
         raise TargetError(
             f"calling {target} fails: {type(error).__name__}: {_first_line(error)}"

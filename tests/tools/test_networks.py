@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from kfc_fx.errors import TargetError
 from kfc_fx.tools import failures
 from kfc_fx.tools.failures import CommandError
 from kfc_fx.tools.networks import NETWORKS, build
@@ -88,8 +89,9 @@ def test_what_does_not_fit(name: str, shape: tuple[int, int, int], message: str)
 
 
 @pytest.mark.usefixtures("own_networks")
-def test_a_function_in_the_working_directory() -> None:
-    network = build("own_networks:small", (1, 8, 8), 10)
+@pytest.mark.parametrize("name", ["own_networks:small", "./own_networks.py:small"])
+def test_a_function_in_the_working_directory(name: str) -> None:
+    network = build(name, (1, 8, 8), 10)
     assert network.training
     # The trial run must leave BatchNorm's statistics as they were.
     assert int(network[1].num_batches_tracked) == 0
@@ -99,17 +101,18 @@ def test_a_function_in_the_working_directory() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("own_network:small", "cannot import 'own_network': No module named 'own_network'"),
-        (":small", "cannot import ''"),
-        ("own_networks:smal", r"no function 'smal' \(did you mean 'small'\?\)"),
+        ("own_network:small", r"there is no module 'own_network' \(did you mean"),
+        (":small", "':small' names no model"),
+        ("own_networks:smal", r"has no 'smal' \(did you mean 'small'\?\)"),
+        ("./own_networks.py:smal", r"has no 'smal' \(did you mean 'small'\?\)"),
         ("own_networks:wrong_size", "does not fit images of 1x8x8: mat1 and mat2"),
         ("own_networks:two_classes", r"returns shape \(1, 2\) .* where \(1, 10\) is needed"),
-        ("own_networks:with_argument", "called without arguments: .*'width'"),
-        ("own_networks:no_network", "returned int, not an nn.Module"),
+        ("own_networks:with_argument", "'width', and it is called without arguments"),
+        ("own_networks:no_network", "returned a int, not an nn.Module"),
     ],
 )
 def test_functions_that_do_not_serve(name: str, message: str) -> None:
-    with pytest.raises(CommandError, match=message):
+    with pytest.raises((CommandError, TargetError), match=message):
         build(name, (1, 8, 8), 10)
 
 

@@ -171,6 +171,7 @@ def test_cells_are_chosen_by_task_and_batch_size_those_of_all_first() -> None:
         (["--tasks", "gtp"], "unknown task 'gtp' (did you mean 'gpt'?)"),
         (["--optimizers", "kfc-adams"], "unknown optimizer 'kfc-adams' (did you mean 'kfc-adam'?)"),
         (["--batch-sizes", "7"], "--batch-sizes 7: there are 32, 128, 512, 2048, 4096"),
+        (["--batch-sizes", "7,512"], "--batch-sizes 7,512: there are 32, 128, 512, 2048, 4096"),
         (["--batch-sizes", "big"], "--batch-sizes 'big': write them as 128,512"),
         (["--data-dir", "nowhere"], "no task has its data: no folder nowhere"),
         (["--report", "--results", "none.json"], "--report: no file none.json"),
@@ -222,6 +223,19 @@ def test_runs_get_huge_pages_unless_the_user_says_no(
         *("--tasks", "gpt", "--batch-sizes", "128", "--optimizers", "sgd"),
     )
     assert (code, seen) == (0, [during]), output
+
+
+def test_results_that_cannot_be_written_are_an_error_before_the_first_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tinyshakespeare.txt").write_text("to be or not to be " * 400)
+    monkeypatch.setattr(race, "run_all", lambda *_: pytest.fail("a run was made"))
+    results = tmp_path / "tinyshakespeare.txt" / "results.json"
+    code, output = invoke(
+        *("--data-dir", str(tmp_path), "--tasks", "gpt", "--batch-sizes", "128"),
+        *("--optimizers", "sgd", "--no-costs", "--results", str(results)),
+    )
+    assert (code, f"--results {results}: " in output) == (2, True), output
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
