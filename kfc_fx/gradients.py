@@ -1,4 +1,4 @@
-"""Gradients of one step by parameter name, checked."""
+"""Gradients of one step by parameter name, checked, and how far the step went."""
 
 from __future__ import annotations
 
@@ -56,3 +56,15 @@ def _are_finite(tensors: list[Tensor], device: str) -> bool:
 
 def _have_finite_norms(tensors: list[Tensor], order: float) -> bool:
     return bool(torch.stack(list(torch._foreach_norm(tensors, order))).isfinite().all())
+
+
+def relative_distance(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+    """``‖after − before‖ / ‖before‖`` over all entries, on the device of the first tensor."""
+    moved = _norm([new - old for new, old in zip(after, before, strict=True)])
+    return moved / _norm(before).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    device = tensors[0].device
+    norms = [torch.linalg.vector_norm(tensor).to(device, torch.float32) for tensor in tensors]
+    return torch.linalg.vector_norm(torch.stack(norms))

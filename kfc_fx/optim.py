@@ -24,7 +24,7 @@ from kfc_fx.curvature.run_report import Progress, append_entry
 from kfc_fx.curvature.schedule import averaging_rate, schedule_for
 from kfc_fx.errors import KfcWarning, OptionError, StatisticsError, StepError
 from kfc_fx.exact_fisher import ExactFisher
-from kfc_fx.gradients import all_finite, named_gradients
+from kfc_fx.gradients import all_finite, named_gradients, relative_distance
 from kfc_fx.optim_options import KFCOptions, check_group
 
 DROPPED = "has a statistic that is not finite: it is dropped, the last good factor stays"
@@ -268,14 +268,19 @@ class KFC(torch.optim.Optimizer):
             self._note_skipped(1)
             self.compiled.recorder.take()
             return loss
+        before: list[Tensor] | None = None
         if self.schedule.refresh_due(diagnostics.steps):  # a refresh waits for the device anyway
             self._settle(engine)
+            before = [engine.parameters[name].detach().clone() for name in gradients]
         self._note_gradient_time()
         with engine.transaction(), diagnostics.transaction():
             self._use_statistics(engine)
             with diagnostics.timed("update"):
                 scales_of = partial(self._exact.scales, gradients)
                 report = engine.apply(gradients, self._arguments(engine), scales_of)
+        if before is not None:
+            moved = [engine.parameters[name].detach() for name in gradients]
+            diagnostics.note_step(relative_distance(before, moved))
         diagnostics.last_nu = report.get("nu")
         diagnostics.last_clip_scale = report.get("clip_scale")
         diagnostics.steps += 1

@@ -237,3 +237,24 @@ def test_parameters_without_a_gradient_are_left_alone():
 def test_the_learning_rate_has_a_default(scaling, lr):
     opt = kfc_fx.KFC(kfc_fx.compile(nn.Linear(3, 2)), scaling=scaling)
     assert opt.param_groups[0]["lr"] == lr
+
+
+@pytest.mark.parametrize("scaling", ["adam", "spectral", "eigen", "inverse"])
+def test_the_largest_step_says_that_a_rate_is_too_high(scaling):
+    compiled, opt = make(scaling=scaling, clip=None)
+    assert opt.diagnostics.largest_step is None
+
+    def step() -> float:
+        before = torch.cat([p.flatten() for p in parameters(compiled)])
+        train(compiled, opt, 1)
+        after = torch.cat([p.flatten() for p in parameters(compiled)])
+        return float((after - before).norm() / before.norm())
+
+    taken = [step() for _ in range(4)]
+    assert opt.diagnostics.largest_step == pytest.approx(max(taken), rel=1e-4)
+    opt.param_groups[0]["lr"] = 100.0
+    taken.append(step())
+    opt.param_groups[0]["lr"] = 0.0
+    step()
+    assert opt.diagnostics.largest_step == pytest.approx(taken[-1], rel=1e-4)
+    assert opt.diagnostics.largest_step > 10

@@ -189,6 +189,36 @@ def test_a_gradient_scaler_gives_the_unscaled_run():
     assert torch.equal(opt.factors["0"].gamma, plain.factors["0"].gamma)
 
 
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gradients_are_clipped_by_torch_s_own_utility(scaling, scaled):
+
+    def run(clip):
+        compiled, opt = make(scaling=scaling, clip=None, factor_interval=1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=scaled)
+        for _ in range(3):
+            scaler.scale(F.cross_entropy(compiled(IMAGES), LABELS)).backward()
+            scaler.unscale_(opt)
+            clip(list(compiled.parameters()))
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+        return parameters(compiled), opt.factors
+
+    def by_hand(own):
+        norm = torch.nn.utils.get_total_norm([p.grad for p in own])
+        for parameter in own:
+            parameter.grad *= min(1.0, 0.05 / (norm + 1e-6))
+
+    found, _ = run(lambda own: torch.nn.utils.clip_grad_norm_(own, 0.05))
+    expected, _ = run(by_hand)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    if scaling in ("eigen", "inverse"):  # the others take steps of the rate's size
+        unclipped, _ = run(lambda own: None)
+        assert any((a - b).abs().max() > 1e-3 for a, b in zip(found, unclipped, strict=True))
+
+
 def test_a_gradient_scaler_skips_an_overflow_and_backs_off():
     compiled, opt = make()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)

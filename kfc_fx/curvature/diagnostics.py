@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from kfc_fx.errors import KfcWarning
@@ -39,10 +40,23 @@ class Diagnostics:
     """Of the scaling that the optimizer was made with; changes where it is adapted."""
     reduction_ratio: float | None = None
     """Last change of the loss over what the quadratic model predicted; None before the first."""
+    last_largest_step: Tensor | None = field(default=None, repr=False)
     last_nu: Tensor | None = field(default=None, repr=False)
     last_clip_scale: Tensor | None = field(default=None, repr=False)
     last_step_size: Tensor | None = field(default=None, repr=False)
     last_momentum: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def largest_step(self) -> float | None:
+        """Largest norm of a step over that of the parameters before it, of the steps with a
+        refresh so far; None before the first. "adam" and "spectral" take steps of the size that
+        the rate gives them, whatever the gradient: where it is too high, this alone says so."""
+        return None if self.last_largest_step is None else float(self.last_largest_step)
+
+    def note_step(self, size: Tensor) -> None:
+        """Keep the size of a step if it is the largest; asks the device for nothing."""
+        known = self.last_largest_step
+        self.last_largest_step = size if known is None else torch.maximum(size, known)
 
     @property
     def nu(self) -> float | None:
