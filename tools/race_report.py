@@ -73,7 +73,8 @@ def ends_table(cell: Cell) -> Table:
     """Where each optimizer ends at its best rate, what a step costs, how much memory it takes."""
     made = Table(box=box.SIMPLE_HEAD)
     made.caption = (
-        "Final loss: of training, after the last update. Mean (lowest to highest) of the seeds. "
+        "Final loss: of training, after the last update (of runs from before that was measured, "
+        "where the smoothed curve ends). Mean (lowest to highest) of the seeds. "
         "Step: mean step in SGD steps (quartiles); early: the same for KFC's first ones. "
         "Memory: peak over the process with its data."
     )
