@@ -39,9 +39,9 @@ class KFC(torch.optim.Optimizer):
         params: parameters or parameter groups to update; by default all of the model. A group
             may set ``lr`` and ``weight_decay``. Weight and bias of one layer share their ``lr``.
         lr: learning rate α; by default 0.01 ("adam"), 0.07 ("spectral") or 0.03 ("eigen",
-            "inverse"). With the first two, five different tasks took at most 1.11 times the
-            steps of their best rate at 0.01 (measured with ``orthogonalise=0``), and 1.05 times at
-            0.07 (``benchmarks/train.md``). It is that of all blocks: one whose scaling ``blocks``
+            "inverse"). "adam" took at most 1.05 times the steps of its best rate at 0.01 on five
+            different tasks, "spectral" as many at 0.07, but 3.5 times on one of them
+            (``benchmarks/train.md``). It is that of all blocks: one whose scaling ``blocks``
             changes wants a parameter group with a rate of its own.
         scaling: how a gradient is scaled by the factors of its block. ``"adam"``: Adam in the
             eigenbasis of Ω ⊗ Γ. ``"spectral"``: steepest descent under the spectral norm in the

@@ -26,6 +26,7 @@ from kfc_fx.tools.race_optimizers import (
     CENTRES,
     ENTRANTS,
     KFC_PREFIX,
+    PUBLISHED,
     SHORTENED,
     check_entrants,
     check_installed,
@@ -47,7 +48,6 @@ QUICK_RESULTS = Path("benchmarks/train-quick.json")
 QUICK_SEARCH = SearchSpec(rates=2, widenings=0, seeds=1, shortened=False)
 QUICK_SHARE = 2  # of a cell's steps
 QUICK_TASKS = ("kfc-cifar", "autoencoder", "gpt")
-QUICK_LEAVES_OUT = ("kfc-eigen", "kfc-inverse")
 DEFAULT_CENTRE = 0.01
 
 
@@ -92,7 +92,10 @@ def train(
     rates: Annotated[
         int | None, typer.Option(min=2, help="Learning rates that each grid begins with.")
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Runs of the best rate.")] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs of the best rate; of kfc-eigen and kfc-inverse one."),
+    ] = None,
     results: Annotated[
         Path | None,
         typer.Option(help=f"File of all runs; one that is there is gone on with. [{RESULTS}]"),
@@ -127,9 +130,9 @@ def train(
     """Tune every optimizer alike on every task, then compare steps, seconds, memory.
 
     Each gets the same grid of learning rates around its own centre, widened where the best is
-    at an edge, and two more seeds of the best. Every run is kept as it ends: stop by Ctrl-C,
-    start again, and it goes on. Seconds are compared by step costs, which all optimizers of a
-    cell measure in turns; --costs-only repeats that on a quiet machine.
+    at an edge, and two more seeds of the best (kfc-eigen and kfc-inverse none). Every run is kept
+    as it ends: stop by Ctrl-C, start again, and it goes on. Seconds are compared by step costs,
+    which all optimizers of a cell measure in turns; --costs-only repeats that on a quiet machine.
     """
     with one_line_failures(debug=debug):
         import_extra("matplotlib.figure", "the report")
@@ -178,7 +181,7 @@ def train(
 
 def chosen_optimizers(optimizers: str, *, quick: bool = False) -> tuple[str, ...]:
     """Those that the option names, or all; a short race leaves the published algorithms out."""
-    left_out = QUICK_LEAVES_OUT if quick else ()
+    left_out = PUBLISHED if quick else ()
     return _names(optimizers) or tuple(name for name in ENTRANTS if name not in left_out)
 
 
@@ -262,7 +265,8 @@ def entry_of(task: TaskSpec, cell: CellSpec, optimizer: str) -> Entry:
     """What an optimizer does in a cell."""
     fewer = cell.kfc_fewer if optimizer.startswith(KFC_PREFIX) else 1
     steps, whole = cell.steps // fewer, None if fewer == 1 else cell.steps
-    return Entry(task.name, cell.batch_size, steps, optimizer, whole, cell.seeds, cell.finer)
+    seeds = 1 if optimizer in PUBLISHED else cell.seeds
+    return Entry(task.name, cell.batch_size, steps, optimizer, whole, seeds, cell.finer)
 
 
 def _runs(settings: RaceSettings, file: ResultsFile, console: Console) -> list[str]:

@@ -18,7 +18,9 @@ from kfc_fx.tools.race_run import batches, device_name, make, take_step, version
 from kfc_fx.tools.race_tasks import RaceData, TaskSpec
 
 REFERENCE = "sgd"
-LEAST_INTERVAL = 10
+SHORT_TURN = 10
+"""Steps of a turn where each KFC has statistics and refreshes at the same ones: one of those, and
+enough of the others to know them by. Also SOAP's interval."""
 LEARNING_RATE = 1e-5
 """So small that no network leaves the place where its steps are typical."""
 
@@ -52,21 +54,26 @@ class Racer:
         """Let KFC's next step be the first of a whole interval after its early phase, as if it had
         taken the steps until then."""
         self.turn(1)  # the first step: caches, generated code
-        kfc = self.kfc
-        if kfc is not None:
-            begin = math.ceil((kfc.schedule.early_phase + 1) / interval) * interval
-            kfc.diagnostics.steps = begin - 1
+        if self.kfc is not None:
+            self._steps_until_interval(interval, 1)
             self.turn(1)
 
-    def whole_interval(self, interval: int) -> None:
-        """A turn of ``interval`` steps."""
+    def interval(self, interval: int, steps: int) -> None:
+        """A turn of ``steps`` steps: the first of an interval, and others. What the first cost
+        counts once in ``interval`` steps."""
         if self.kfc is None:
-            self.round_seconds.append(self.turn(interval))
+            self.round_seconds.append(self.turn(steps))
             return
         self.first_seconds.append(self.turn(1))
-        self.rest_seconds.append(self.turn(interval - 1))
+        self._steps_until_interval(interval, steps - 1)
+        self.rest_seconds.append(self.turn(steps - 1))
         both = self.first_seconds[-1] + (interval - 1) * self.rest_seconds[-1]
         self.round_seconds.append(both / interval)
+
+    def _steps_until_interval(self, interval: int, steps: int) -> None:
+        assert self.kfc is not None
+        begin = math.ceil((self.kfc.schedule.early_phase + 1) / interval) * interval
+        self.kfc.diagnostics.steps = begin - steps
 
 
 def measure_costs(
@@ -74,25 +81,34 @@ def measure_costs(
 ) -> list[CostResult]:
     """Cost of every optimizer of ``names``, and of SGD, which they are relative to.
 
-    All take ``rounds`` turns of a whole refresh interval each. KFC's early phase is skipped; what
-    it costs is reckoned from the steps with statistics and a refresh and those without.
+    All take ``rounds`` turns. KFC's early phase is skipped; what it costs, and what a whole refresh
+    interval does, is reckoned from the steps with statistics and a refresh and those without.
     """
     racers = [_racer(task, name, batch_size, data) for name in dict.fromkeys((REFERENCE, *names))]
-    interval = whole_interval(racers)
+    interval, steps = whole_interval(racers), turn_steps(racers)
     for racer in racers:
         racer.skip_early_phase(interval)
     for _ in range(rounds):
         for racer in racers:
-            racer.whole_interval(interval)
+            racer.interval(interval, steps)
     device = data.train.inputs.device
     return [_cost(task, batch_size, racer, racers[0], interval, device) for racer in racers]
 
 
 def whole_interval(racers: Sequence[Racer]) -> int:
     """Steps that hold a whole number of every KFC's statistics and refreshes."""
+    return math.lcm(SHORT_TURN, *(number for pair in _intervals(racers) for number in pair))
+
+
+def turn_steps(racers: Sequence[Racer]) -> int:
+    """Steps of a turn: a short one shows no step with statistics alone, or a refresh alone."""
+    at_once = all(statistics == refresh for statistics, refresh in _intervals(racers))
+    return SHORT_TURN if at_once else whole_interval(racers)
+
+
+def _intervals(racers: Sequence[Racer]) -> list[tuple[int, int]]:
     schedules = [racer.kfc.schedule for racer in racers if racer.kfc is not None]
-    intervals = [(each.factor_interval, each.inverse_interval) for each in schedules]
-    return math.lcm(LEAST_INTERVAL, *(number for pair in intervals for number in pair))
+    return [(each.factor_interval, each.inverse_interval) for each in schedules]
 
 
 def _racer(task: TaskSpec, name: str, batch_size: int, data: RaceData) -> Racer:

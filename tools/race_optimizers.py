@@ -39,6 +39,8 @@ RIVAL_TITLES = {
 RIVALS = tuple(RIVAL_TITLES)
 SHORTENED = (f"{KFC_PREFIX}adam",)
 """Whose runs are shortened to find how few steps end as low as a rival: the default scaling."""
+PUBLISHED = (f"{KFC_PREFIX}eigen", f"{KFC_PREFIX}inverse")
+"""Scalings that are there for what others have published: one seed, and no part in short races."""
 ENTRANTS = (*RIVALS, *(f"{KFC_PREFIX}{scaling}" for scaling in get_args(Scaling)))
 
 

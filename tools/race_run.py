@@ -78,7 +78,7 @@ def use_tensor_cores(device: torch.device) -> None:
 def use_huge_pages() -> None:
     """Let torch ask Linux for huge pages for its large tensors, here and in processes started
     from here, for everyone, unless the user has decided: with pages of 4 KiB, a step of SGD at a
-    batch of 4096 spends almost half of its time on having them mapped."""
+    batch of 4096 spends a third of its time on having them mapped."""
     os.environ.setdefault(HUGE_PAGES, "1")
 
 

@@ -242,7 +242,7 @@ def test_costs_cover_whole_intervals_in_turns(
     monkeypatch.setattr(race_costs.Racer, "turn", turn)
     sgd, kfc = measure_costs(task, 8, ["kfc-adam"], data, rounds=2)
     assert turns[:3] == [("sgd", 1), ("kfc-adam", 1), ("kfc-adam", 1)]
-    assert turns[3:] == [("sgd", 20), ("kfc-adam", 1), ("kfc-adam", 19)] * 2
+    assert turns[3:] == [("sgd", 10), ("kfc-adam", 1), ("kfc-adam", 9)] * 2
     assert due == [True, True]  # the first step of each interval, no other
     assert (kfc.interval, kfc.rounds, kfc.early_steps) == (20, 2, 80)
     assert (sgd.mean, sgd.early, kfc.due, kfc.plain) == (1.0, 1.0, 15.0, 3.0)
@@ -259,7 +259,9 @@ def test_an_interval_holds_both_of_kfc_s(task: TaskSpec, data: RaceData) -> None
     assert hasattr(kfc, "schedule")
     kfc.schedule = replace(kfc.schedule, factor_interval=4, inverse_interval=6)
     racer = race_costs.Racer("kfc-adam", entered, lambda: None)
-    assert race_costs.whole_interval([racer]) == 60
+    assert race_costs.whole_interval([racer]) == race_costs.turn_steps([racer]) == 60
+    kfc.schedule = replace(kfc.schedule, factor_interval=6)
+    assert (race_costs.whole_interval([racer]), race_costs.turn_steps([racer])) == (30, 10)
 
 
 def test_every_scaling_has_a_centre() -> None:

@@ -176,3 +176,10 @@ def test_large_batches_find_kfc_s_rate_by_shorter_runs() -> None:
     assert entries["sgd"].run(0.1).cell == entries["kfc-adam"].run(0.1).cell
     assert entries["sgd"].seeds_of(SearchSpec()) == 1
     assert all(entry.finer for entry in entries.values())
+
+
+def test_published_scalings_have_one_seed_and_the_others_three() -> None:
+    (task, cell), *_ = chosen_cells("gpt", "128")
+    names = ("sgd", "kfc-adam", "kfc-spectral", "kfc-eigen", "kfc-inverse")
+    seeds = [entry_of(task, cell, name).seeds_of(SearchSpec()) for name in names]
+    assert seeds == [3, 3, 3, 1, 1]
