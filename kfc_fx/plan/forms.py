@@ -15,8 +15,8 @@ OutputFactor = Literal["dense", "diagonal", "absent"]
 InputFactorOption = Literal["auto", "dense", "separable"]
 
 DENSE_LIMIT = 1024
-"""With "auto", a convolution whose dense Ω is wider than this takes a separable factor, which trains
-a little less well, and costs a small part of it (figures in ``benchmarks/README.md``)."""
+"""With "auto", a convolution whose dense Ω is wider than this takes a separable factor, which
+trains a little less well, and costs a small part of it (figures in ``benchmarks/README.md``)."""
 
 
 @dataclass(frozen=True)
