@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from kfc_fx.codegen.columns import stack_columns
-from kfc_fx.codegen.engine import SavedState, UpdateEngine
+from kfc_fx.codegen.engine import UpdateEngine
 from kfc_fx.codegen.layout import stack_blocks
 from kfc_fx.codegen.options import GenericParameter, UpdateSpec
 from kfc_fx.codegen.scaling import VECTOR_RULES
+from kfc_fx.codegen.state import SavedState
 from kfc_fx.compile import CompiledModel
 from kfc_fx.errors import KfcWarning, OptionError
 from kfc_fx.optim_options import KFCOptions

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from kfc_fx.binding import Binding, option_arguments
-from kfc_fx.codegen.engine import SavedState, UpdateEngine
+from kfc_fx.codegen.engine import UpdateEngine
+from kfc_fx.codegen.state import SavedState
 from kfc_fx.codegen.statistics import screen
 from kfc_fx.compile import CompiledModel
 from kfc_fx.curvature.diagnostics import Diagnostics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,14 +13,20 @@ from torch.profiler import record_function
 
 from kfc_fx.artifacts import record_artifact
 from kfc_fx.codegen.compiled_step import compile_step, tensor_arguments
-from kfc_fx.codegen.generic import adamw_moments, sgd_moments
+from kfc_fx.codegen.generic import moments_at_start
 from kfc_fx.codegen.layout import StackSpec
 from kfc_fx.codegen.masters import MasterWeights
 from kfc_fx.codegen.options import UpdateSpec
 from kfc_fx.codegen.program import generate
 from kfc_fx.codegen.scaling import VECTOR_RULES
 from kfc_fx.codegen.source import UpdateProgram
-from kfc_fx.codegen.state import entries_of, fitting, stacked_state, state_by_block
+from kfc_fx.codegen.state import (
+    SavedState,
+    entries_of,
+    fitting,
+    stacked_state,
+    state_by_block,
+)
 from kfc_fx.codegen.static_step import StaticStep
 from kfc_fx.codegen.statistics import ScreenedStatistics
 from kfc_fx.curvature.eigenbasis import from_basis
@@ -29,32 +35,6 @@ from kfc_fx.curvature.factors import Factors, joined
 MOST_STATIC = 2
 """Sets of parameters with gradients whose steps are recorded; each has buffers of its own."""
 GENERIC_STATE = ("generic_m", "generic_v")
-
-
-@dataclass
-class SavedState:
-    """State by name, independent of how blocks are stacked: what ``state_dict`` holds."""
-
-    blocks: dict[str, dict[str, Tensor]]
-    generic: dict[str, dict[str, Tensor]]
-    average: dict[str, Tensor]
-    masters: dict[str, Tensor]
-    started: bool = False
-
-    @classmethod
-    def empty(cls) -> SavedState:
-        """Nothing: where an optimizer starts."""
-        return cls({}, {}, {}, {})
-
-    @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> SavedState:
-        """From what :func:`vars` of another returned."""
-        blocks, generic = (
-            {name: dict(entry) for name, entry in saved[part].items()}
-            for part in ("blocks", "generic")
-        )
-        average, masters = dict(saved["average"]), dict(saved["masters"])
-        return cls(blocks, generic, average, masters, saved["started"])
 
 
 class UpdateEngine:
@@ -346,8 +326,7 @@ class UpdateEngine:
                 gradient = self._placed(
                     parameter.name, given["gradients"][parameter.name], wide=True
                 )
-                initial = adamw_moments if spec.generic_rule == "adamw" else sgd_moments
-                moments = initial(gradient, given["generic_momentum"], given["step"])
+                moments = moments_at_start(spec, gradient, given["generic_momentum"], given["step"])
                 self.generic[parameter.name] = dict(zip(GENERIC_STATE, moments, strict=True))
         if spec.average:
             for name in spec.parameters:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kfc_fx.codegen.context import Context
+from kfc_fx.codegen.options import UpdateSpec
 from kfc_fx.codegen.update_graph import Value
 
 ADAMW_SECOND_MOMENT_DECAY = 0.999
@@ -15,20 +16,20 @@ ADAMW_EPS = 1e-8
 """Both torch.optim.AdamW's defaults."""
 
 
-def adamw_moments(gradient: Tensor, momentum: float, step: int) -> tuple[Tensor, Tensor]:
-    """Moments from before a parameter's first step, which is the optimizer's ``step``-th.
+def moments_at_start(
+    spec: UpdateSpec, gradient: Tensor, momentum: float, step: int
+) -> tuple[Tensor, Tensor]:
+    """Both moments from before a parameter's first step, which is the optimizer's ``step``-th.
 
-    Both are corrected by the optimizer's own count. As if they had been of this gradient so far,
-    they make of that what torch.optim.AdamW makes of its first; zeros where it is the first.
+    AdamW corrects them by the optimizer's own count. As if they had been of this gradient so far,
+    they make of that what torch.optim.AdamW makes of its first; zeros where it is the first, and
+    for SGD.
     """
+    if spec.generic_rule == "sgd":
+        return torch.zeros_like(gradient), torch.zeros_like(gradient)
     known = torch.nan_to_num(gradient, 0, 0, 0)  # whether it is finite is decided elsewhere
     first, second = (1 - decay ** (step - 1) for decay in (momentum, ADAMW_SECOND_MOMENT_DECAY))
     return known * first, known.square() * second
-
-
-def sgd_moments(gradient: Tensor, momentum: float, step: int) -> tuple[Tensor, Tensor]:
-    """As :func:`adamw_moments`: zeros, as torch.optim.SGD begins, and a second that is unused."""
-    return torch.zeros_like(gradient), torch.zeros_like(gradient)
 
 
 def generic_steps(context: Context) -> Value:

@@ -1,8 +1,10 @@
-"""The update's tensors: stacked while running, by block name when saved."""
+"""The update's state: stacked tensors while running, by name when saved."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,32 @@ from kfc_fx.curvature.eigenbasis import from_basis, in_basis
 
 OPTIONAL = ("m", "p", "examples")
 """Entries that a saved block may lack: its momentum was zero, or the version an older one."""
+
+
+@dataclass
+class SavedState:
+    """State by name, independent of how blocks are stacked: what ``state_dict`` holds."""
+
+    blocks: dict[str, dict[str, Tensor]]
+    generic: dict[str, dict[str, Tensor]]
+    average: dict[str, Tensor]
+    masters: dict[str, Tensor]
+    started: bool = False
+
+    @classmethod
+    def empty(cls) -> SavedState:
+        """Nothing: where an optimizer starts."""
+        return cls({}, {}, {}, {})
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> SavedState:
+        """From what :func:`vars` of another returned."""
+        blocks, generic = (
+            {name: dict(entry) for name, entry in saved[part].items()}
+            for part in ("blocks", "generic")
+        )
+        average, masters = dict(saved["average"]), dict(saved["masters"])
+        return cls(blocks, generic, average, masters, saved["started"])
 
 
 def state_entries(spec: UpdateSpec, stack: StackSpec) -> dict[str, StateEntry]:

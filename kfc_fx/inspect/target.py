@@ -49,7 +49,7 @@ def resolve_target(target: str, arguments: Mapping[str, Any] | None = None) -> S
     Args:
         target: ``package.module:attribute``, ``./file.py:attribute`` (the attribute may be
             dotted), or a program of ``torch.export`` in a ``.pt2`` file.
-        arguments: keyword arguments of the call.
+        arguments: keyword arguments of the call; ``None`` where there is no way to give any.
 
     Raises:
         TargetError: it does not exist, cannot be imported, built or read, or is no model.
@@ -67,7 +67,8 @@ def resolve_target(target: str, arguments: Mapping[str, Any] | None = None) -> S
             "./file.py:Name, or a file.pt2 of torch.export"
         )
     found = _attribute(_module(module_name), module_name, attribute)
-    return Subject(target, _model(target, found, given))
+    hint = "" if arguments is None else "; pass arguments by --model-arg name=value"
+    return Subject(target, _model(target, found, given, hint))
 
 
 def parse_arguments(pairs: Sequence[str]) -> dict[str, Any]:
@@ -182,7 +183,7 @@ def _attribute(module: ModuleType, module_name: str, attribute: str) -> object:
     return found
 
 
-def _model(target: str, found: object, arguments: Mapping[str, Any]) -> nn.Module:
+def _model(target: str, found: object, arguments: Mapping[str, Any], hint: str) -> nn.Module:
     if isinstance(found, nn.Module):
         if arguments:
             raise TargetError(f"{target} is a model already: it takes no model arguments")
@@ -192,8 +193,7 @@ def _model(target: str, found: object, arguments: Mapping[str, Any]) -> nn.Modul
     try:
         model = found(**arguments)
     except TypeError as error:
-        without = "" if arguments else ", and it is called without arguments"
-        raise TargetError(f"{target}: {error}{without}") from error
+        raise TargetError(f"{target}: {error}{hint}") from error
     except Exception as error:
         raise TargetError(
             f"calling {target} fails: {type(error).__name__}: {_first_line(error)}"

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx
 
 from kfc_fx.binding import Group, learning_rates, option_arguments
-from kfc_fx.codegen.engine import SavedState, UpdateEngine
+from kfc_fx.codegen.engine import UpdateEngine
 from kfc_fx.codegen.layout import StackSpec
 from kfc_fx.codegen.options import UpdateSpec
-from kfc_fx.codegen.state import state_entries
+from kfc_fx.codegen.state import SavedState, state_entries
 from kfc_fx.codegen.statistics import ScreenedStatistics
 from kfc_fx.inspect.counting import Work, WorkCounter
 from kfc_fx.inspect.methods import counted_call

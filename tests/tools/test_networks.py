@@ -107,7 +107,7 @@ def test_a_function_in_the_working_directory(name: str) -> None:
         ("./own_networks.py:smal", r"has no 'smal' \(did you mean 'small'\?\)"),
         ("own_networks:wrong_size", "does not fit images of 1x8x8: mat1 and mat2"),
         ("own_networks:two_classes", r"returns shape \(1, 2\) .* where \(1, 10\) is needed"),
-        ("own_networks:with_argument", "'width', and it is called without arguments"),
+        ("own_networks:with_argument", "missing 1 required positional argument: 'width'$"),
         ("own_networks:no_network", "returned a int, not an nn.Module"),
     ],
 )
