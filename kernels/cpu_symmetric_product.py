@@ -8,8 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# (least side, blocks per side): narrower blocks would multiply too slowly
+from kfc_fx.kernels.cpu_matmul import goes_to_onednn, matmul, onednn_is_faster
+
+# (least side, blocks per side): narrower blocks would multiply too slowly. oneDNN is the faster
+# the wider they are, and of rows takes copies of their columns.
 BLOCKS_BY_SIDE = ((4096, 8), (1024, 4), (256, 2), (0, 1))
+ONEDNN_BLOCKS_BY_SIDE = ((4096, 8), (1024, 2), (0, 1))
 NARROW = 128
 LEAST_SPLIT = 1024
 PIECES = 8
@@ -31,6 +35,9 @@ def add_product(total: Tensor, first: Tensor, second: Tensor, *, fresh: bool = F
         total[:, 0, 0] = products if fresh else products + total[:, 0, 0]
     elif groups == 1 and max(rows, columns) <= NARROW and first.shape[2] >= LEAST_SPLIT:
         _add_in_pieces(total[0], first[0], second[0], kept)
+    elif groups == 1 and goes_to_onednn(first, second.mT):
+        product = matmul(first, second.mT)  # it has no form that adds to what is there
+        total.copy_(product) if fresh else total.add_(product)
     elif groups == 1:
         total[0].addmm_(first[0], second[0].mT, beta=kept)
     else:
@@ -78,7 +85,8 @@ def mirror_upper(total: Tensor, blocks: Sequence[Block]) -> None:
 
 def upper_blocks(side: int, length: int) -> list[Block]:
     """Rows and columns of every block on or above the diagonal, for sums over ``length`` rows."""
-    count = next(blocks for least, blocks in BLOCKS_BY_SIDE if side >= least)
+    by_side = ONEDNN_BLOCKS_BY_SIDE if onednn_is_faster() else BLOCKS_BY_SIDE
+    count = next(blocks for least, blocks in by_side if side >= least)
     count = count if length >= LEAST_LENGTH else 1
     ranges = list(itertools.pairwise(side * i // count for i in range(count + 1)))
     return list(itertools.combinations_with_replacement(ranges, 2))

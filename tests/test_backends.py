@@ -15,7 +15,8 @@ SIZES = (12, 7, 5)
 def run(backend: str) -> dict[str, object]:
     net = token_network(dropout=0.0).double()
     compiled = kfc_fx.compile(net, backend=backend)
-    opt = kfc_fx.KFC(compiled, lr=0.01, fisher="empirical", scaling="inverse", clip=None)
+    options = {"fisher": "empirical", "scaling": "inverse", "clip": None, "factor_samples": None}
+    opt = kfc_fx.KFC(compiled, lr=0.01, **options)
     outputs, gradients, sums, armed = [], [], [], []
     for step, size in enumerate(SIZES):
         if step == 2:

@@ -219,7 +219,7 @@ def test_every_kind_of_matrix_has_the_input_factor_of_the_other_scalings():
     x, y = torch.randn(12, 2, 4, 4), torch.arange(12) % 5
     found = {}
     for scaling in ("adam", "spectral"):
-        compiled, opt = make(EveryKind(), scaling=scaling, lr=0.0)
+        compiled, opt = make(EveryKind(), scaling=scaling, lr=0.0, factor_samples=None)
         F.cross_entropy(compiled(x), y).backward()
         opt.step()
         found[scaling] = opt.factors
@@ -247,7 +247,7 @@ def test_statistics_wait_for_the_backward_pass():
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_input_factors_of_compiled_graphs(backend):
-    eager, expected = make(conv_network(), scaling="spectral")
+    eager, expected = make(conv_network(), scaling="spectral", factor_samples=None)
     compiled = kfc_fx.compile(conv_network(), backend=backend)
     opt = kfc_fx.KFC(compiled, lr=0.01, scaling="spectral", seed=3)
     for _ in range(3):

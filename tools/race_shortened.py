@@ -14,8 +14,9 @@ from dataclasses import replace
 from kfc_fx.tools.race_results import RunResult, RunSpec
 from kfc_fx.tools.race_search import Entry, SearchSpec, best_rates
 
-FEWER = (1.2, 1.5, 2, 3, 4, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50)
-"""Times fewer steps than a cell's that are tried."""
+UP_TO_THREE = (1.2, 1.35, 1.5, 1.6, 1.75, 1.9, 2, 2.25, 2.5)
+FEWER = (*UP_TO_THREE, 3, 3.5, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50)
+"""Times fewer steps than a cell's that may be tried."""
 LEAST_STEPS = 2
 RATES = 2
 """Of each length: short runs may want another rate than whole ones. Rivals have four or more."""
@@ -35,10 +36,10 @@ def next_shortened(
 ) -> list[RunSpec]:
     """The shortened runs of ``entry`` that can be made now; empty at the end.
 
-    Shorter and shorter ones of seed 0, each at the rates that were best for whole runs, until one
-    ends above all ``targets``, the rivals' final losses, by more than the seeds of a whole run are
-    apart. Then for each target the shortest that reached it, up to as much, is repeated with the
-    other seeds at its better rate; if their mean does not reach it, the next longer one.
+    For each of ``targets``, the rivals' final losses, the shortest of seed 0 that ends no further
+    above it than the seeds of a whole run are apart is found by bisection, each length at the rates
+    that were best for whole runs. It is repeated with the other seeds at its better rate; if their
+    mean does not reach the target, the next longer one is, made at once if it was passed over.
     """
     runs = entry.runs(results)
     rates = best_rates(runs)[:RATES]
@@ -46,22 +47,30 @@ def next_shortened(
         return []
     whole = [run.final_loss for run in runs if run.spec.lr == rates[0] and not run.diverged]
     apart = max(whole) - min(whole)
-    firsts: dict[int, RunResult] = {}
-    for steps in lengths(entry):
-        tried = [_spec(entry, steps, lr, 0) for lr in rates]
-        missing = [spec for spec in tried if spec not in results]
-        if missing:
-            return missing
-        firsts[steps] = min((results[spec] for spec in tried), key=lambda run: run.final_loss)
-        if firsts[steps].final_loss > max(targets) + apart:
-            break
+    ascending = lengths(entry)[::-1]
+
+    def missing_at(steps: int) -> list[RunSpec]:
+        return [spec for lr in rates if (spec := _spec(entry, steps, lr, 0)) not in results]
+
+    def first_at(steps: int) -> RunResult:
+        return min(
+            (results[_spec(entry, steps, lr, 0)] for lr in rates), key=lambda run: run.final_loss
+        )
+
     for target in targets:
-        near = [steps for steps, run in firsts.items() if run.final_loss <= target + apart]
-        for steps in sorted(near):
-            lr = firsts[steps].spec.lr
+        low, high = 0, len(ascending)
+        while low < high:
+            middle = (low + high) // 2
+            if missing := missing_at(ascending[middle]):
+                return missing
+            near = first_at(ascending[middle]).final_loss <= target + apart
+            low, high = (low, middle) if near else (middle + 1, high)
+        for steps in ascending[low:]:
+            if missing := missing_at(steps):
+                return missing
+            lr = first_at(steps).spec.lr
             specs = [_spec(entry, steps, lr, seed) for seed in range(entry.seeds_of(search))]
-            missing = [spec for spec in specs if spec not in results]
-            if missing:
+            if missing := [spec for spec in specs if spec not in results]:
                 return missing
             if statistics.fmean(results[spec].final_loss for spec in specs) <= target:
                 break

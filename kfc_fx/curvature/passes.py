@@ -112,7 +112,7 @@ class FisherPass:
         with torch.no_grad():
             generator = self._recorder.generator(prediction.device)
             cotangent = self._recorder.likelihood.sampled_cotangent(self._values, generator)
-        with fisher_pass(self._recorder.share(examples, self._record.fisher)):
+        with fisher_pass(self._recorder.part(examples, self._record.fisher)):
             values = torch.autograd.grad(
                 prediction,
                 probes,
@@ -162,8 +162,8 @@ class GradientPass:
             self._recorder.statistics.add(self._record.inputs, self._record, self._examples)
             return
         self._record.square = self._scale(values, cotangents[self._position])
-        share = self._recorder.share(self._examples, self._record.fisher)
-        self._pass = self._running.enter_context(taking_statistics(share))
+        part = self._recorder.part(self._examples, self._record.fisher)
+        self._pass = self._running.enter_context(taking_statistics(part))
         self._recorder.open_passes.append(self)
         end = partial(self._finish)  # autograd drops it, called or after an error
         weakref.finalize(end, self.close)

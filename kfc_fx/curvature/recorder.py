@@ -22,7 +22,8 @@ from kfc_fx.curvature.passes import (
     add,
 )
 from kfc_fx.errors import CaptureError, OutputError
-from kfc_fx.ops.input_factors import input_share
+from kfc_fx.ops.input_factors import input_part
+from kfc_fx.ops.part import WHOLE, Part
 from kfc_fx.ops.statistics_pass import collected, gate
 from kfc_fx.plan.forms import FactorForms, quadratic_statistic, statistic_shapes
 from kfc_fx.plan.spec import BlockSpec
@@ -33,6 +34,13 @@ SHARES: dict[Fisher, tuple[float, int]] = {"sampled": (0.5, 128), "empirical": (
 """Of a batch, what statistics are estimated from with "auto", and the least number of examples.
 Sampled targets are noise of their own, and their backward pass costs more than what a smaller
 part would spare."""
+
+ROWS = 8
+"""Where Γ is of the loss's own cotangents, Ω is estimated from no more rows than so many times its
+side, with "auto". With 4 the ViT of the race ends 1.5 % higher, with 2 that and ResNet-20 2 %."""
+
+LEAST_EXAMPLES = 8
+"""But from so many examples: rows of one are much alike."""
 
 
 class StatisticsRecorder:
@@ -79,18 +87,22 @@ class StatisticsRecorder:
         record = ForwardRecord(fisher or self.fisher)
         outer, self._record = self._record, record
         try:
-            with input_share(self.share(examples, record.fisher)):
+            with input_part(self.part(examples, record.fisher)):
                 yield record
         finally:
             self._record = outer
 
-    def share(self, examples: int, fisher: Fisher) -> float:
-        """The share of a batch that statistics are estimated from."""
-        if self.samples is None:
-            return 1.0
-        part, least = SHARES[fisher]
-        own = max(least, part * examples) if self.samples == "auto" else self.samples
-        return min(1.0, own / max(1, examples))
+    def part(self, examples: int, fisher: Fisher) -> Part:
+        """The part of a batch that statistics are estimated from."""
+        if self.samples is None or not examples:
+            return WHOLE
+        if self.samples != "auto":
+            return Part(min(1.0, self.samples / examples))
+        share, least = SHARES[fisher]
+        own = min(1.0, max(least, share * examples) / examples)
+        if fisher == "sampled":
+            return Part(own)
+        return Part(own, ROWS, min(1.0, LEAST_EXAMPLES / examples))
 
     def probes_for(
         self, block: BlockSpec, forms: FactorForms, weight: Tensor, *, gated: bool

@@ -25,8 +25,8 @@ def block_entries(inspection: Inspection) -> list[dict[str, Any]]:
     """One entry for each block, in the order of the plan."""
     inputs = tuple(torch.empty(spec.shape, device="meta") for spec in inspection.inputs)
     recorder = inspection.compiled.recorder
-    share = recorder.share(batch_size((inputs, {})), recorder.fisher)
-    costs = [cost for graph in inspection.graphs for cost in site_costs(graph, share)]
+    part = recorder.part(batch_size((inputs, {})), recorder.fisher)
+    costs = [cost for graph in inspection.graphs for cost in site_costs(graph, part)]
     stacks = {b.name: stack for stack in _stacks(inspection) for b in stack.blocks}
     return [
         _entry(

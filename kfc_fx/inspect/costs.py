@@ -20,7 +20,8 @@ from kfc_fx.inspect.counting import Work, WorkCounter
 from kfc_fx.inspect.methods import OpCall, StatisticsObserver, counted_call
 from kfc_fx.inspect.nodes import example_of, shape_of
 from kfc_fx.ops.emission import EMISSIONS
-from kfc_fx.ops.input_factors import INPUT_FACTORS, input_share
+from kfc_fx.ops.input_factors import INPUT_FACTORS, input_part
+from kfc_fx.ops.part import WHOLE, Part
 from kfc_fx.ops.statistics_pass import fisher_pass
 from kfc_fx.plan.locations import concrete
 from kfc_fx.plan.regions import regions
@@ -44,36 +45,36 @@ class PassWork:
     uncounted: frozenset[str]
 
 
-def site_costs(graph: CapturedGraph, share: float = 1.0) -> list[SiteCost]:
+def site_costs(graph: CapturedGraph, part: Part = WHOLE) -> list[SiteCost]:
     """The work of every emission of a graph, and of every input statistic, each run by itself.
 
     Args:
-        share: of the batch, that statistics are estimated from.
+        part: of the batch, that statistics are estimated from.
     """
     module = graph.stages[-1].module
     bodies = [region.body for region in regions(module.graph)]
     nodes = [node for own in (module, *bodies) for node in own.graph.nodes]
-    costs: dict[Any, Callable[[fx.Node, float], SiteCost]] = dict.fromkeys(EMISSIONS, _site_cost)
+    costs: dict[Any, Callable[[fx.Node, Part], SiteCost]] = dict.fromkeys(EMISSIONS, _site_cost)
     costs |= dict.fromkeys(INPUT_FACTORS.values(), _input_cost)
-    return [costs[node.target](node, share) for node in nodes if node.target in costs]
+    return [costs[node.target](node, part) for node in nodes if node.target in costs]
 
 
-def _input_cost(node: fx.Node, share: float) -> SiteCost:
+def _input_cost(node: fx.Node, part: Part) -> SiteCost:
     observer = StatisticsObserver()
     inputs = [_without_data(argument) for argument in node.args]
-    with input_share(share):
+    with input_part(part):
         work = counted_call(observer.counter, lambda: node.target(*inputs, **node.kwargs))  # type: ignore[operator]
     return SiteCost(node.meta["kfc_block"], work, tuple(observer.calls))
 
 
-def _site_cost(node: fx.Node, share: float) -> SiteCost:
+def _site_cost(node: fx.Node, part: Part) -> SiteCost:
     observer = StatisticsObserver()
     y, *others = (_without_data(argument) for argument in node.args)
     probes = [o for a, o in zip(node.args[1:], others, strict=True) if _is_probe(a)]
     output = node.target(y.requires_grad_(), *others, **node.kwargs)  # type: ignore[operator]
 
     def backward() -> None:
-        with fisher_pass(share):
+        with fisher_pass(part):
             torch.autograd.grad(output, probes, torch.empty_like(output))
 
     work = counted_call(observer.counter, backward)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kfc_fx.ops.grouped_row_gram import grouped_row_gram
+from kfc_fx.ops.part import Part
 from kfc_fx.ops.row_gram import row_gram
 
 Axes = tuple[int | None, int]
@@ -31,14 +32,14 @@ class BatchedLinearRule:
     start: int
     stop: int
     total: int
-    spatial: int = 0
 
-    def statistics(self, x: Tensor, g: Tensor, *ends: Tensor) -> tuple[Tensor, ...]:
-        """Of rows that stand one entry after the other, ``ends`` is where each entry's end."""
+    def statistics(self, part: Part, x: Tensor, g: Tensor, *ends: Tensor) -> tuple[Tensor, ...]:
+        """Of the whole batch: where examples stand in it is not known here. Of rows that stand one
+        entry after the other, ``ends`` is where each entry's end."""
         gamma = grouped_row_gram(g, ends[0]) if ends else _grams(g, self.outputs, False)
-        return *self.input_statistics(x, *ends), self._placed(gamma)
+        return *self.input_statistics(part, x, *ends), self._placed(gamma)
 
-    def input_statistics(self, x: Tensor, *ends: Tensor) -> tuple[Tensor, ...]:
+    def input_statistics(self, _: Part, x: Tensor, *ends: Tensor) -> tuple[Tensor, ...]:
         """Ω of every entry."""
         if ends:
             return (self._placed(grouped_row_gram(x, ends[0], bias=self.bias)),)

@@ -25,6 +25,7 @@ from kfc_fx.ops.emission_rules import (
     EmissionRule,
     LinearRule,
 )
+from kfc_fx.ops.part import WHOLE, Part
 from kfc_fx.ops.scale_shift_rule import Norm, ScaleShiftRule
 from kfc_fx.ops.statistics_pass import running_pass, taken_by
 from kfc_fx.plan.geometry import ConvGeometry
@@ -261,12 +262,12 @@ class _Emission(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if _is_traced(cotangent):
-            statistics = _statistics(ctx, cotangent, 1.0)
+            statistics = _statistics(ctx, cotangent, WHOLE)
         elif (running := running_pass()) is not None:
             start = time.perf_counter()
             # The loss's backward pass may be one that is differentiated itself.
             with torch.no_grad(), profiler_range(ctx.block, cotangent):
-                statistics = _statistics(ctx, cotangent, running.share)
+                statistics = _statistics(ctx, cotangent, running.part)
             running.seconds += time.perf_counter() - start
             if ctx.takes:
                 # At once: where gradients of parameters alone are asked for, none goes to a probe.
@@ -278,15 +279,10 @@ class _Emission(torch.autograd.Function):
         return cotangent, None, None, None, *statistics, *(None,) * ctx.others
 
 
-def _statistics(ctx: Any, cotangent: Tensor, share: float) -> tuple[Tensor | None, ...]:
+def _statistics(ctx: Any, cotangent: Tensor, part: Part) -> tuple[Tensor | None, ...]:
     """What an emission returns for its probes."""
     x, *others = ctx.saved_tensors
-    if cotangent.dim() < 2 or isinstance(ctx.rule, BatchedLinearRule):
-        share = 1.0
-    x, scale = part_of(x, ctx.rule.spatial, share)
-    g, _ = part_of(cotangent, ctx.rule.spatial, share)
-    statistics: tuple[Tensor, ...] = ctx.rule.statistics(x, g, *others)
-    return tuple(statistic * scale for statistic in statistics) if scale != 1 else statistics
+    return ctx.rule.statistics(part, x, cotangent, *others)  # type: ignore[no-any-return]
 
 
 def _is_traced(cotangent: Tensor) -> bool:
@@ -300,19 +296,6 @@ def profiler_range(block: str, cotangent: Tensor) -> AbstractContextManager[obje
     if _is_traced(cotangent):
         return nullcontext()
     return torch.profiler.record_function(f"kfc_fx::statistics {block}")
-
-
-def part_of(x: Tensor, spatial: int, share: float) -> tuple[Tensor, float]:
-    """The part of a batch that statistics are taken of, and by how much the batch is larger.
-
-    An input of ``spatial`` dimensions and channels is one example, and gets a dimension for it.
-    """
-    if spatial and x.dim() == spatial + 1:
-        return x.unsqueeze(0), 1.0
-    if share == 1 or x.dim() < 2 or not len(x):
-        return x, 1.0
-    count = max(1, round(share * len(x)))
-    return x[:count], len(x) / count
 
 
 def conv_geometry(

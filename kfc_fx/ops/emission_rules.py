@@ -1,12 +1,14 @@
 """What each kind of layer emits: its factor statistics from its input and output cotangent.
 
 A rule is pure data; ``statistics`` returns one tensor per probe, unnormalised sums over examples
-and locations, in the order of ``plan.forms.statistic_shapes``.
+and locations, in the order of ``plan.forms.statistic_shapes``, each estimated from a part of the
+batch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kfc_fx.ops.library import statistic_dtype
+from kfc_fx.ops.part import Part, scaled
 from kfc_fx.ops.patch_gram import patch_gram
 from kfc_fx.ops.row_gram import row_gram
 from kfc_fx.ops.separable_gram import separable_gram
@@ -23,18 +26,14 @@ from kfc_fx.plan.geometry import ConvGeometry
 class EmissionRule(Protocol):
     """The statistics of one kind of layer."""
 
-    @property
-    def spatial(self) -> int:
-        """Number of spatial dimensions; an input of one dimension more has no batch."""
-
-    def statistics(self, x: Tensor, g: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    def statistics(self, part: Part, x: Tensor, g: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """From the layer's input, the cotangent of its output, and other tensors it read."""
 
 
 class MatrixRule(EmissionRule, Protocol):
     """A layer whose weight is a matrix, the statistics of whose input stand alone too."""
 
-    def input_statistics(self, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    def input_statistics(self, part: Part, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """Those that need no cotangent: Ω, or its two partial traces."""
 
 
@@ -54,21 +53,24 @@ class LinearRule:
     reduce: bool = False
     input_parts: int = 1
     output_parts: int = 1
-    spatial: int = 0
 
-    def statistics(self, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+    def statistics(self, part: Part, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`EmissionRule`."""
+        blocks = (self.stop - self.start) * self.output_parts
+        g, scale = part.cut(g)
         if self.reduce and g.dim() > 2:
             g = g.sum(tuple(range(1, g.dim() - 1)))
-        parts = g.tensor_split((self.stop - self.start) * self.output_parts, dim=-1)
+        columns = g.tensor_split(blocks, dim=-1)
         if self.diagonal_output:
-            gamma = torch.stack([_row_squares(part)[:, None] for part in parts])
+            gamma = torch.stack([_row_squares(own)[:, None] for own in columns])
         else:
-            gamma = torch.stack([row_gram(part) for part in parts])
-        return *self.input_statistics(x), self._placed(gamma, self.output_parts)
+            gamma = torch.stack([row_gram(own) for own in columns])
+        (gamma,) = scaled((gamma,), scale)
+        return *self.input_statistics(part, x), self._placed(gamma, self.output_parts)
 
-    def input_statistics(self, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+    def input_statistics(self, part: Part, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`MatrixRule`."""
+        x, scale = part.cut(x, self._rows(x), x.shape[-1] // self.input_parts)
         if self.reduce and x.dim() > 2:
             x = x.mean(tuple(range(1, x.dim() - 1)))
         if self.diagonal_input:
@@ -79,7 +81,11 @@ class LinearRule:
             omega = row_gram(x, bias=self.bias)[None]
         if self.projections > 1:
             omega = omega.repeat(self.stop - self.start, 1, 1)
-        return (self._placed(omega, self.input_parts),)
+        return scaled((self._placed(omega, self.input_parts),), scale)
+
+    def _rows(self, x: Tensor) -> int:
+        """Of one example; a vector is one row."""
+        return 1 if self.reduce else prod(x.shape[1:-1])
 
     def _placed(self, factors: Tensor, parts: int) -> Tensor:
         """Among those of all projections, which share one Ω; the absent ones are zero."""
@@ -99,24 +105,27 @@ class ConvRule:
     input_parts: int = 1
     output_parts: int = 1
 
-    @property
-    def spatial(self) -> int:
+    def statistics(self, part: Part, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`EmissionRule`."""
-        return self.geometry.ndim
+        g, scale = part.cut(_batched(g, self.geometry))
+        gamma = scaled((_pixel_gram(g, self.geometry.groups * self.output_parts),), scale)
+        return *self.input_statistics(part, x), *gamma
 
-    def statistics(self, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-        """See :class:`EmissionRule`."""
-        gamma = _pixel_gram(g, self.geometry.groups * self.output_parts)
-        return *self.input_statistics(x), gamma
-
-    def input_statistics(self, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+    def input_statistics(self, part: Part, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`MatrixRule`."""
+        x = _batched(x, self.geometry)
+        locations = prod(self.geometry.output_size(x.shape[2:]))
+        channels = x.shape[1] // (self.geometry.groups * self.input_parts)
         if self.separable:
-            return separable_gram(x, **_options(self.geometry))
+            x, scale = part.cut(x, locations, max(channels, self.geometry.offsets))
+            return scaled(separable_gram(x, **_options(self.geometry)), scale)
+        x, scale = part.cut(x, locations, channels * self.geometry.offsets)
         if self.input_parts > 1:  # of one offset: parts are groups of channels
             groups = self.geometry.groups * self.input_parts
-            return (_patch_gram(x, replace(self.geometry, groups=groups), bias=False),)
-        return (_patch_gram(x, self.geometry, self.bias),)
+            omega = _patch_gram(x, replace(self.geometry, groups=groups), bias=False)
+        else:
+            omega = _patch_gram(x, self.geometry, self.bias)
+        return scaled((omega,), scale)
 
 
 @dataclass(frozen=True)
@@ -129,19 +138,19 @@ class ConvTransposeRule:
 
     geometry: ConvGeometry
 
-    @property
-    def spatial(self) -> int:
+    def statistics(self, part: Part, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`EmissionRule`."""
-        return self.geometry.ndim
-
-    def statistics(self, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-        """See :class:`EmissionRule`."""
+        x = _batched(x, self.geometry)
+        g, scale = part.cut(_batched(g, self.geometry))
         gamma = _patch_gram(*_covered(g, x.shape[2:], self.geometry), bias=False)
-        return *self.input_statistics(x), gamma
+        return *self.input_statistics(part, x), *scaled((gamma,), scale)
 
-    def input_statistics(self, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+    def input_statistics(self, part: Part, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`MatrixRule`."""
-        return (_pixel_gram(x, self.geometry.groups),)
+        x = _batched(x, self.geometry)
+        groups = self.geometry.groups
+        x, scale = part.cut(x, prod(x.shape[2:]), x.shape[1] // groups)
+        return scaled((_pixel_gram(x, groups),), scale)
 
 
 @dataclass(frozen=True)
@@ -151,17 +160,18 @@ class EmbeddingRule:
     tokens: int
     padding_idx: int | None = None
     output_parts: int = 1
-    spatial: int = 0
 
-    def statistics(self, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-        """``x`` holds indices; those of ``padding_idx`` count as empty rows."""
+    def statistics(self, part: Part, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        """``x`` holds indices; those of ``padding_idx`` count as empty rows. All are counted: that
+        costs nothing, and rare tokens are in few examples."""
         indices = x.flatten().long()
         counts = g.new_zeros(self.tokens, dtype=statistic_dtype(g))
         ones = torch.ones_like(indices, dtype=counts.dtype)
         if self.padding_idx is not None:
             ones = (indices != self.padding_idx % self.tokens).to(counts.dtype)
-        gammas = [row_gram(part) for part in g.tensor_split(self.output_parts, -1)]
-        return counts.scatter_add(0, indices, ones)[None, None], torch.stack(gammas)
+        g, scale = part.cut(g)
+        gammas = torch.stack([row_gram(own) for own in g.tensor_split(self.output_parts, -1)])
+        return counts.scatter_add(0, indices, ones)[None, None], *scaled((gammas,), scale)
 
 
 def _row_squares(x: Tensor, *, bias: bool = False) -> Tensor:
@@ -169,6 +179,11 @@ def _row_squares(x: Tensor, *, bias: bool = False) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     squares = torch.linalg.vector_norm(rows, dim=0, dtype=statistic_dtype(x)).square()
     return torch.cat([squares, squares.new_full((1,), len(rows))]) if bias else squares
+
+
+def _batched(x: Tensor, geometry: ConvGeometry) -> Tensor:
+    """With a dimension of examples: ``[C, *spatial]`` is one."""
+    return x.unsqueeze(0) if x.dim() == geometry.ndim + 1 else x
 
 
 def _pixel_gram(x: Tensor, groups: int) -> Tensor:

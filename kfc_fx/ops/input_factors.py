@@ -22,24 +22,23 @@ from kfc_fx.ops.emission import (
     emit_linear_factors,
     emit_separable_factors,
     emit_transposed_factors,
-    part_of,
     profiler_range,
 )
 from kfc_fx.ops.emission_rules import ConvRule, ConvTransposeRule, LinearRule, MatrixRule
+from kfc_fx.ops.part import WHOLE, Part
 
-_shares: list[float] = []
-"""The forward passes that run, each by the share of its examples that statistics are taken of."""
+_parts: list[Part] = []
+"""The forward passes that run, each by the part of its examples that statistics are taken of."""
 
 
 @contextmanager
-def input_share(share: float) -> Iterator[None]:
-    """While it lasts, input statistics are estimated from a share, in (0, 1], of every leading
-    dimension."""
-    _shares.append(share)
+def input_part(part: Part) -> Iterator[None]:
+    """While it lasts, input statistics are estimated from a part of the batch."""
+    _parts.append(part)
     try:
         yield
     finally:
-        _shares.remove(share)
+        _parts.remove(part)
 
 
 def linear_input_factors(
@@ -124,12 +123,9 @@ INPUT_FACTORS: dict[Callable[..., Tensor], Callable[..., tuple[Tensor, ...]]] = 
 
 
 def _taken(block: str, rule: MatrixRule, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    share = _shares[-1] if _shares and not isinstance(rule, BatchedLinearRule) else 1.0
     x = x.detach()
     with profiler_range(block, x):
-        x, scale = part_of(x, rule.spatial, share)
-        statistics = rule.input_statistics(x, *others)
-    return tuple(s * scale for s in statistics) if scale != 1 else statistics
+        return rule.input_statistics(_parts[-1] if _parts else WHOLE, x, *others)
 
 
 for _function in INPUT_FACTORS.values():

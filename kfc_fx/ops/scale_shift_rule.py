@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kfc_fx.ops.library import statistic_dtype
+from kfc_fx.ops.part import Part, scaled
 
 Norm = Literal["batch", "layer", "group", "rms", "none"]
 
@@ -34,17 +35,18 @@ class ScaleShiftRule:
     bias: bool
     groups: int = 1
     eps: float | None = None
-    spatial: int = 0
 
-    def statistics(self, x: Tensor, g: Tensor, *running: Tensor) -> tuple[Tensor, ...]:
+    def statistics(self, part: Part, x: Tensor, g: Tensor, *running: Tensor) -> tuple[Tensor, ...]:
         """``[C, 2, 2]``, or ``[C, 1, 1]`` without a bias, and ``[C, 1, 1]``."""
-        dtype = statistic_dtype(x)
+        dtype, scale = statistic_dtype(x), 1.0
+        if x.dim() == g.dim() and len(x) == len(g):  # else one x is broadcast over examples
+            (x, _), (g, scale) = part.cut(x), part.cut(g)
         channels = prod(self.shape)
         g = self._by_channel(g.to(dtype))
         normalised = self._by_channel(self._normalised(x.to(dtype), x.dtype, running))
         sums = [(g * normalised).sum(1)] + ([g.sum(1)] if self.bias else [])
         u = torch.stack(sums, 2).transpose(0, 1)  # [C, N, 2]
-        return u.mT @ u, g.new_full((channels, 1, 1), g.numel() // channels)
+        return scaled((u.mT @ u, g.new_full((channels, 1, 1), g.numel() // channels)), scale)
 
     def _by_channel(self, x: Tensor) -> Tensor:
         """``[N, T, C]``."""

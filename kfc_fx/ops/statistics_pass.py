@@ -11,16 +11,18 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
+from kfc_fx.ops.part import WHOLE, Part
+
 
 @dataclass(eq=False)
 class StatisticsPass:
     """A backward pass that takes statistics.
 
-    ``share``: of every leading dimension, in (0, 1]; statistics are estimated from that part.
+    ``part``: of the batch, that statistics are estimated from.
     ``seconds``: spent on them in graphs that are not compiled.
     """
 
-    share: float = 1.0
+    part: Part = WHOLE
     seconds: float = 0.0
 
 
@@ -29,13 +31,13 @@ _passes: list[StatisticsPass] = []
 
 
 @contextmanager
-def taking_statistics(share: float = 1.0) -> Iterator[StatisticsPass]:
+def taking_statistics(part: Part = WHOLE) -> Iterator[StatisticsPass]:
     """While it lasts, backward passes through emissions compute statistics.
 
     Of the process, not of the thread: autograd runs CUDA nodes on threads of its own. Outside,
     emissions pass the cotangent on and return nothing for the probes.
     """
-    running = StatisticsPass(share)
+    running = StatisticsPass(part)
     _passes.append(running)
     try:
         yield running
@@ -44,10 +46,10 @@ def taking_statistics(share: float = 1.0) -> Iterator[StatisticsPass]:
 
 
 @contextmanager
-def fisher_pass(share: float = 1.0) -> Iterator[None]:
+def fisher_pass(part: Part = WHOLE) -> Iterator[None]:
     """The same for a backward pass after which the loss's own goes through the same graph."""
     # The graph is retained; AOTAutograd reads the setting when it compiles and again when it runs.
-    with taking_statistics(share), torch._functorch.config.patch(donated_buffer=False):
+    with taking_statistics(part), torch._functorch.config.patch(donated_buffer=False):
         yield
 
 

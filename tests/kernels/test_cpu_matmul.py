@@ -12,7 +12,9 @@ from torch import nn
 
 import kfc_fx
 from kfc_fx.codegen import products
-from kfc_fx.kernels import cpu_matmul
+from kfc_fx.kernels import cpu_matmul, cpu_symmetric_product
+from kfc_fx.kernels.cpu_row_gram import row_gram
+from kfc_fx.kernels.cpu_symmetric_product import upper_blocks
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN"
@@ -24,6 +26,7 @@ def onednn(monkeypatch):
     """As on a processor where oneDNN is faster, at any size."""
     monkeypatch.setattr(cpu_matmul, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(cpu_symmetric_product, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(cpu_matmul, "LEAST_WORK", 0)
     monkeypatch.setattr(products, "LEAST_WORK", 0)
 
@@ -39,7 +42,7 @@ def test_products_of_any_strides(count, rows, inner, columns, left, right):
         first = torch.randn(count, inner, rows).mT if left else torch.randn(count, rows, inner)
         second = torch.randn(count, columns, inner).mT if right else torch.randn(1, inner, columns)
         second = second.expand(count, inner, columns)
-        assert cpu_matmul._goes_to_onednn(first, second)
+        assert cpu_matmul.goes_to_onednn(first, second)
         found = cpu_matmul.matmul(first, second)
         torch.testing.assert_close(found, first @ second, rtol=1e-5, atol=1e-5)
 
@@ -56,6 +59,40 @@ def test_parts_of_wider_matrices_are_copied_first(onednn, monkeypatch):
     assert all(1 in m.stride() and m.stride()[0] * m.stride()[1] in m.shape for m in seen)
 
 
+def test_copies_keep_the_order_that_they_find(onednn, monkeypatch):
+    seen = []
+    linear = cpu_matmul._linear
+    monkeypatch.setattr(cpu_matmul, "_linear", lambda *m: seen.extend(m) or linear(*m))
+    wide = torch.randn(1, 6, 9)
+    columns = wide[:, :, :5].mT  # [1, 5, 6], next to each other along the first side
+    torch.testing.assert_close(cpu_matmul.matmul(columns, columns.mT), columns @ columns.mT)
+    assert [m.stride() for m in seen] == [(1, 5), (1, 5)]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(300, 130), (2, 200, 1100), (3, 5, 7), (4, 300, 260)])
+def test_row_grams_are_the_same_by_either_library(shape, bias, onednn, monkeypatch):
+    """Also in blocks, and added up over several copies of images."""
+    torch.manual_seed(0)
+    calls = []
+    linear = cpu_matmul._linear
+    monkeypatch.setattr(cpu_matmul, "_linear", lambda *m: calls.append(1) or linear(*m))
+    x = torch.randn(shape)
+    images = torch.randn(*shape[:1], shape[-1], *shape[1:-1]).movedim(1, -1)
+    for rows in (x, images):
+        flat = rows.double().reshape(-1, shape[-1])
+        flat = torch.cat([flat, flat.new_ones(len(flat), 1)], 1) if bias else flat
+        found = row_gram(rows, bias=bias)
+        torch.testing.assert_close(found, (flat.T @ flat).float(), rtol=1e-4, atol=1e-3)
+    assert calls
+
+
+def test_onednn_multiplies_wider_blocks(onednn, monkeypatch):
+    assert [len(upper_blocks(side, 999)) for side in (300, 1023, 1024, 5000)] == [1, 1, 3, 36]
+    monkeypatch.setattr(cpu_symmetric_product, "onednn_is_faster", lambda: False)
+    assert [len(upper_blocks(side, 999)) for side in (255, 300, 1024, 5000)] == [1, 3, 10, 36]
+
+
 def test_what_onednn_is_not_for_goes_to_torch(onednn):
     """Other dtypes, broadcast products, tensors without data."""
     for dtype, shapes in (
@@ -64,7 +101,7 @@ def test_what_onednn_is_not_for_goes_to_torch(onednn):
         (torch.float32, ((1, 3, 4), (2, 4, 5))),
     ):
         first, second = (torch.randn(shape, dtype=dtype) for shape in shapes)
-        assert not cpu_matmul._goes_to_onednn(first, second)
+        assert not cpu_matmul.goes_to_onednn(first, second)
         torch.testing.assert_close(cpu_matmul.matmul(first, second), first @ second)
     meta = torch.randn(2, 3, 3, device="meta")
     assert cpu_matmul.matmul(meta, meta).shape == (2, 3, 3)
@@ -79,8 +116,8 @@ def test_compiled_code_keeps_the_product_that_inductor_knows(onednn):
 def test_small_products_stay_with_blas(monkeypatch):
     monkeypatch.setattr(cpu_matmul, "onednn_is_faster", lambda: True)
     narrow, wide = torch.randn(1, 32, 32), torch.randn(1, 512, 512)
-    assert not cpu_matmul._goes_to_onednn(narrow, narrow)
-    assert cpu_matmul._goes_to_onednn(wide, wide)
+    assert not cpu_matmul.goes_to_onednn(narrow, narrow)
+    assert cpu_matmul.goes_to_onednn(wide, wide)
 
 
 @pytest.mark.parametrize("scaling", ["adam", "spectral", "eigen", "inverse"])

@@ -42,26 +42,36 @@ def searched(
 
 
 def test_lengths_are_shares_of_the_cell_s_steps() -> None:
-    assert lengths(ENTRY) == [50, 40, 30, 20, 15, 10, 8, 6, 5, 4, 3, 2]
-    assert lengths(Entry("gpt", 128, 12, "kfc-adam")) == [10, 8, 6, 4, 3, 2]
+    dense = [50, 44, 40, 38, 34, 32, 30, 27, 24, 20, 17, 15, 12, 10, 8, 6, 5, 4, 3, 2]
+    assert lengths(ENTRY) == dense
+    assert lengths(Entry("gpt", 128, 12, "kfc-adam")) == [10, 9, 8, 7, 6, 5, 4, 3, 2]
     # Of one whose rate is found by shorter runs, only those that are shorter still.
-    assert lengths(Entry("kfc-cifar", 4096, 15, "kfc-adam", 60)) == [10, 8, 6, 5, 4, 3, 2]
+    assert lengths(Entry("kfc-cifar", 4096, 15, "kfc-adam", 60)) == [12, 10, 8, 6, 5, 4, 3, 2]
 
 
-def test_runs_get_shorter_until_one_ends_above_all_targets() -> None:
+def test_the_shortest_for_each_target_is_found_by_bisection() -> None:
     made = searched(lambda spec: 60 / spec.steps, targets=[3.5, 1.6])
-    assert [spec.steps for spec in made if spec.seed == 0] == [50, 40, 30, 20, 15]
+    firsts = [spec.steps for spec in made if spec.seed == 0]
+    assert {17, 20, 34, 38} <= set(firsts)
+    assert len(firsts) <= len(lengths(ENTRY)) / 2
     # The shortest for each target has its second seed, no other.
-    assert {spec.steps for spec in made if spec.seed == 1} == {20, 40}
+    assert {spec.steps for spec in made if spec.seed == 1} == {20, 38}
     assert {spec.lr for spec in made} == {LR}
+
+
+@pytest.mark.parametrize("target", [0.9, 1.1, 2.2, 5.5, 29.0, 40.0])
+def test_bisection_finds_what_all_lengths_would(target: float) -> None:
+    made = searched(lambda spec: 60 / spec.steps, [target])
+    expected = min((n for n in lengths(ENTRY) if 60 / n <= target), default=None)
+    assert shortest(made.values(), SEARCH.seeds, target) == expected
 
 
 def test_a_length_that_one_seed_alone_reaches_is_not_enough() -> None:
     made = searched(
         lambda spec: 60 / spec.steps + (2 if (spec.steps, spec.seed) == (20, 1) else 0), [3.5]
     )
-    assert {spec.steps for spec in made if spec.seed == 1} == {20, 30}
-    assert shortest(made.values(), SEARCH.seeds, 3.5) == 30
+    assert {spec.steps for spec in made if spec.seed == 1} == {20, 24}
+    assert shortest(made.values(), SEARCH.seeds, 3.5) == 24
     assert shortest(made.values(), SEARCH.seeds, 1.0) is None
 
 
@@ -70,7 +80,7 @@ def test_a_first_seed_that_misses_by_less_than_seeds_differ_is_repeated() -> Non
         return 60 / spec.steps + (0.6 if spec.seed == 0 else -0.6)
 
     made = searched(end_of, [4.2])
-    assert {spec.steps for spec in made if spec.seed == 1} == {20}
+    assert {spec.steps for spec in made if spec.seed == 1} == {17}
     made = searched(end_of, [4.2], apart=0.5)
     assert {spec.steps for spec in made if spec.seed == 1} == {15}  # 4.6 and 3.4
     assert shortest(made.values(), SEARCH.seeds, 4.2) == 15
@@ -102,7 +112,8 @@ def test_a_diverged_length_reaches_nothing() -> None:
     results = {spec: constant(spec, 0.5) for spec in specs}
     (first,) = next_shortened(ENTRY, [3.0], SEARCH, results)
     results[first] = result(first, None)
-    assert next_shortened(ENTRY, [3.0], SEARCH, results) == []
+    (second,) = next_shortened(ENTRY, [3.0], SEARCH, results)
+    assert second.steps > first.steps
 
 
 @pytest.fixture
