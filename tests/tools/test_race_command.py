@@ -71,8 +71,8 @@ def test_a_race_that_was_stopped_makes_no_run_twice(tmp_path: Path) -> None:
     whole = Crew(by_distance)
     uninterrupted = ResultsFile(tmp_path / "whole.json")
     assert run_all(ENTRIES, SearchSpec(), uninterrupted, whole, QUIET) == []
-    # All six lengths end as low as SGD, at two rates each, and the shortest is repeated.
-    assert len(whole.made) == len(set(whole.made)) == 2 * (4 + 2) + 2 * 6 + 2
+    # All nine lengths end as low as SGD: four are tried, at two rates each; the shortest is repeated.
+    assert len(whole.made) == len(set(whole.made)) == 2 * (4 + 2) + 2 * 4 + 2
 
     def stopping(spec: RunSpec) -> RunResult:
         if len(stopped.made) == 5:
