@@ -143,30 +143,57 @@ def test_an_embedding_counts_all_its_tokens_and_scales_its_part(shape):
     torch.testing.assert_close(found.gamma, expected)
 
 
+class TimeFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.last = nn.Linear(3, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.last(self.tokens(x.transpose(0, 1)).tanh().mean(0))
+
+
+def test_an_input_that_leads_with_time_is_not_limited_by_rows():
+    """Eight moments would all be the first."""
+    torch.manual_seed(0)
+    net = TimeFirst().double()
+    compiled = kfc_fx.compile(net)
+    opt = kfc_fx.KFC(compiled, lr=0.0)
+    x = torch.randn(64, 40, 3).double()
+    F.cross_entropy(compiled(x), torch.randint(4, (64,))).backward()
+    opt.step()
+    rows = x.transpose(0, 1)[:20].flatten(0, 1)  # half of the moments, as of the examples
+    rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+    torch.testing.assert_close(opt.factors["tokens"].omega, rows.T @ rows * 2 / 64)
+
+
 @given(
     count=st.integers(1, 300),
     share=st.floats(0.01, 1),
     rows=st.floats(0.1, 100),
-    least=st.floats(0, 1),
+    least=st.integers(1, 50),
     locations=st.integers(1, 1000),
     side=st.integers(1, 1000),
+    leads=st.booleans(),
 )
-def test_a_part_is_within_its_bounds(count, share, rows, least, locations, side):
+def test_a_part_is_within_its_bounds(count, share, rows, least, locations, side, leads):
     x = torch.arange(count)[:, None]
-    kept, scale = Part(share, rows, least).cut(x, locations, side)
+    kept, scale = Part(share, count if leads else 2 * count, rows, least).cut(x, locations, side)
     most = max(1, round(share * count))
     assert torch.equal(kept, x[: len(kept)])
     assert scale == count / len(kept)
     assert 1 <= len(kept) <= most
     if len(kept) < most:
+        assert leads
         assert locations > 1
         assert len(kept) * locations >= rows * side
-        assert len(kept) >= least * count
-        assert (len(kept) - 1 < least * count) or (len(kept) - 1) * locations < rows * side
+        assert len(kept) >= least
+        assert len(kept) == least or (len(kept) - 1) * locations < rows * side
+    elif leads and locations > 1:
+        assert most <= least or (most - 1) * locations < rows * side
 
 
 def test_vectors_and_empty_batches_stay_whole():
-    part = Part(0.1, ROWS, LEAST_EXAMPLES / 100)
+    part = Part(0.1, 100, ROWS, LEAST_EXAMPLES)
     for x in (torch.zeros(100), torch.zeros(0, 3), torch.tensor(1.0)):
         assert part.cut(x, 4, 1) == (x, 1.0)
     assert WHOLE.cut(torch.zeros(5, 2))[1] == 1.0

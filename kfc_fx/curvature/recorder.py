@@ -102,7 +102,7 @@ class StatisticsRecorder:
         own = min(1.0, max(least, share * examples) / examples)
         if fisher == "sampled":
             return Part(own)
-        return Part(own, ROWS, min(1.0, LEAST_EXAMPLES / examples))
+        return Part(own, examples, ROWS, LEAST_EXAMPLES)
 
     def probes_for(
         self, block: BlockSpec, forms: FactorForms, weight: Tensor, *, gated: bool

@@ -18,19 +18,20 @@ from torch import Tensor
 class Part:
     """Which examples count, the first of a batch.
 
-    A ``share`` of them at most, in (0, 1]. Where examples have several rows and fewer of them have
-    ``rows`` times the side of an input factor, no more are taken for that one, but at least
-    ``least``, a share too.
+    A ``share`` of them at most, in (0, 1]. Where a tensor leads with the ``examples`` of the batch,
+    these have several rows each, and fewer of them have ``rows`` times the side of an input factor,
+    no more are taken for that one, but ``least``.
     """
 
     share: float = 1.0
+    examples: int = 0
     rows: float = inf
-    least: float = 0.0
+    least: int = 1
 
     def cut(self, x: Tensor, locations: int = 1, side: int = 1) -> tuple[Tensor, float]:
         """The part of a tensor, and by how much the whole is larger.
 
-        Shares are of the leading dimension, be it examples or the rows of examples.
+        The share is of the leading dimension, be it examples, the rows of all examples, or time.
 
         Args:
             x: ``[N, ...]``; a vector, and one without examples, stays whole.
@@ -39,9 +40,9 @@ class Part:
             side: of the factor that is estimated.
         """
         count = len(x) if x.dim() > 1 else 0
-        most = max(1, round(self.share * count))
-        enough = max(self.least * count, self.rows * side / locations) if locations > 1 else inf
-        kept = most if enough >= most else max(1, ceil(enough))
+        kept = max(1, round(self.share * count))
+        if locations > 1 and count == self.examples and self.rows < inf:
+            kept = min(kept, max(self.least, ceil(self.rows * side / locations)))
         if kept >= count:
             return x, 1.0
         return x[:kept], count / kept
