@@ -39,6 +39,8 @@ class Part:
                 factors, the share is taken.
             side: of the factor that is estimated.
         """
+        if self == WHOLE:
+            return x, 1.0  # the length of a traced batch would be fixed by asking for it
         count = len(x) if x.dim() > 1 else 0
         kept = max(1, round(self.share * count))
         if locations > 1 and count == self.examples and self.rows < inf:
