@@ -69,9 +69,9 @@ class KFC(torch.optim.Optimizer):
             ones: a number, None for all, or "auto" for a quarter of the batch but at least 32; of
             sampled targets half, at least 128 (all with another backend than "eager"). With "auto"
             and targets that are not sampled, Ω of a layer with many locations is estimated from no
-            more rows than 8 times its side, but from 8 examples at least. The factor products cost
-            that share, the Fisher pass all the same. A layer whose input does not lead with the
-            examples takes the same share of what it leads with.
+            more rows than 8 times its side, but from 8 examples and a sixteenth of the batch at
+            least. The factor products cost that share, the Fisher pass all the same. A layer whose
+            input does not lead with the examples takes the same share of what it leads with.
         inverse_interval: T_f, steps between refreshes of the inverses or bases. Where it equals
             ``factor_interval``, "adam" and "eigen" keep the moving average of a factor F as its
             eigenbasis Q and the diagonal of ``Qᵀ F Q``: half of the memory, and what orthogonal

@@ -192,6 +192,16 @@ def test_a_part_is_within_its_bounds(count, share, rows, least, locations, side,
         assert most <= least or (most - 1) * locations < rows * side
 
 
+def test_a_large_batch_gives_a_sixteenth_of_it_at_least():
+    recorder = kfc_fx.compile(nn.Linear(2, 2)).recorder
+    recorder.samples = "auto"
+    x = torch.zeros(4096, 1)
+    for examples, kept in ((4096, 256), (512, 32), (128, 8), (32, 8), (6, 6)):
+        part = recorder.part(examples, "empirical")
+        assert len(part.cut(x[:examples], 1024, 9)[0]) == kept
+        assert len(part.cut(x[:examples], 4, 1000)[0]) == max(min(32, examples), examples // 4)
+
+
 def test_vectors_and_empty_batches_stay_whole():
     part = Part(0.1, 100, ROWS, LEAST_EXAMPLES)
     for x in (torch.zeros(100), torch.zeros(0, 3), torch.tensor(1.0)):

@@ -40,9 +40,8 @@ ROWS = 8
 side, with "auto". With 4 the ViT of the race ends 1.5 % higher, with 2 that and ResNet-20 2 %."""
 
 LEAST_EXAMPLES, LEAST_SHARE = 8, 1 / 16
-"""But from so many examples, since rows of one are much alike, and from so much of the batch, where
-a larger one makes the step dearer than its statistics: with 8 of 4,096 the race's paper net needs an
-eighth more steps."""
+"""But from so many examples, since rows of one are much alike, and from so much of the batch: large
+ones are to have good statistics, and their steps cost so much that these do not show."""
 
 
 class StatisticsRecorder:
