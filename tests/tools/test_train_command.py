@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -126,6 +128,15 @@ def test_own_learning_rate_and_network(tmp_path: Path) -> None:
     assert "0.125" in result.output
 
 
+@pytest.fixture
+def heeding_ctrl_c() -> Iterator[None]:
+    """What a shell starts in the background ignores SIGINT, and Python then sets no handler."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeding_ctrl_c")
 def test_ctrl_c_ends_with_the_table_so_far(tmp_path: Path) -> None:
     (tmp_path / "stopping.py").write_text(INTERRUPTING.format(call=7))
     result = kfc_fx(
@@ -142,6 +153,7 @@ def test_ctrl_c_ends_with_the_table_so_far(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "train.png").stat().st_size > 0
 
 
+@pytest.mark.usefixtures("heeding_ctrl_c")
 def test_ctrl_c_before_the_first_step(tmp_path: Path) -> None:
     (tmp_path / "stopping_at_once.py").write_text(INTERRUPTING.format(call=1))
     result = kfc_fx("train", "--model", "stopping_at_once:Network", "--optimizers", "sgd", *SHORT)
