@@ -37,7 +37,8 @@ part would spare."""
 
 ROWS = 8
 """Where Γ is of the loss's own cotangents, Ω is estimated from no more rows than so many times its
-side, with "auto". With 4 the ViT of the race ends 1.5 % higher, with 2 that and ResNet-20 2 %."""
+side, with "auto". With 4, of Γ too, the ViT of the race ended 1.5 % higher, with 2 it and ResNet-20
+2 %."""
 
 LEAST_EXAMPLES, LEAST_SHARE = 8, 1 / 16
 """But from so many examples, since rows of one are much alike, and from so much of the batch: large

@@ -56,17 +56,16 @@ class LinearRule:
 
     def statistics(self, part: Part, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`EmissionRule`."""
-        blocks = (self.stop - self.start) * self.output_parts
         g, scale = part.cut(g)
         if self.reduce and g.dim() > 2:
             g = g.sum(tuple(range(1, g.dim() - 1)))
-        columns = g.tensor_split(blocks, dim=-1)
+        columns = g.tensor_split((self.stop - self.start) * self.output_parts, dim=-1)
         if self.diagonal_output:
             gamma = torch.stack([_row_squares(own)[:, None] for own in columns])
         else:
             gamma = torch.stack([row_gram(own) for own in columns])
-        (gamma,) = scaled((gamma,), scale)
-        return *self.input_statistics(part, x), self._placed(gamma, self.output_parts)
+        gamma = self._placed(gamma, self.output_parts)
+        return *self.input_statistics(part, x), *scaled((gamma,), scale)
 
     def input_statistics(self, part: Part, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`MatrixRule`."""
