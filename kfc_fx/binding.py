@@ -17,6 +17,7 @@ from kfc_fx.codegen.scaling import VECTOR_RULES
 from kfc_fx.codegen.state import SavedState
 from kfc_fx.compile import CompiledModel
 from kfc_fx.errors import KfcWarning, OptionError
+from kfc_fx.gradients import as_real
 from kfc_fx.optim_options import KFCOptions
 from kfc_fx.plan.spec import BlockSpec, CurvaturePlan
 
@@ -53,7 +54,7 @@ class Binding:
             OptionError: the plan has no block to precondition, a group splits a block, or a loaded
                 state does not fit.
         """
-        parameters = dict(self._compiled.original.named_parameters())
+        parameters = real_parameters(self._compiled)
         key = (
             self._compiled.revision,
             tuple((p.requires_grad, p.device, p.dtype) for p in parameters.values()),
@@ -69,8 +70,10 @@ class Binding:
                     spec, self.saved(), parameters, compiled=compiled, captured=captured
                 )
                 self._check_loaded(engine.anew)
+                self._tell_of_lost_blocks(spec)
                 self._engine, self._loaded = engine, SavedState.empty()
             self._key = key
+        self._engine.parameters = parameters  # the real views of complex ones are new
         return self._engine
 
     @property
@@ -118,10 +121,36 @@ class Binding:
             stacklevel=5,
         )
 
+    def _tell_of_lost_blocks(self, spec: UpdateSpec) -> None:
+        """Warn of blocks that have become generic while the model was trained."""
+        if self._engine is None:
+            return
+        reasons = {generic.name: generic.reason for generic in self._compiled.plan.generic}
+        kept = {block.weight for stack in spec.stacks for block in stack.blocks}
+        lost = [block for block in self._engine.blocks if block.weight not in kept]
+        lost = [block for block in lost if block.weight in reasons]
+        if lost:
+            first = lost[0]
+            warnings.warn(
+                f"{len(lost)} layers have no block any more ({_shown([b.name for b in lost])}) and "
+                f"are updated as generic parameters; {first.weight}: {reasons[first.weight]}",
+                KfcWarning,
+                stacklevel=5,
+            )
+
     @property
     def average(self) -> Mapping[str, Tensor]:
         """Polyak-averaged parameters by name; empty where there are none."""
         return (self._loaded if self._engine is None else self._engine).average
+
+
+def real_parameters(compiled: CompiledModel) -> dict[str, Tensor]:
+    """The model's parameters by name; complex ones as pairs of real numbers, as
+    ``torch.optim.AdamW`` steps them."""
+    return {
+        name: as_real(p.detach()).requires_grad_(p.requires_grad) if p.is_complex() else p
+        for name, p in compiled.original.named_parameters()
+    }
 
 
 def update_spec(

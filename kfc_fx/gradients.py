@@ -24,7 +24,7 @@ def named_gradients(
         StepError: no parameter has a gradient, or one is sparse.
     """
     parameters = [parameter for group in groups for parameter in group["params"]]
-    gradients = {names[p]: p.grad for p in parameters if p.grad is not None}
+    gradients = {names[p]: as_real(p.grad) for p in parameters if p.grad is not None}
     if not gradients:
         raise StepError(
             "no parameter has a gradient: call loss.backward() before opt.step(), with a loss "
@@ -37,6 +37,12 @@ def named_gradients(
                 "sparse=False"
             )
     return gradients
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A complex tensor as pairs of real numbers, ``[..., 2]``, in the same memory; others as they
+    are."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfc_fx.binding import Binding, option_arguments
+from kfc_fx.binding import Binding, option_arguments, real_parameters
 from kfc_fx.codegen.engine import UpdateEngine
 from kfc_fx.codegen.state import SavedState
 from kfc_fx.codegen.statistics import screen
@@ -203,6 +203,7 @@ class KFC(torch.optim.Optimizer):
                 "backward pass has the part of the batch that it takes fixed in its code"
             )
         self.compiled = compiled
+        compiled.refresh_names()
         self._binding = Binding(compiled, self.options)
         chosen = list(compiled.original.parameters() if params is None else params)
         if not chosen:
@@ -213,6 +214,7 @@ class KFC(torch.optim.Optimizer):
         self._exact = ExactFisher(compiled, self.options, self._diagnostics)
         self._last_step_ended: float | None = None
         self._reported = Progress(0, {})
+        self._warned: set[str] = set()
         self._token = object()
         recorder = compiled.recorder
         recorder.owner, recorder.seed = self._token, seed
@@ -257,6 +259,7 @@ class KFC(torch.optim.Optimizer):
                 no closure.
             StatisticsError: statistics are due for the first time and none have arrived.
         """
+        refuse_several_processes()
         trial = self._exact.trial(closure)
         loss = None
         if closure is not None:
@@ -266,6 +269,8 @@ class KFC(torch.optim.Optimizer):
             raise StepError("adapt_damping needs a closure that returns the loss; it returned None")
         self._check_owner()
         gradients = named_gradients(self.param_groups, self._binding.names)
+        if self.compiled.recorder.armed:
+            self.compiled.note_gradients(gradients)
         engine, diagnostics = self._bound_engine(), self._diagnostics
         if not engine.guards(gradients) and not all_finite(gradients.values()):
             self._note_skipped(1)
@@ -391,7 +396,7 @@ class KFC(torch.optim.Optimizer):
         averages = self._binding.average
         if not averages:
             raise StepError("no averaged parameters: make KFC with average=τ and take a step first")
-        own = dict(self.compiled.original.named_parameters())
+        own = real_parameters(self.compiled)
         kept = {name: own[name].detach().clone() for name in averages}
         try:
             _copy_into(own, averages)
@@ -476,17 +481,26 @@ class KFC(torch.optim.Optimizer):
             seconds["gradient"] += between - statistics  # type: ignore[assignment]
 
     def _note_missed(self, step: int) -> None:
-        text = (
-            f"factor statistics are due at step {step} and no backward pass gave any: call the "
-            "compiled model (not the original) with gradients enabled, after KFC was made, and "
-            "compute the loss from what it returns"
-        )
-        if self.compiled.backend != "eager" and self.compiled.recorder.fisher == "empirical":
-            text += "; of a compiled graph by loss.backward(), without inputs="
+        """Count a due step that has no statistics, and warn of each reason once.
+
+        Raises:
+            StatisticsError: no step has had any yet, so that there are no factors to go on with.
+        """
+        recorder = self.compiled.recorder
+        reason, recorder.missing = recorder.missing, ""
+        if not reason:
+            reason = (
+                "call the compiled model (not the original) with gradients enabled, after KFC was "
+                "made, and compute the loss from what it returns"
+            )
+            if self.compiled.backend != "eager" and recorder.fisher == "empirical":
+                reason += "; of a compiled graph by loss.backward(), without inputs="
+        text = f"factor statistics are due at step {step} and no backward pass gave any: {reason}"
         if self._diagnostics.statistics_steps == 0:
             raise StatisticsError(text)
         self._diagnostics.missed_statistics += 1
-        if self._diagnostics.missed_statistics == 1:
+        if reason not in self._warned:
+            self._warned.add(reason)
             warnings.warn(text, KfcWarning, stacklevel=5)
 
     def _arguments(self, engine: UpdateEngine) -> dict[str, Any]:
@@ -518,6 +532,20 @@ class KFC(torch.optim.Optimizer):
         waiting = engine is not None and engine.waiting
         due = self.schedule.statistics_due(self._diagnostics.steps)
         self.compiled.recorder.armed = due or waiting
+
+
+def refuse_several_processes() -> None:
+    """Raise :class:`OptionError` in a process group of more than one rank: each rank has the
+    statistics of its own batch, so that replicas would drift apart."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        ranks = distributed.get_world_size()
+        if ranks > 1:
+            raise OptionError(
+                f"KFC does not train on several processes yet, and this process group has {ranks} "
+                "ranks: each would take its own factors, and the replicas would drift apart. Train "
+                "in one process, or by an optimizer of torch.optim"
+            )
 
 
 def _copy_into(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

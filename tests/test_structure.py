@@ -17,9 +17,10 @@ MAY_IMPORT = {
     "rewrite": {"errors", "artifacts", "plan", "capture", "ops", "rewrite"},
     "curvature": {"errors", "plan", "ops", "kernels", "curvature"},
     "codegen": {"errors", "artifacts", "plan", "kernels", "curvature", "codegen"},
-    "compile": {"errors", "plan", "capture", "rewrite", "curvature"},
+    "compilation": {"errors", "plan", "capture", "rewrite", "curvature"},
+    "compile": {"errors", "plan", "capture", "curvature", "compilation"},
     "optim_options": {"errors", "plan", "curvature", "codegen"},
-    "binding": {"errors", "plan", "codegen", "compile", "optim_options"},
+    "binding": {"errors", "plan", "codegen", "compile", "gradients", "optim_options"},
     "gradients": {"errors"},
     "exact_fisher": {"errors", "curvature", "compile", "optim_options"},
     "optim": {

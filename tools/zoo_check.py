@@ -13,14 +13,17 @@ from torch import fx, nn
 
 import kfc_fx
 from kfc_fx.compile import CompiledModel
+from kfc_fx.curvature.outputs import find_prediction
 from kfc_fx.curvature.passes import Fisher, Sums
 from kfc_fx.errors import OutputError
+from kfc_fx.tools.layer_truth import LayerTruth, problems, watching_layers
 from kfc_fx.tools.zoo_case import ModelCase
 from kfc_fx.tools.zoo_compare import (
     SEED,
     CheckError,
     Observation,
     compare,
+    loss_of,
     observe,
     starting_state,
 )
@@ -46,6 +49,10 @@ class CaseReport:
     largest_difference: float
     statistics: int
     """Statistics that were recorded and checked."""
+    compared: int
+    """Those of plain layers that were compared with what hooks see on the uncompiled model."""
+    truth_error: float
+    """The largest relative difference of one of these, under both Fisher options."""
     silent_blocks: int
     """Blocks without any: the prediction does not depend on them."""
     symbolic: str
@@ -69,7 +76,8 @@ def check_case(case: ModelCase) -> CaseReport:
     compiled.trace(*case.args, **case.kwargs)
     capture_seconds = time.perf_counter() - started
     worst = compare(plain, observe(compiled, case, reset), "the compiled model")
-    sums, armed_worst = _armed_step(compiled, case, reset, plain)
+    armed = _armed_step(compiled, case, reset, plain)
+    sums, armed_worst = armed.sums, armed.difference
     share, generic = _coverage(compiled)
     return CaseReport(
         size=case.size,
@@ -78,11 +86,13 @@ def check_case(case: ModelCase) -> CaseReport:
         blocks=len(compiled.plan.blocks),
         generic=generic,
         capture_seconds=round(capture_seconds, 2),
-        graphs=compiled.revision,
+        graphs=len(compiled.plan.graphs),
         graph_breaks=_graph_breaks(breaks_before),
         bit_equal=max(worst, armed_worst) == 0,
         largest_difference=max(worst, armed_worst),
         statistics=sum(len(of_block) for of_block in sums.values()),
+        compared=armed.compared,
+        truth_error=armed.truth_error,
         silent_blocks=len(compiled.plan.blocks) - len(sums),
         symbolic=_symbolic(model, reset),
     )
@@ -91,20 +101,39 @@ def check_case(case: ModelCase) -> CaseReport:
 # -- statistics ----------------------------------------------------------------------------
 
 
+FISHERS: tuple[Fisher, ...] = ("sampled", "empirical")
+
+
+@dataclass(frozen=True)
+class ArmedStep:
+    """What passes with statistics left behind."""
+
+    sums: Sums
+    difference: float
+    """The largest from the plain pass."""
+    compared: int
+    truth_error: float
+
+
 def _armed_step(
-    compiled: CompiledModel, case: ModelCase, reset: Callable[[], None], plain: Observation
-) -> tuple[Sums, float]:
-    """Statistics of sampled targets, and the largest difference of an armed pass from the plain
-    one; those of the loss's own gradient are checked as well."""
-    recorder = compiled.recorder
-    recorder.scale_free = True  # the loss may be of any output
-    sums, worst = _armed_pass(compiled, case, reset, plain, "sampled")
-    own, own_worst = _armed_pass(compiled, case, reset, plain, "empirical")
-    if missing := set(sums) - set(own):
+    compiled: CompiledModel,
+    case: ModelCase,
+    reset: Callable[[], None],
+    plain: Observation,
+) -> ArmedStep:
+    """Passes with statistics of sampled targets, and of the loss's own gradient."""
+    compiled.recorder.scale_free = True  # the loss may be of any output
+    passes = {f: _armed_pass(compiled, case, reset, plain, f) for f in FISHERS}
+    if missing := set(passes["sampled"].sums) - set(passes["empirical"].sums):
         raise CheckError(
             f"the loss's own pass recorded no statistic of {', '.join(sorted(missing))}"
         )
-    return sums, max(worst, own_worst)
+    return ArmedStep(
+        passes["sampled"].sums,
+        max(own.difference for own in passes.values()),
+        sum(own.compared for own in passes.values()),
+        max(own.truth_error for own in passes.values()),
+    )
 
 
 def _armed_pass(
@@ -113,7 +142,7 @@ def _armed_pass(
     reset: Callable[[], None],
     plain: Observation,
     fisher: Fisher,
-) -> tuple[Sums, float]:
+) -> ArmedStep:
     recorder = compiled.recorder
     recorder.armed, recorder.seed, recorder.fisher = True, SEED, fisher
     try:
@@ -124,12 +153,36 @@ def _armed_pass(
         recorder.armed = False
     worst = compare(plain, observed, "the step with statistics")
     sums = recorder.take().sums
-    problems = list(check_statistics(sums))
-    if problems:
-        raise CheckError(f"{len(problems)} statistics are wrong: {'; '.join(problems[:3])}")
+    wrong = list(check_statistics(sums))
+    if wrong:
+        raise CheckError(f"{len(wrong)} statistics are wrong: {'; '.join(wrong[:3])}")
     if compiled.plan.blocks and not sums:
         raise CheckError("no statistic was recorded")
-    return sums, worst
+    scale = 1.0 if fisher == "sampled" else None
+    truth = _truth(compiled, case, reset, fisher)
+    found, truth_error, compared = problems(compiled.plan, sums, truth, scale)
+    if found:
+        raise CheckError(f"{fisher}: {len(found)} differ from the truth: {'; '.join(found[:3])}")
+    return ArmedStep(sums, worst, compared, truth_error)
+
+
+def _truth(
+    compiled: CompiledModel, case: ModelCase, reset: Callable[[], None], fisher: Fisher
+) -> LayerTruth:
+    """What hooks on the uncompiled model see in the same pass."""
+    with watching_layers(compiled.original) as truth:
+        reset()
+        output = compiled.original(*case.args, **case.kwargs)
+        if fisher == "empirical":
+            loss_of(output).backward()
+        else:
+            prediction = find_prediction(output)
+            generator = torch.Generator(prediction.device).manual_seed(SEED)
+            values = prediction.detach().to(torch.promote_types(prediction.dtype, torch.float32))
+            cotangent = compiled.recorder.likelihood.sampled_cotangent(values, generator)
+            prediction.backward(cotangent.to(prediction.dtype))
+    reset()
+    return truth
 
 
 # -- what the compiler says ----------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ def observe(call: nn.Module, case: ModelCase, reset: Callable[[], None]) -> Obse
     reset()
     output = call(*case.args, **case.kwargs)
     tensors = float_tensors(output)
-    _loss(tensors).backward()
+    loss_of(output).backward()
     return Observation(
         {f"output {i}": t.detach() for i, t in enumerate(tensors)},
         {name: p.grad for name, p in call.named_parameters() if p.grad is not None},
@@ -46,8 +47,9 @@ def observe(call: nn.Module, case: ModelCase, reset: Callable[[], None]) -> Obse
     )
 
 
-def _loss(tensors: list[Tensor]) -> Tensor:
+def loss_of(output: Any) -> Tensor:
     """A loss that weighs every entry of every differentiable output differently."""
+    tensors = float_tensors(output)
     parts = [
         (t * torch.linspace(0.5, 1.5, t.numel(), dtype=t.dtype).reshape(t.shape)).mean()
         for t in tensors

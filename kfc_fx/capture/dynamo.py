@@ -6,14 +6,15 @@ import itertools
 import types
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.utils import _pytree as pytree
 
 from kfc_fx.capture.recomputation import run_by_op
-from kfc_fx.errors import OptionError
+from kfc_fx.errors import KfcWarning, OptionError
 
 BACKENDS = ("eager", "aot_eager", "inductor")
 
@@ -23,11 +24,15 @@ GraphHandler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 _serial = itertools.count()
 
 
-def compile_forward(model: nn.Module, handle_graph: GraphHandler) -> Callable[..., Any]:
+def compile_forward(model: Callable[..., Any], handle_graph: GraphHandler) -> Callable[..., Any]:
     """A function that calls ``model`` through dynamo, each captured graph given to the handler.
 
     The function has a code object of its own. Dynamo keeps its graphs and its recompile limit
-    per code object, so several compiled models of one class do not use up each other's.
+    per code object, so several compiled models of one class do not use up each other's. It is to
+    be called within :func:`dynamo_settings`.
+
+    Args:
+        model: a module, or the forward method of one.
     """
 
     def call_model(*args: Any, **kwargs: Any) -> Any:
@@ -37,16 +42,26 @@ def compile_forward(model: nn.Module, handle_graph: GraphHandler) -> Callable[..
     own = types.FunctionType(
         code, call_model.__globals__, code.co_name, None, call_model.__closure__
     )
-    compiled = torch.compile(own, backend=handle_graph)
+    return torch.compile(own, backend=handle_graph)
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+
+def dynamo_settings() -> AbstractContextManager[None]:
+    """Settings under which models are captured, of any number of frames."""
+    return torch._dynamo.config.patch(
         # Dynamo would skip the whole frame around a fused LSTM or GRU; as one op of the graph it
-        # leaves the layers around it to be seen. And it would draw numpy's random numbers from
-        # torch's generator, so that the model would see others than uncompiled.
-        with torch._dynamo.config.patch(allow_rnn=True, use_numpy_random_stream=True):
-            return compiled(*args, **kwargs)
-
-    return call
+        # leaves the layers around it to be seen.
+        allow_rnn=True,
+        # Dynamo would draw numpy's random numbers from torch's generator, so that the model would
+        # see others than uncompiled.
+        use_numpy_random_stream=True,
+        # A frame that dynamo fails on runs as plain Python, where errors of the user's are torch's
+        # own; those of the handler are kept by it.
+        suppress_errors=True,
+        # A counter on a module would cost a graph at every step.
+        allow_unspec_int_on_nn_module=True,
+        # DDP would have graphs split and their parameters replaced by fake tensors.
+        optimize_ddp=False,
+    )
 
 
 def compile_plain(
@@ -62,17 +77,34 @@ def compile_emitting(backend: str, module: fx.GraphModule) -> Callable[..., Any]
     """The emitting graph for ``backend``, compiled at its first call."""
     if backend == "eager":
         return run_by_op(module)
-    compiled = torch.compile(module, backend=backend, fullgraph=True)
+    return _CompiledOnce(module, backend)
 
-    def run(*inputs: Any) -> Any:
+
+class _CompiledOnce:
+    """A graph that is compiled at its first call; op by op, if it cannot be."""
+
+    def __init__(self, module: fx.GraphModule, backend: str) -> None:
+        self._module, self._backend = module, backend
+        self._run = torch.compile(module, backend=backend, fullgraph=True)
+
+    def __call__(self, *inputs: Any) -> Any:
         # The Fisher pass retains the graph for the loss's backward pass, so the compiled
         # backward must not reuse ("donate") the buffers that the forward saved.
         with torch._functorch.config.patch(donated_buffer=False), warnings.catch_warnings():
             # Dynamo reads .grad of every input, gated probes among them, which are no leaves.
             warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor", UserWarning)
-            return compiled(*inputs)
-
-    return run
+            try:
+                return self._run(*inputs)
+            except torch._dynamo.exc.Unsupported as error:
+                reason = str(error).strip().partition("\n")[0]
+        warnings.warn(
+            f"a graph with statistics is run op by op, since {self._backend!r} cannot compile it: "
+            f"{reason}",
+            KfcWarning,
+            stacklevel=2,
+        )
+        self._run = run_by_op(self._module)
+        return self._run(*inputs)
 
 
 def check_backend(backend: str) -> None:
@@ -87,41 +119,38 @@ def mark_batch_dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     Without it, the second batch size met (the last batch of an epoch) costs a recompile.
     """
     for leaf in pytree.tree_leaves((args, kwargs)):
-        if isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] > 1:
+        if isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.size(0) > 1:
             torch._dynamo.maybe_mark_dynamic(leaf, 0)
 
 
 def constant_nodes(module: fx.GraphModule) -> set[str]:
-    """Placeholders that hold an attribute of the model, such as a buffer, and not an input."""
+    """Placeholders that hold an attribute of a module, such as a buffer, and not an input."""
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     sources = {n.name: n.meta["grapharg"].source for n in placeholders if "grapharg" in n.meta}
-    return {name for name, source in sources.items() if _spelled(source).startswith("L['model']")}
+    return {name for name, source in sources.items() if _is_of_a_module(source)}
 
 
-def _spelled(source: Any) -> str:
+def _is_of_a_module(source: Any) -> bool:
     """A property since torch 2.12, a method before."""
-    return source.name() if callable(source.name) else source.name
+    kind = source.guard_source
+    kind = kind() if callable(kind) else kind
+    return kind.is_specialized_nn_module() or kind.is_unspecialized_nn_module()
 
 
-def parameter_nodes(
-    module: fx.GraphModule, example_inputs: Sequence[Any], names: dict[int, str]
-) -> dict[str, str]:
-    """Node name to parameter name, by the identity of the tensors behind placeholders.
-
-    Args:
-        names: ``id(parameter)`` to name.
-    """
-    found = {}
-    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    for node, value in zip(placeholders, example_inputs, strict=True):
-        if id(value) in names:
-            found[node.name] = names[id(value)]
+def tensors_of_nodes(
+    module: fx.GraphModule, example_inputs: Sequence[Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the nodes hold that may be parameters, by node name: the values of placeholders, which
+    differ from run to run, and the attributes of the module, which do not."""
+    placeholders = [node.name for node in module.graph.nodes if node.op == "placeholder"]
+    given = dict(zip(placeholders, example_inputs, strict=True))
+    held = {}
     for node in module.graph.nodes:
         if node.op == "get_attr":
-            value = module
+            value: Any = module
             for part in node.target.split("."):
                 value = getattr(value, part)
-            if id(value) in names:
-                found[node.name] = names[id(value)]
+            held[node.name] = value
+            if isinstance(value, torch.nn.Parameter):
                 node.meta.setdefault("example_value", value)
-    return found
+    return given, held

@@ -30,6 +30,25 @@ class Stage:
 
 
 @dataclass
+class GraphBinding:
+    """A captured graph with one assignment of the model's parameters to its inputs.
+
+    Dynamo runs one graph for several modules, so that a graph has as many of these as there are
+    assignments.
+    """
+
+    parameters: Mapping[str, str]
+    """Node name to parameter name, for the nodes that hold a parameter."""
+    uses: GraphUses
+    without_examples: tuple[int, ...] = ()
+    """Positions of the outputs whose values do not depend on the examples."""
+    stages: list[Stage] = field(default_factory=list)
+    """What the passes of the emitting variant that ran last left behind."""
+    emitting: dict[object, Callable[..., object]] = field(default_factory=dict)
+    """Compiled emitting variants, by what they emit."""
+
+
+@dataclass
 class CapturedGraph:
     """One graph that was captured from the model, with each of its stages.
 
@@ -37,14 +56,36 @@ class CapturedGraph:
     """
 
     index: int
-    parameters: Mapping[str, str]
-    """Node name to parameter name, for the nodes that hold a parameter."""
-    stages: list[Stage]
-    uses: GraphUses
+    layer: str
+    """Path of the layer that was captured for itself; empty for a frame of the model."""
+    captured: list[Stage]
+    """The graph as dynamo gave it, and in its canonical form."""
+    parameter_positions: tuple[int, ...]
+    """Which of the inputs hold parameters."""
     run: Callable[..., object]
     """The plain graph as the chosen backend compiled it."""
-    emitting: dict[object, Callable[..., object]] = field(default_factory=dict)
-    """Compiled emitting variants, by what they emit."""
+    bindings: dict[object, GraphBinding] = field(default_factory=dict)
+    last: tuple[object, GraphBinding] | None = None
+    """The binding of the last run, and what it was found by."""
+
+    @property
+    def first(self) -> GraphBinding:
+        """The binding that the graph was captured with."""
+        return next(iter(self.bindings.values()))
+
+    @property
+    def uses(self) -> GraphUses:
+        """Every use of every parameter, under all bindings."""
+        found = [binding.uses for binding in self.bindings.values()]
+        return GraphUses(
+            tuple(site for uses in found for site in uses.sites),
+            tuple(use for uses in found for use in uses.unmatched),
+        )
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The graph after every pass, emitting under its first binding."""
+        return [*self.captured, *self.first.stages]
 
     def stage(self, name: str) -> fx.GraphModule:
         """The graph module of one stage.
@@ -59,7 +100,10 @@ class CapturedGraph:
 
     def __repr__(self) -> str:
         names = ", ".join(stage.name for stage in self.stages)
-        return f"CapturedGraph({self.index}: {len(self.uses.sites)} sites; stages {names})"
+        what = f"layer {self.layer!r}, " if self.layer else ""
+        times = f", {len(self.bindings)} bindings" if len(self.bindings) > 1 else ""
+        sites = len(self.first.uses.sites)
+        return f"CapturedGraph({self.index}: {what}{sites} sites{times}; stages {names})"
 
 
 def copy_graph(module: fx.GraphModule) -> fx.GraphModule:

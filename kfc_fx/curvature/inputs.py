@@ -13,7 +13,7 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 def batch_size(inputs: Inputs) -> int:
     """Leading size of the first tensor that has one; 0 where there is none."""
-    sizes = [leaf.shape[0] for leaf in pytree.tree_leaves(inputs) if _has_examples(leaf)]
+    sizes = [leaf.size(0) for leaf in pytree.tree_leaves(inputs) if _has_examples(leaf)]
     return sizes[0] if sizes else 0
 
 
@@ -23,7 +23,7 @@ def first_examples(inputs: Inputs, samples: int | None) -> Inputs:
         return inputs
     batch = batch_size(inputs)
     return pytree.tree_map(
-        lambda leaf: leaf[:samples] if _has_examples(leaf) and leaf.shape[0] == batch else leaf,
+        lambda leaf: leaf[:samples] if _has_examples(leaf) and leaf.size(0) == batch else leaf,
         inputs,
     )
 

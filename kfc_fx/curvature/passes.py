@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,12 +15,20 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from kfc_fx.errors import OutputError
+from kfc_fx.ops.part import WHOLE, Part
 from kfc_fx.ops.statistics_pass import StatisticsPass, fisher_pass, taking_statistics
+from kfc_fx.plan.forms import FactorForms, statistic_shapes
+from kfc_fx.plan.spec import BlockSpec
 
 if TYPE_CHECKING:
     from kfc_fx.curvature.recorder import StatisticsRecorder
 
 Fisher = Literal["sampled", "empirical"]
+
+REENTRANT = (
+    "a checkpoint with use_reentrant=True lets no pass through that is for statistics alone: "
+    "pass use_reentrant=False to torch.utils.checkpoint, or fisher='empirical' to KFC"
+)
 Sums = dict[str, dict[str, Tensor]]
 """Sums of statistics by block and statistic."""
 
@@ -63,12 +71,27 @@ class ForwardRecord:
     collected: Sums = field(default_factory=dict)
     """What it has taken so far."""
     graphs: int = 0
+    """Runs of captured graphs in it."""
+    emitted: dict[str, tuple[BlockSpec, FactorForms]] = field(default_factory=dict)
+    """What each block was, by its name, when it emitted."""
+    missing: str = ""
+    """Why it gives no statistics; empty where it does."""
+    part: Part = WHOLE
+    """Of the batch, that statistics are estimated from."""
+    again: Callable[[ForwardRecord], AbstractContextManager[None]] | None = None
+    """Lets layers that are called within the backward pass emit, where some may be: plain Python
+    has called layers without gradients."""
+
+    def drop(self, block: str) -> None:
+        """Take nothing of a block: what it is has changed while the pass ran."""
+        for kept in (self.rows, self.probes, self.inputs, self.emitted):
+            kept.pop(block, None)
 
     def collect(self, block: str, statistic: str, *, quadratic: bool) -> Callable[[Tensor], None]:
         """What takes a statistic of a block while :class:`GradientPass` runs."""
 
         def take(value: Tensor) -> None:
-            if self.square is not None:
+            if self.square is not None and block in self.rows:
                 scaled = value * self.square.to(value) if quadratic else value
                 add(self.collected, block, {statistic: scaled})
 
@@ -86,12 +109,10 @@ class FisherPass:
         recorder: StatisticsRecorder,
         prediction: Tensor,
         record: ForwardRecord,
-        statistics_of: Mapping[str, Sequence[str]],
     ) -> None:
         self._recorder, self._record = recorder, record
         self._prediction: Tensor | None = prediction
         self._values = _values(prediction)
-        self._statistics_of = statistics_of
 
     def __call__(self, _: Sequence[Tensor | None]) -> None:
         prediction, self._prediction = self._prediction, None
@@ -107,19 +128,29 @@ class FisherPass:
 
     def _gradients(self, prediction: Tensor, examples: int) -> Sums:
         """Statistics by block: the gradients of the probes."""
-        names = [(b, s) for b in self._record.probes for s in self._statistics_of[b]]
+        names = [
+            (block, statistic)
+            for block in self._record.probes
+            for statistic in statistic_shapes(*self._record.emitted[block])
+        ]
         probes = [probe for leaves in self._record.probes.values() for probe in leaves]
         with torch.no_grad():
             generator = self._recorder.generator(prediction.device)
             cotangent = self._recorder.likelihood.sampled_cotangent(self._values, generator)
         with fisher_pass(self._recorder.part(examples, self._record.fisher)):
-            values = torch.autograd.grad(
-                prediction,
-                probes,
-                cotangent.to(prediction.dtype),
-                retain_graph=True,
-                allow_unused=True,
-            )
+            try:
+                values = torch.autograd.grad(
+                    prediction,
+                    probes,
+                    cotangent.to(prediction.dtype),
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+            except RuntimeError as error:
+                if "use_reentrant" not in str(error):
+                    raise
+                self._recorder.missing = REENTRANT
+                return {}
         found: Sums = {}
         for (block, statistic), value in zip(names, values, strict=True):
             if value is not None:  # else the block ran, but the prediction does not depend on it
@@ -158,12 +189,14 @@ class GradientPass:
         values, self._values = self._values, None
         if values is None:
             return  # a second backward pass through the same forward pass
-        if not self._record.probes:
+        if not self._record.probes and not self._record.again:
             self._recorder.statistics.add(self._record.inputs, self._record, self._examples)
             return
         self._record.square = self._scale(values, cotangents[self._position])
         part = self._recorder.part(self._examples, self._record.fisher)
         self._pass = self._running.enter_context(taking_statistics(part))
+        if self._record.again:
+            self._running.enter_context(self._record.again(self._record))
         self._recorder.open_passes.append(self)
         end = partial(self._finish)  # autograd drops it, called or after an error
         weakref.finalize(end, self.close)

@@ -21,10 +21,9 @@ from kfc_fx.curvature.passes import (
     Statistics,
     add,
 )
-from kfc_fx.errors import CaptureError, OutputError
-from kfc_fx.ops.input_factors import input_part
+from kfc_fx.errors import OutputError
 from kfc_fx.ops.part import WHOLE, Part
-from kfc_fx.ops.statistics_pass import collected, gate
+from kfc_fx.ops.statistics_pass import collected, gate, input_part
 from kfc_fx.plan.forms import FactorForms, quadratic_statistic, statistic_shapes
 from kfc_fx.plan.spec import BlockSpec
 
@@ -66,6 +65,8 @@ class StatisticsRecorder:
         """Time spent on Fisher passes, and on statistics in backward passes of the loss, so far."""
         self.samples: Samples = None
         """Examples of a forward pass that statistics are estimated from; None for all."""
+        self.missing = ""
+        """Why the last armed forward pass gave no statistics; empty where it is not known."""
         self.keep_inputs = False
         self.last_inputs: Inputs | None = None
         self.statistics = Statistics()
@@ -87,10 +88,17 @@ class StatisticsRecorder:
             fisher: what its Γ is taken from, if not what the recorder's is.
         """
         record = ForwardRecord(fisher or self.fisher)
+        record.part = self.part(examples, record.fisher)
+        with self.continued(record):
+            yield record
+
+    @contextmanager
+    def continued(self, record: ForwardRecord) -> Iterator[None]:
+        """While it lasts, graphs that run in the backward pass of a forward pass emit for it."""
         outer, self._record = self._record, record
         try:
-            with input_part(self.part(examples, record.fisher)):
-                yield record
+            with input_part(record.part):
+                yield
         finally:
             self._record = outer
 
@@ -151,43 +159,32 @@ class StatisticsRecorder:
         assert self._record is not None
         add(self._record.inputs, block.name, statistics)
 
-    def collect(
-        self, output: Any, record: ForwardRecord, statistics_of: Mapping[str, Sequence[str]]
-    ) -> None:
+    def collect(self, output: Any, record: ForwardRecord) -> None:
         """Run the Fisher pass at once, with sampled targets, without a loss's backward pass."""
         prediction = find_prediction(output)
         self.likelihood.examples(prediction)
-        FisherPass(self, prediction, record, statistics_of)([])
+        FisherPass(self, prediction, record)([])
 
-    def tap(
-        self, output: Any, record: ForwardRecord, statistics_of: Mapping[str, Sequence[str]]
-    ) -> Any:
+    def tap(self, output: Any, record: ForwardRecord) -> Any:
         """Put the output tap on every differentiable tensor of the output.
 
-        Args:
-            statistics_of: block name to the names of its statistics, in probe order.
-
         Raises:
-            CaptureError: no captured graph ran in this forward pass.
             OutputError: the output holds no prediction.
         """
-        if record.graphs == 0:
-            raise CaptureError(
-                "the forward pass ran outside the captured graphs, so no statistics can be taken: "
-                "dynamo skipped the frame or reached its recompile limit (TORCH_LOGS=recompiles "
-                "shows why; torch._dynamo.config.recompile_limit raises it)"
-            )
+        if record.missing:
+            self.missing = record.missing
+            return output
         prediction = find_prediction(output)
         self.likelihood.examples(prediction)  # raises for an output without examples
         tensors = [t for t in float_tensors(output) if t.requires_grad]
-        if not tensors or not record.rows:
+        if not tensors or not (record.rows or record.again):
             return output  # nothing to differentiate: a frozen or unused part of the model
         run: FisherPass | GradientPass
         position = _position(prediction, tensors)
         if record.fisher == "empirical":
             run = GradientPass(self, prediction, position, record)
         else:
-            run = FisherPass(self, prediction, record, statistics_of)
+            run = FisherPass(self, prediction, record)
         tapped = OutputTap.apply(run, *tensors)
         by_id = {id(old): new for old, new in zip(tensors, tapped, strict=True)}
         return replace_tensors(output, lambda t: by_id.get(id(t), t))

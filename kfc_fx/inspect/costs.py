@@ -20,9 +20,9 @@ from kfc_fx.inspect.counting import Work, WorkCounter
 from kfc_fx.inspect.methods import OpCall, StatisticsObserver, counted_call
 from kfc_fx.inspect.nodes import example_of, shape_of
 from kfc_fx.ops.emission import EMISSIONS
-from kfc_fx.ops.input_factors import INPUT_FACTORS, input_part
+from kfc_fx.ops.input_factors import INPUT_FACTORS
 from kfc_fx.ops.part import WHOLE, Part
-from kfc_fx.ops.statistics_pass import fisher_pass
+from kfc_fx.ops.statistics_pass import fisher_pass, input_part
 from kfc_fx.plan.locations import concrete
 from kfc_fx.plan.regions import regions
 

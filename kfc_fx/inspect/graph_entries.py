@@ -48,7 +48,7 @@ def _stage_entry(
         "seconds": stage.seconds,
         "skipped": stage.skipped,
         "nodes": [
-            _node_entry(shown, graph.parameters, sites, owners)
+            _node_entry(shown, graph.first.parameters, sites, owners)
             for shown in _shown_nodes(stage.module.graph)
         ],
     }

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from kfc_fx.binding import Group, update_spec
+from kfc_fx.binding import Group, real_parameters, update_spec
 from kfc_fx.capture.graph import CapturedGraph, Stage
 from kfc_fx.codegen.options import UpdateSpec
 from kfc_fx.codegen.program import generate
@@ -72,7 +72,7 @@ class Inspection:
     @property
     def parameters(self) -> dict[str, Tensor]:
         """Parameters of the model by name."""
-        return dict(self.compiled.original.named_parameters())
+        return real_parameters(self.compiled)
 
     @property
     def groups(self) -> dict[str, Group]:

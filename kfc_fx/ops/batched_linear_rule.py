@@ -36,8 +36,16 @@ class BatchedLinearRule:
     def statistics(self, part: Part, x: Tensor, g: Tensor, *ends: Tensor) -> tuple[Tensor, ...]:
         """Of the whole batch: where examples stand in it is not known here. Of rows that stand one
         entry after the other, ``ends`` is where each entry's end."""
+        return *self.input_statistics(part, x, *ends), *self.output_statistics(part, g, *ends)
+
+    def kept(self, _: Tensor, *ends: Tensor) -> tuple[Tensor, ...]:
+        """The ends of the entries' rows, where the input has them."""
+        return ends
+
+    def output_statistics(self, _: Part, g: Tensor, *ends: Tensor) -> tuple[Tensor, ...]:
+        """Γ of every entry."""
         gamma = grouped_row_gram(g, ends[0]) if ends else _grams(g, self.outputs, False)
-        return *self.input_statistics(part, x, *ends), self._placed(gamma)
+        return (self._placed(gamma),)
 
     def input_statistics(self, _: Part, x: Tensor, *ends: Tensor) -> tuple[Tensor, ...]:
         """Ω of every entry."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,10 +25,11 @@ from kfc_fx.ops.emission_rules import (
     EmbeddingRule,
     EmissionRule,
     LinearRule,
+    MatrixRule,
 )
 from kfc_fx.ops.part import WHOLE, Part
 from kfc_fx.ops.scale_shift_rule import Norm, ScaleShiftRule
-from kfc_fx.ops.statistics_pass import running_pass, taken_by
+from kfc_fx.ops.statistics_pass import forward_part, running_pass, taken_by
 from kfc_fx.plan.geometry import ConvGeometry
 
 Pads = Sequence[tuple[int, int]]
@@ -45,6 +47,7 @@ def emit_linear_factors(
     projections: tuple[int, int, int] = (0, 1, 1),
     reduce: bool = False,
     block: str = "",
+    recomputed: bool = False,
 ) -> Tensor:
     """Identity on ``y`` that emits the Ω of ``x`` and the Γ of the cotangent of ``y``.
 
@@ -71,7 +74,7 @@ def emit_linear_factors(
         input_parts=len(omega_probe) // projections[2],
         output_parts=len(gamma_probe) // projections[2],
     )
-    return _emit(block, y, rule, (omega_probe, gamma_probe), x)
+    return _emit(block, recomputed, y, rule, (omega_probe, gamma_probe), x)
 
 
 def emit_factors(
@@ -87,6 +90,7 @@ def emit_factors(
     groups: int,
     bias: bool,
     block: str = "",
+    recomputed: bool = False,
 ) -> Tensor:
     """Identity on ``y`` that emits the dense Ω of a convolution's input and its Γ.
 
@@ -101,7 +105,7 @@ def emit_factors(
     geometry = conv_geometry(kernel_size, stride, padding, dilation, groups)
     parts = len(omega_probe) // groups, len(gamma_probe) // groups
     rule = ConvRule(geometry, bias, False, *parts)
-    return _emit(block, y, rule, (omega_probe, gamma_probe), x)
+    return _emit(block, recomputed, y, rule, (omega_probe, gamma_probe), x)
 
 
 def emit_separable_factors(
@@ -117,6 +121,7 @@ def emit_separable_factors(
     dilation: Sequence[int],
     groups: int,
     block: str = "",
+    recomputed: bool = False,
 ) -> Tensor:
     """As :func:`emit_factors`, with the two partial traces of Ω in place of Ω.
 
@@ -126,7 +131,7 @@ def emit_separable_factors(
     """
     geometry = conv_geometry(kernel_size, stride, padding, dilation, groups)
     rule = ConvRule(geometry, False, True, output_parts=len(gamma_probe) // groups)
-    return _emit(block, y, rule, (channel_probe, offset_probe, gamma_probe), x)
+    return _emit(block, recomputed, y, rule, (channel_probe, offset_probe, gamma_probe), x)
 
 
 def emit_transposed_factors(
@@ -141,6 +146,7 @@ def emit_transposed_factors(
     dilation: Sequence[int],
     groups: int,
     block: str = "",
+    recomputed: bool = False,
 ) -> Tensor:
     """Identity on ``y`` that emits the factors of a transposed convolution.
 
@@ -151,7 +157,7 @@ def emit_transposed_factors(
         gamma_probe: ``[groups, R, R]``, ``R = C_out/groups * |Δ|``: patches of the cotangent.
     """
     rule = ConvTransposeRule(conv_geometry(kernel_size, stride, padding, dilation, groups))
-    return _emit(block, y, rule, (omega_probe, gamma_probe), x)
+    return _emit(block, recomputed, y, rule, (omega_probe, gamma_probe), x)
 
 
 def emit_embedding_factors(
@@ -162,6 +168,7 @@ def emit_embedding_factors(
     *,
     padding_idx: int | None,
     block: str = "",
+    recomputed: bool = False,
 ) -> Tensor:
     """Identity on ``y`` that emits the factors of an embedding.
 
@@ -172,7 +179,7 @@ def emit_embedding_factors(
         gamma_probe: ``[1, E, E]``, or its parts.
     """
     rule = EmbeddingRule(omega_probe.shape[-1], padding_idx, len(gamma_probe))
-    return _emit(block, y, rule, (omega_probe, gamma_probe), indices)
+    return _emit(block, recomputed, y, rule, (omega_probe, gamma_probe), indices)
 
 
 def emit_scale_shift_factors(
@@ -187,6 +194,7 @@ def emit_scale_shift_factors(
     groups: int = 1,
     eps: float | None = None,
     block: str = "",
+    recomputed: bool = False,
 ) -> Tensor:
     """Identity on ``y`` that emits the factor of a norm layer's scale and shift.
 
@@ -199,7 +207,7 @@ def emit_scale_shift_factors(
         norm, shape, groups, eps: which norm, and its arguments.
     """
     rule = ScaleShiftRule(norm, tuple(shape), bias, groups, eps)
-    return _emit(block, y, rule, (omega_probe, gamma_probe), x, *running)
+    return _emit(block, recomputed, y, rule, (omega_probe, gamma_probe), x, *running)
 
 
 def emit_batched_linear_factors(
@@ -213,6 +221,7 @@ def emit_batched_linear_factors(
     outputs: Axes,
     entries: tuple[int, int, int],
     block: str = "",
+    recomputed: bool = False,
 ) -> Tensor:
     """Identity on ``y`` that emits the factors of a batched linear map, one pair for each entry.
 
@@ -225,7 +234,7 @@ def emit_batched_linear_factors(
         entries: ``(start, stop, E)``, the entries of the weight that ``y`` is of.
     """
     rule = BatchedLinearRule(bias, inputs, outputs, *entries)
-    return _emit(block, y, rule, (omega_probe, gamma_probe), x, *ends)
+    return _emit(block, recomputed, y, rule, (omega_probe, gamma_probe), x, *ends)
 
 
 EMISSIONS = (
@@ -241,15 +250,60 @@ EMISSIONS = (
 
 
 def _emit(
-    block: str, y: Tensor, rule: EmissionRule, probes: tuple[Tensor, ...], *inputs: Tensor
+    block: str,
+    recomputed: bool,
+    y: Tensor,
+    rule: EmissionRule,
+    probes: tuple[Tensor, ...],
+    *inputs: Tensor,
 ) -> Tensor:
+    inputs = tuple(map(_dense, inputs))
+    if not recomputed and _are_hooked(y):
+        if torch._C._current_graph_task_id() >= 0:
+            return y  # a checkpoint runs again what has emitted when it ran first
+        return _Emission.apply(y, Kept.of(rule, inputs), block, len(probes), *probes)
     return _Emission.apply(y, rule, block, len(probes), *probes, *inputs)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A rule with what it needs of its inputs, where the emission must not save them.
+
+    Hooks on saved tensors, such as those of an activation checkpoint that runs op by op, expect the
+    tensors that the model saves and no others. So the statistics of the input are taken in the
+    forward pass; of a layer for which they need the cotangent, its input is held.
+    """
+
+    rule: EmissionRule
+    inputs: tuple[Tensor, ...]
+    input_statistics: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, rule: EmissionRule, inputs: tuple[Tensor, ...]) -> Kept:
+        """What is to be kept of a layer's inputs."""
+        inputs = tuple(tensor.detach() for tensor in inputs)
+        if not isinstance(rule, MatrixRule):
+            return cls(rule, inputs, ())
+        statistics = rule.input_statistics(forward_part(), *inputs)
+        return cls(rule, rule.kept(*inputs), statistics)
+
+    def statistics(self, part: Part, g: Tensor) -> tuple[Tensor, ...]:
+        """See :class:`EmissionRule`."""
+        if not isinstance(self.rule, MatrixRule):
+            return self.rule.statistics(part, *self.inputs[:1], g, *self.inputs[1:])
+        return (*self.input_statistics, *self.rule.output_statistics(part, g, *self.inputs))
+
+
+def _are_hooked(y: Tensor) -> bool:
+    """Whether what is saved for the backward pass goes through hooks."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and not _is_traced(y)
 
 
 class _Emission(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, y: Tensor, rule: EmissionRule, block: str, probes: int, *tensors: Tensor
+        ctx: Any, y: Tensor, rule: EmissionRule | Kept, block: str, probes: int, *tensors: Tensor
     ) -> Tensor:
         ctx.save_for_backward(*tensors[probes:])
         ctx.rule, ctx.block = rule, block
@@ -279,8 +333,16 @@ class _Emission(torch.autograd.Function):
         return cotangent, None, None, None, *statistics, *(None,) * ctx.others
 
 
+def _dense(tensor: Tensor) -> Tensor:
+    """Of a nested tensor, the rows of all its entries, one entry after the other."""
+    return tensor.contiguous().values() if tensor.is_nested else tensor
+
+
 def _statistics(ctx: Any, cotangent: Tensor, part: Part) -> tuple[Tensor | None, ...]:
     """What an emission returns for its probes."""
+    cotangent = _dense(cotangent)
+    if isinstance(ctx.rule, Kept):
+        return ctx.rule.statistics(part, cotangent)
     x, *others = ctx.saved_tensors
     return ctx.rule.statistics(part, x, cotangent, *others)  # type: ignore[no-any-return]
 

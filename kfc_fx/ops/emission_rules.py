@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from math import prod
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -30,11 +30,18 @@ class EmissionRule(Protocol):
         """From the layer's input, the cotangent of its output, and other tensors it read."""
 
 
+@runtime_checkable
 class MatrixRule(EmissionRule, Protocol):
-    """A layer whose weight is a matrix, the statistics of whose input stand alone too."""
+    """A layer whose weight is a matrix, the statistics of whose input and output stand alone."""
 
     def input_statistics(self, part: Part, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """Those that need no cotangent: Ω, or its two partial traces."""
+
+    def output_statistics(self, part: Part, g: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
+        """Γ, from the cotangent and what is :meth:`kept` of the inputs."""
+
+    def kept(self, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        """What the statistics of the output need of the inputs."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,14 @@ class LinearRule:
 
     def statistics(self, part: Part, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`EmissionRule`."""
+        return *self.input_statistics(part, x), *self.output_statistics(part, g)
+
+    def kept(self, *_: Tensor) -> tuple[Tensor, ...]:
+        """See :class:`MatrixRule`."""
+        return ()
+
+    def output_statistics(self, part: Part, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        """See :class:`MatrixRule`."""
         g, scale = part.cut(g)
         if self.reduce and g.dim() > 2:
             g = g.sum(tuple(range(1, g.dim() - 1)))
@@ -64,8 +79,7 @@ class LinearRule:
             gamma = torch.stack([_row_squares(own)[:, None] for own in columns])
         else:
             gamma = torch.stack([row_gram(own) for own in columns])
-        gamma = self._placed(gamma, self.output_parts)
-        return *self.input_statistics(part, x), *scaled((gamma,), scale)
+        return scaled((self._placed(gamma, self.output_parts),), scale)
 
     def input_statistics(self, part: Part, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`MatrixRule`."""
@@ -106,9 +120,16 @@ class ConvRule:
 
     def statistics(self, part: Part, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`EmissionRule`."""
+        return *self.input_statistics(part, x), *self.output_statistics(part, g)
+
+    def kept(self, *_: Tensor) -> tuple[Tensor, ...]:
+        """See :class:`MatrixRule`."""
+        return ()
+
+    def output_statistics(self, part: Part, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        """See :class:`MatrixRule`."""
         g, scale = part.cut(_batched(g, self.geometry))
-        gamma = scaled((_pixel_gram(g, self.geometry.groups * self.output_parts),), scale)
-        return *self.input_statistics(part, x), *gamma
+        return scaled((_pixel_gram(g, self.geometry.groups * self.output_parts),), scale)
 
     def input_statistics(self, part: Part, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`MatrixRule`."""
@@ -139,10 +160,17 @@ class ConvTransposeRule:
 
     def statistics(self, part: Part, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`EmissionRule`."""
-        x = _batched(x, self.geometry)
+        return *self.input_statistics(part, x), *self.output_statistics(part, g, *self.kept(x))
+
+    def kept(self, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        """An empty tensor of the input's spatial size. See :class:`MatrixRule`."""
+        return (x.new_empty(0, *_batched(x, self.geometry).shape[2:]),)
+
+    def output_statistics(self, part: Part, g: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
+        """See :class:`MatrixRule`."""
         g, scale = part.cut(_batched(g, self.geometry))
-        gamma = _patch_gram(*_covered(g, x.shape[2:], self.geometry), bias=False)
-        return *self.input_statistics(part, x), *scaled((gamma,), scale)
+        gamma = _patch_gram(*_covered(g, kept[0].shape[1:], self.geometry), bias=False)
+        return scaled((gamma,), scale)
 
     def input_statistics(self, part: Part, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`MatrixRule`."""

@@ -6,8 +6,7 @@ returns it, and no Fisher pass is run for it. The functions mirror the emissions
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,20 +24,7 @@ from kfc_fx.ops.emission import (
     profiler_range,
 )
 from kfc_fx.ops.emission_rules import ConvRule, ConvTransposeRule, LinearRule, MatrixRule
-from kfc_fx.ops.part import WHOLE, Part
-
-_parts: list[Part] = []
-"""The forward passes that run, each by the part of its examples that statistics are taken of."""
-
-
-@contextmanager
-def input_part(part: Part) -> Iterator[None]:
-    """While it lasts, input statistics are estimated from a part of the batch."""
-    _parts.append(part)
-    try:
-        yield
-    finally:
-        _parts.remove(part)
+from kfc_fx.ops.statistics_pass import forward_part
 
 
 def linear_input_factors(
@@ -124,8 +110,9 @@ INPUT_FACTORS: dict[Callable[..., Tensor], Callable[..., tuple[Tensor, ...]]] = 
 
 def _taken(block: str, rule: MatrixRule, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     x = x.detach()
+    x = x.contiguous().values() if x.is_nested else x
     with profiler_range(block, x):
-        return rule.input_statistics(_parts[-1] if _parts else WHOLE, x, *others)
+        return rule.input_statistics(forward_part(), x, *others)
 
 
 for _function in INPUT_FACTORS.values():

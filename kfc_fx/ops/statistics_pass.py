@@ -30,6 +30,25 @@ _passes: list[StatisticsPass] = []
 """Those that run."""
 
 
+_parts: list[Part] = []
+"""The forward passes that run, each by the part of its examples that statistics are taken of."""
+
+
+@contextmanager
+def input_part(part: Part) -> Iterator[None]:
+    """While it lasts, statistics that are taken in the forward pass are of a part of the batch."""
+    _parts.append(part)
+    try:
+        yield
+    finally:
+        _parts.remove(part)
+
+
+def forward_part() -> Part:
+    """The part of the batch that the forward pass which runs takes statistics of."""
+    return _parts[-1] if _parts else WHOLE
+
+
 @contextmanager
 def taking_statistics(part: Part = WHOLE) -> Iterator[StatisticsPass]:
     """While it lasts, backward passes through emissions compute statistics.

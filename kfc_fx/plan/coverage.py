@@ -20,6 +20,9 @@ from kfc_fx.plan.spec import (
     UnmatchedUse,
 )
 
+NOT_USED = "not used in any captured graph"
+"""Reason of a parameter that the forward pass does not use."""
+
 MOST_PROJECTIONS = 16
 """More parts than this of one weight are no projections, but an accident of how it is cut."""
 
@@ -126,6 +129,8 @@ def _refusal(
     spec: ParameterSpec, sites: Sequence[SiteSpec], unmatched: Unmatched, norm_layers: bool
 ) -> str | None:
     """Why a weight that has sites is generic all the same; None where it gets a block."""
+    if spec.is_complex:
+        return "its weight is complex, and factors are of real layers"
     if sites[0].kind == "scale_shift" and not norm_layers:
         return "scale of a norm layer, and norm_layers=False"
     if spec.name in unmatched:
@@ -196,7 +201,7 @@ def _generic_reason(spec: ParameterSpec, sites: Sites, unmatched: Unmatched) -> 
     layers = [w for w, group in sites.items() if any(s.bias == spec.name for s in group)]
     if layers:
         return f"bias of a layer without a block for it ({', '.join(layers)})"
-    return "not used in any captured graph"
+    return NOT_USED
 
 
 def refuse_generic_layers(plan: CurvaturePlan, uses: Sequence[GraphUses]) -> None:

@@ -18,6 +18,8 @@ def concrete(size: Any) -> int:
         ValueError: the size is of data, so that the capture had none.
     """
     if isinstance(size, torch.SymInt):
+        if size.node.is_nested_int():
+            raise ValueError("the size differs from entry to entry of a nested tensor")
         if size.node.hint is None:
             raise ValueError(f"size {size} is known only when the graph runs")
         return int(size.node.hint)

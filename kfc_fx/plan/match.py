@@ -17,6 +17,7 @@ from kfc_fx.plan.spec import GraphUses, SiteSpec, UnmatchedUse
 from kfc_fx.plan.weight_views import WeightView, dimensions, is_view, shape_of, weight_view
 
 NO_EXAMPLES = "its input does not depend on the examples"
+NESTED = "its input is a nested tensor, of which linear layers and embeddings have factors"
 HIDING = {
     REGION: "inside an activation checkpoint within another, which hides its layers",
     "cond": "inside a conditional region, which hides its layers",
@@ -57,7 +58,11 @@ def match_uses(
     """
     data = _nodes_with_examples(graph, {*parameters, *constants})
     applied = {node: _applied_layer(node, parameters) for node in graph.nodes}
-    calls = {node: call if call and call.x in data else None for node, call in applied.items()}
+    nested = {node for node, call in applied.items() if call and _is_nested(call)}
+    calls = {
+        node: call if call and call.x in data and node not in nested else None
+        for node, call in applied.items()
+    }
     opened = regions(graph) if open_regions else ()
     inside = {region.call: _uses_inside(region, parameters, data) for region in opened}
     sites = []
@@ -71,7 +76,9 @@ def match_uses(
         matched = call.positions if call else frozenset()
         if _is_read_by_sites_only(node, calls):
             matched = frozenset((0,))
-        lost = NO_EXAMPLES if applied[node] and not call else HIDING.get(_target_name(node), "")
+        lost = HIDING.get(_target_name(node), "")
+        if applied[node] and not call:
+            lost = NESTED if node in nested else NO_EXAMPLES
         reason = lost or OTHER_CALLS.get(_target_name(node), "")
         where = (node.name, _target_name(node), source_location(node))
         unmatched += [
@@ -80,6 +87,22 @@ def match_uses(
             if position not in matched
         ]
     return GraphUses(tuple(sites), tuple(unmatched))
+
+
+def outputs_without_examples(graph: fx.Graph, without: Collection[str]) -> tuple[int, ...]:
+    """Positions of a graph's outputs whose values do not depend on the model's inputs.
+
+    Args:
+        without: names of the placeholders that hold no data of the examples.
+    """
+    data = _nodes_with_examples(graph, without)
+    output = next(node for node in graph.nodes if node.op == "output")
+    results = output.args[0] if isinstance(output.args[0], tuple | list) else (output.args[0],)
+    return tuple(
+        position
+        for position, node in enumerate(results)
+        if isinstance(node, fx.Node) and node not in data
+    )
 
 
 def _uses_inside(
@@ -118,6 +141,13 @@ def _carries_data(node: fx.Node) -> bool:
     """Whether a node can hold data: not if its example is known to be a size."""
     example = node.meta.get("example_value")
     return not isinstance(example, int | float | torch.SymInt | torch.SymFloat | torch.Size)
+
+
+def _is_nested(call: LayerCall) -> bool:
+    """Whether a call reads a nested tensor that its statistics are not taken of."""
+    example = call.x.meta.get("example_value") if isinstance(call.x, fx.Node) else None
+    nested = isinstance(example, torch.Tensor) and example.is_nested
+    return nested and call.kind not in ("linear", "embedding")
 
 
 def _is_read_by_sites_only(node: fx.Node, calls: Mapping[fx.Node, LayerCall | None]) -> bool:

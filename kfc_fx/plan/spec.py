@@ -31,11 +31,12 @@ minutes; beyond it a factor of a linear layer is diagonal."""
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """A parameter of the model: dotted name, shape, and whether it is trained."""
+    """A parameter of the model: dotted name, shape, whether it is trained, and whether complex."""
 
     name: str
     shape: tuple[int, ...]
     trainable: bool
+    is_complex: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,8 @@ class UnmatchedUse:
     def __str__(self) -> str:
         where = f" at {self.location}" if self.location else ""
         why = f": {self.reason}" if self.reason else ""
-        return f"node {self.node} ({self.target}){where}{why}"
+        node = f"node {self.node} ({self.target})" if self.node else self.target
+        return f"{node}{where}{why}"
 
 
 @dataclass(frozen=True)
@@ -250,12 +252,53 @@ class GenericSpec:
 
 
 @dataclass(frozen=True)
+class GraphSpec:
+    """One captured graph: of a frame of the model, or of a layer by itself."""
+
+    layer: str
+    """Path of the layer; empty for a frame."""
+    bindings: int
+    """Assignments of parameters to its inputs that it has been run with."""
+    sites: int
+    """Uses of blocks in it, under one of these."""
+
+
+@dataclass(frozen=True)
+class BreakSpec:
+    """A place where plain Python runs between the graphs, and why."""
+
+    place: str
+    """Source line that the compiler could not follow."""
+    function: str
+    """The function that it is in, or that is skipped because of it."""
+    skipped: bool
+    """Whether the whole function runs as plain Python, and not the rest of it as one more graph."""
+    reason: str
+    alone: tuple[str, ...] = ()
+    """Layers that are captured by themselves because of it."""
+
+    def __str__(self) -> str:
+        if not self.skipped:
+            return f"{self.place}: {self.function} goes on in a graph of its own: {self.reason}"
+        count = len(self.alone)
+        cost = "nothing of what it calls is lost"
+        if count:
+            names = ", ".join(self.alone[:3]) + ", ..." * (count > 3)
+            layers = "1 layer is a graph" if count == 1 else f"{count} layers are graphs"
+            cost = f"{layers} of their own on steps with statistics ({names})"
+        return f"{self.place}: {self.function} runs as plain Python, {cost}: {self.reason}"
+
+
+@dataclass(frozen=True)
 class CurvaturePlan:
-    """The account of every parameter: in a block, generic with a reason, or frozen."""
+    """The account of every parameter: in a block, generic with a reason, or frozen; and of how the
+    model was captured."""
 
     blocks: tuple[BlockSpec, ...]
     generic: tuple[GenericSpec, ...]
     frozen: tuple[str, ...]
+    graphs: tuple[GraphSpec, ...] = ()
+    breaks: tuple[BreakSpec, ...] = ()
 
     def block(self, name: str) -> BlockSpec:
         """The block of the layer at module path ``name``."""
@@ -281,7 +324,24 @@ class CurvaturePlan:
             lines.append(f"  block    {b.name}: {b.kind}, {sides}{times}{uses}{shared}{grows}")
         lines += [f"  generic  {g.name} {list(g.shape)}: {g.reason}" for g in self.generic]
         lines += [f"  frozen   {name}" for name in self.frozen]
+        if self.graphs_text:
+            lines.append(f"  graphs   {self.graphs_text}")
+        lines += [f"  break    {found}" for found in self.breaks]
         return "\n".join(lines)
+
+    @property
+    def graphs_text(self) -> str:
+        """How many graphs there are, where it is more than one; empty else."""
+        if len(self.graphs) < 2 and not self.breaks:
+            return ""
+        bound = sum(graph.bindings for graph in self.graphs)
+        alone = sum(bool(graph.layer) for graph in self.graphs)
+        text = f"{len(self.graphs)} " + ("graph" if len(self.graphs) == 1 else "graphs")
+        if bound > len(self.graphs):
+            text += f", run with {bound} assignments of parameters"
+        if alone:
+            text += f", {alone} of them of a layer by itself"
+        return text
 
     def _repr_html_(self) -> str:
         """The account as a table, for notebooks."""
@@ -295,5 +355,6 @@ class CurvaturePlan:
             f"{len(self.blocks)} blocks, {len(self.generic)} generic parameters, "
             f"{len(self.frozen)} frozen"
         )
+        rows += [("(break)", "", "", "", "", "", str(found)) for found in self.breaks]
         header = ("layer", "kind", "|T|", "Ω", "Γ", "groups", "reason")
         return table_html(caption, header, rows)

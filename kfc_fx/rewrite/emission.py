@@ -205,6 +205,7 @@ def _emission_node(
     present = probe_nodes(graph)
     probes = [present[block.name, statistic] for statistic in statistic_shapes(block, forms)]
     arguments = (node, nodes[site.input_node], *probes, *_others(site, nodes))
+    options |= {"recomputed": True} if site.region else {}
     return graph.call_function(function, arguments, {**options, "block": block.name})
 
 

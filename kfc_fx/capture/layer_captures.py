@@ -1,0 +1,215 @@
+"""Layers that run outside of any graph, each captured for itself.
+
+Dynamo skips a frame whose loop has a break in it, or that it has compiled too often, and runs
+nothing of what ``torch.nn`` does for such a frame. A module that holds parameters is therefore
+watched while the model runs: where plain Python calls it, its forward pass goes through a capture
+of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as module_globals
+
+from kfc_fx.capture.dynamo import mark_batch_dynamic
+from kfc_fx.capture.graph_breaks import Frame
+
+INSTALLED = "_compiled_call_impl"
+"""What ``nn.Module.__call__`` runs in place of ``_call_impl``. Dynamo reads it only of a module
+with hooks or a ``__call__`` of its own."""
+
+NOT_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+"""Folders whose frames stand between a module and the program that calls it."""
+
+
+CaptureForward = Callable[[Callable[..., Any], str], Callable[..., Any]]
+
+
+@dataclass
+class Watch:
+    """What the watched modules of one model ask at each of their calls."""
+
+    recording: bool = False
+    """Whether the pass that runs takes statistics, or accounts for the uses of parameters."""
+    without_gradients: bool = False
+    """Whether plain Python has called a layer in it without gradients."""
+
+
+class LayerCaptures:
+    """Watches the modules of a model that hold parameters.
+
+    Args:
+        model: whose modules are watched, itself excepted.
+        capture: from a module's forward method and its path to a function that runs it captured.
+    """
+
+    def __init__(self, model: nn.Module, capture: CaptureForward) -> None:
+        self.watch = Watch()
+        self._model = model
+        self._capture = capture
+        self._layers: dict[nn.Module, LayerCapture] = {}
+        self._installed = False
+
+    def refresh(self) -> None:
+        """Watch the modules that the model has now."""
+        found: dict[nn.Module, LayerCapture] = {}
+        for path, module in self._model.named_modules():
+            if module is self._model or not any(p is not None for p in module._parameters.values()):
+                continue
+            known = self._layers.get(module)
+            if known is None or known.path != path:
+                known = LayerCapture(path, module, self._capture, self.watch)
+            found[module] = known
+        self._layers = found
+
+    @property
+    def alone(self) -> Mapping[str, Frame]:
+        """Path of each layer that has run outside of any graph, to the frame that called it."""
+        return {
+            layer.path: layer.called_from
+            for layer in self._layers.values()
+            if layer.called_from is not None
+        }
+
+    @contextmanager
+    def installed(self, *, recording: bool) -> Iterator[None]:
+        """While it lasts, calls from plain Python are captured.
+
+        Args:
+            recording: run the captures at every such call; else at a layer's first one alone.
+        """
+        if recording or not self._layers:
+            self.refresh()
+        outer, self.watch.recording = self.watch.recording, recording
+        self.watch.without_gradients = False
+        if self._installed:  # a call of the model within a call of the model
+            try:
+                yield
+            finally:
+                self.watch.recording = outer
+            return
+        before = [(module.__dict__, module.__dict__.get(INSTALLED)) for module in self._layers]
+        self._installed = True
+        for (own, _), layer in zip(before, self._layers.values(), strict=True):
+            own[INSTALLED] = layer.call
+        try:
+            yield
+        finally:
+            for own, previous in before:
+                if previous is None:
+                    own.pop(INSTALLED, None)
+                else:
+                    own[INSTALLED] = previous
+            self.watch.recording, self._installed = outer, False
+
+
+class LayerCapture:
+    """The capture of one module's forward pass."""
+
+    def __init__(self, path: str, module: nn.Module, capture: CaptureForward, watch: Watch) -> None:
+        self.path, self.module, self.watch = path, module, watch
+        self.called_from: Frame | None = None
+        """The frame of plain Python that called the module first."""
+        self._capture = capture
+        self._forward: Callable[..., Any] | None = None
+        self._captured: object = None
+        self.call = _watched_call(self)
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the module, its hooks as they are, its forward pass through the capture."""
+        if is_run_again():
+            return self.module._call_impl(*args, **kwargs)
+        if self.called_from is None:
+            self.called_from = _calling_frame(sys._getframe(1))
+        forward = self._own_forward()
+        mark_batch_dynamic(args, kwargs)
+        if not _has_hooks(self.module):
+            return forward(*args, **kwargs)
+        with _in_place_of_forward(self.module, forward):
+            return self.module._call_impl(*args, **kwargs)
+
+    def _own_forward(self) -> Callable[..., Any]:
+        own = self.module.__dict__.get("forward", type(self.module).forward)
+        if self._forward is None or self._captured is not own:
+            self._captured = own
+            self._forward = self._capture(self.module.forward, self.path)
+        return self._forward
+
+
+def _watched_call(layer: LayerCapture) -> Callable[..., Any]:
+    """What stands in for the module's ``_call_impl``.
+
+    Dynamo may trace through it, and then sees the call as it would be without. Where dynamo runs
+    frames of plain Python, it is to leave this one alone, and go on in what it calls.
+    """
+    module, watch = layer.module, layer.watch
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return module._call_impl(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            watch.without_gradients = True
+        elif watch.recording or layer.called_from is None:
+            return layer.run(args, kwargs)
+        return module._call_impl(*args, **kwargs)
+
+    torch._dynamo.eval_frame.skip_code(call.__code__)
+    return call
+
+
+def is_run_again() -> bool:
+    """Whether a checkpoint runs its body a second time, to have the tensors that it did not keep.
+
+    What the body computes is dropped then. It is another matter in a checkpoint that is reentrant:
+    the first run of that one has no gradients, and the second one is differentiated.
+    """
+    in_backward = torch._C._current_graph_task_id() >= 0
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return in_backward and hooks is not None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module_globals._global_forward_hooks
+        or module_globals._global_forward_pre_hooks
+        or module_globals._global_backward_hooks
+        or module_globals._global_backward_pre_hooks
+    )
+
+
+@contextmanager
+def _in_place_of_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    own = module.__dict__
+    before = own.get("forward")
+    own["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del own["forward"]
+        else:
+            own["forward"] = before
+
+
+def _calling_frame(frame: FrameType | None) -> Frame:
+    """The innermost frame of the user's, from one of this module's outwards."""
+    while frame is not None:
+        code = frame.f_code
+        if not code.co_filename.startswith(NOT_USERS):
+            return (code.co_filename, code.co_name, code.co_firstlineno)
+        frame = frame.f_back
+    return ("?", "?", 0)

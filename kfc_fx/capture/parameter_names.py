@@ -1,0 +1,79 @@
+"""Which parameter of a model a tensor is, by identity, at the moment it is used.
+
+Dynamo runs one graph for all modules whose frames share code, with the parameters as its inputs.
+So a name is a matter of each run, and not of the capture.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class ParameterNames:
+    """Names of a model's parameters, looked up by the identity of the tensor.
+
+    A tensor has a name if the model holds it as a parameter, and if it is not a stand-in that is
+    there for a while: under ``torch.func.functional_call`` the model holds foreign tensors while
+    its own still exist. Parameters that are sharded are the exception: in the forward pass of a
+    module that ``fully_shard`` has wrapped, another tensor, of the whole parameter, takes the place
+    of each, and it has the name of the shard.
+
+    Args:
+        model: whose parameters are named.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.version = 0
+        """Grows whenever a name that was looked up may hold no more."""
+        self._model = model
+        self._names: dict[int, tuple[weakref.ref[Tensor], str | None]] = {}
+        self._own: dict[str, weakref.ref[Tensor]] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take the parameters that the model holds now for its own."""
+        held = dict(self._model.named_parameters())
+        self._own = {name: weakref.ref(parameter) for name, parameter in held.items()}
+        self._names = {}
+        for name, parameter in held.items():
+            self._keep(parameter, name)
+        self.version += 1
+
+    def name_of(self, tensor: object) -> str | None:
+        """The parameter's name; None for a tensor that is no parameter of the model now."""
+        known = self._names.get(id(tensor))
+        if known is not None and known[0]() is tensor:
+            return known[1]
+        if not isinstance(tensor, nn.Parameter):
+            return None
+        name = self._name_in_model(tensor)
+        self._keep(tensor, name)
+        return name
+
+    def _name_in_model(self, tensor: Tensor) -> str | None:
+        for name, parameter in self._model.named_parameters():
+            if parameter is tensor:
+                own = self._own.get(name, _nothing)()
+                return name if own is None or is_sharded(own) else None
+        return None
+
+    def _keep(self, tensor: Tensor, name: str | None) -> None:
+        self._names[id(tensor)] = (weakref.ref(tensor, self._forget), name)
+
+    def _forget(self, _: object) -> None:
+        """A tensor is gone, and its identity may become another's."""
+        self.version += 1
+
+
+def _nothing() -> None:
+    return None
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether a parameter is a DTensor, of which this process holds a shard."""
+    module: Any = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(parameter, module.DTensor)

@@ -1,0 +1,85 @@
+"""Uses of parameters that no captured graph holds, found in autograd's own graph of the pass.
+
+Whatever Python stands around it, a use that a gradient will flow through is a node of autograd's
+graph whose next function accumulates the parameter's gradient. Autograd numbers its nodes in the
+order in which they are made. So a use outside of the captured graphs is a node that was made while
+none of them ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Interval = tuple[int, int]
+"""Numbers of autograd's nodes ``[start, stop)``."""
+
+SAME_VALUES = (
+    "ToCopyBackward",
+    "TBackward",
+    "TransposeBackward",
+    "ViewBackward",
+    "UnsafeViewBackward",
+    "AliasBackward",
+    "PermuteBackward",
+)
+"""Nodes that pass on a parameter as it is, in another layout or precision; what is made of it in
+one graph, such as the copy that autocast keeps, may be read outside."""
+
+
+def next_number() -> int:
+    """The number that the next node of autograd's graph will have."""
+    return int(torch._C._autograd._get_sequence_nr())
+
+
+def uses_outside(
+    outputs: Iterable[Tensor], graphs: Sequence[Interval]
+) -> Iterator[tuple[Tensor, str]]:
+    """Parameters that the outputs depend on through a node outside of the graphs.
+
+    Args:
+        outputs: tensors of the model's output.
+        graphs: the numbers of the nodes that captured graphs have made.
+
+    Returns:
+        (parameter, name of the node) pairs, a pair for each such use.
+    """
+    edges = list(_edges(outputs))
+    held: dict[Any, Tensor] = {
+        used: used.variable for _, used in edges if type(used).__name__ == "AccumulateGrad"
+    }
+    found = True
+    while found:
+        found = False
+        for node, used in edges:
+            if used in held and node not in held and _passes_on(node) and _inside(node, graphs):
+                held[node], found = held[used], True
+    for node, used in edges:
+        if used in held and not _inside(node, graphs):
+            yield held[used], node.name()
+
+
+def _edges(outputs: Iterable[Tensor]) -> Iterator[tuple[Any, Any]]:
+    waiting = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        for used, _ in node.next_functions:
+            if used is None:
+                continue
+            yield node, used
+            if used not in seen:
+                seen.add(used)
+                waiting.append(used)
+
+
+def _passes_on(node: Any) -> bool:
+    return node.name().rstrip("0123456789") in SAME_VALUES
+
+
+def _inside(node: Any, graphs: Sequence[Interval]) -> bool:
+    number = node._sequence_nr()
+    return any(start <= number < stop for start, stop in graphs)
