@@ -1,6 +1,6 @@
 # make demo    set up .venv and run the main job: KFC and SGD on scikit-learn's digits
 # make test    set up .venv and run lint, types and tests
-# make fuzz    properties of the rewrite on random networks, for MINUTES=20
+# make fuzz    properties of random networks and programs, for MINUTES=20
 #
 # The set-up is done once, and again only after pyproject.toml has changed.
 

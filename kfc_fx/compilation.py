@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from kfc_fx.capture.canonicalise import canonicalise
+from kfc_fx.capture.concrete_numbers import number_inputs, with_numbers
 from kfc_fx.capture.dynamo import (
     compile_emitting,
     compile_forward,
@@ -172,7 +173,8 @@ class Compilation:
         if call.failure is not None:
             raise call.failure
         self._called = self._called or torch.is_grad_enabled()
-        if recording or len(self._graphs) > call.first_graph:
+        grown = len(self._graphs) > call.first_graph
+        if recording or (grown and not self.layers.watch.passed_by):
             self._account(output, call)
         return output
 
@@ -218,6 +220,7 @@ class Compilation:
     def note_gradients(self, names: Iterable[str]) -> None:
         """Correct the account of parameters that have a gradient, though no graph uses them and the
         model's output does not show the use."""
+        self.names.refresh_if_changed()
         unused = {g.name for g in self.plan.generic if g.reason == NOT_USED}
         for name in unused.intersection(names):
             self._note_outside(name, "")
@@ -254,7 +257,8 @@ class Compilation:
     def graphs(self) -> tuple[CapturedGraph, ...]:
         """Captured graphs in the order of their capture, each with its stages."""
         for graph in self._graphs:
-            self._emitting(graph, graph.first)
+            for binding in graph.bindings.values():
+                self._emitting(graph, binding)
         return tuple(self._graphs)
 
     @property
@@ -386,6 +390,7 @@ class Compilation:
                 for position, value in enumerate(given.values())
                 if isinstance(value, nn.Parameter) or self.names.name_of(value)
             ),
+            number_positions=number_inputs(canonical[-1].module),
             run=compile_plain(self._backend(layer), module, example_inputs),
         )
         self._binding(graph, tuple(example_inputs))
@@ -405,17 +410,17 @@ class Compilation:
         constants: tuple[int, ...] = ()
         if call is not None and call.constants:
             constants = tuple(i for i, value in enumerate(inputs) if call.is_constant(value))
-        fast = (self.names.version, tuple(map(id, given)), constants)
+        numbers = tuple(int(inputs[position]) for position in graph.number_positions)
+        fast = (self.names.version, tuple(map(id, given)), constants, numbers)
         if graph.last is not None and graph.last[0] == fast:
             return graph.last[1]
         names = tuple(map(self.names.name_of, given))
-        binding = graph.bindings.get((names, constants))
-        if binding is None:
-            binding = self._bind(graph, inputs, names, constants)
-            graph.bindings[names, constants] = binding
+        key = (names, constants, numbers)
+        if key not in graph.bindings:
+            graph.bindings[key] = self._bind(graph, inputs, names, constants, numbers)
             self._plan = None
-        graph.last = (fast, binding)
-        return binding
+        graph.last = (fast, graph.bindings[key])
+        return graph.bindings[key]
 
     def _bind(
         self,
@@ -423,6 +428,7 @@ class Compilation:
         inputs: tuple[Any, ...],
         names: tuple[str | None, ...],
         constants: tuple[int, ...],
+        numbers: tuple[int, ...],
     ) -> GraphBinding:
         captured, canonical = graph.captured[0].module, graph.captured[1].module
         given, held = tensors_of_nodes(captured, inputs)
@@ -435,8 +441,12 @@ class Compilation:
         for node, value in held.items():
             if name := self.names.name_of(value):
                 parameters[node] = name
+        if numbers:
+            inputs_of_layers = (nodes[position] for position in graph.number_positions)
+            canonical = with_numbers(canonical, dict(zip(inputs_of_layers, numbers, strict=True)))
         without = constant_nodes(captured) | {nodes[position] for position in constants}
         return GraphBinding(
+            canonical=canonical,
             parameters=parameters,
             uses=match_uses(canonical.graph, parameters, without),
             without_examples=outputs_without_examples(canonical.graph, {*parameters, *without}),
@@ -488,8 +498,7 @@ class Compilation:
         emitters = self._emitters()
         key = tuple(emitters[w] for w in emission_order(binding.uses.sites, emitters))
         if key not in binding.emitting:
-            canonical = graph.captured[1].module
-            binding.stages = emitting_stages(canonical, binding.uses.sites, emitters)
+            binding.stages = emitting_stages(binding.canonical, binding.uses.sites, emitters)
             module = binding.stages[-1].module
             binding.emitting[key] = compile_emitting(self._backend(graph.layer), module)
         return binding.emitting[key]

@@ -182,7 +182,7 @@ class CompiledModel(nn.Module):
 
     def refresh_names(self) -> None:
         """Take the parameters that the model holds now for its own, as an optimizer is made."""
-        self._compilation.names.refresh()
+        self._compilation.names.refresh_if_changed()
 
     def _parameter_specs(self) -> list[ParameterSpec]:
         return self._compilation.parameter_specs()

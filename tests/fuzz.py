@@ -1,4 +1,5 @@
-"""``make fuzz``: the properties of the rewrite on random networks, for as long as it is given.
+"""``make fuzz``: the properties of the rewrite on random networks, and the truth of the factors of
+random programs with breaks, for as long as it is given.
 
 Stops at the first failure, with the shortest network that hypothesis could shrink it to.
 """
@@ -14,7 +15,8 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 
 from tests import properties
-from tests.strategies import DrawnNetwork, networks
+from tests.broken_programs import BrokenProgram, batches, broken_programs, factors_are_true
+from tests.strategies import networks
 
 ROUND = 25
 SETTINGS = settings(
@@ -26,27 +28,45 @@ SETTINGS = settings(
 )
 
 
-def fuzz(minutes: float) -> Counter[str]:
-    """Try networks until the time is over; returns how many by property."""
+def factors_of_broken_programs(program: BrokenProgram) -> None:
+    """Under both Fisher options, on whichever backend."""
+    for fisher in ("empirical", "sampled"):
+        torch._dynamo.reset()
+        factors_are_true(program.build(), batches(), fisher, program.backend)
+
+
+PROPERTIES = (*properties.PROPERTIES, factors_of_broken_programs)
+
+
+def fuzz(minutes: float, only: str = "") -> Counter[str]:
+    """Try networks until the time is over; returns how many by property.
+
+    Args:
+        only: name of the one property to try; all of them if empty.
+    """
     tried: Counter[str] = Counter()
     end = time.monotonic() + 60 * minutes
     while time.monotonic() < end:
-        for check in properties.PROPERTIES:
-            _one_round(check, tried)
-            print(f"{sum(tried.values())} networks tried", flush=True)
+        for check in PROPERTIES:
+            if only in ("", check.__name__):
+                _one_round(check, tried)
+        print(f"{sum(tried.values())} networks tried", flush=True)
     return tried
 
 
 def _one_round(check, tried: Counter[str]) -> None:
     alone = check is properties.batches_add_up
+    drawn = networks(coupled=not alone, random=not alone)
+    if check is factors_of_broken_programs:
+        drawn = broken_programs(backends=("eager", "eager", "aot_eager"))
     torch._dynamo.reset()
 
     @seed(secrets.randbits(64))
     @SETTINGS
-    @given(networks(coupled=not alone, random=not alone))
-    def holds(drawn: DrawnNetwork) -> None:
+    @given(drawn)
+    def holds(example) -> None:
         tried[check.__name__] += 1
-        check(drawn)
+        check(example)
 
     holds()
 
@@ -55,7 +75,10 @@ def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=20)
-    tried = fuzz(parser.parse_args().minutes)
+    names = [check.__name__ for check in PROPERTIES]
+    parser.add_argument("--only", choices=names, default="")
+    options = parser.parse_args()
+    tried = fuzz(options.minutes, options.only)
     for name, count in tried.items():
         print(f"{name}: {count} networks")
 

@@ -56,6 +56,15 @@ class LayerTruth:
                     total[name] = total[name] + value if name in total else value
         return total
 
+    def rows(self, block: BlockSpec) -> list[int]:
+        """Output locations of all examples, for each group of a block."""
+        count = sum(
+            _rows(self.modules[path], call)[1].shape[1]
+            for path in self.paths(block.weight)
+            for call in self.calls.get(path, ())
+        )
+        return [count] * block.groups
+
     def paths(self, weight: str) -> list[str]:
         """Paths of the layers that hold a weight."""
         owner = weight.rpartition(".")[0]
@@ -116,12 +125,18 @@ def problems(
     truth: LayerTruth,
     scale: float | None,
     tolerance: float = 1e-4,
+    known_inputs: Mapping[str, Mapping[str, Tensor]] | None = None,
+    rows: Mapping[str, list[int]] | None = None,
 ) -> tuple[list[str], float, int]:
     """How recorded statistics differ from the truth.
 
     Args:
         sums: block to statistic to its recorded sum.
         scale: by which recorded Γ is larger; None to take it from the blocks themselves.
+        known_inputs: sums of another pass on the same inputs, already compared: their statistics of
+            inputs stand for the truth.
+        rows: recorded counts N·|T| by block and group, to be compared too; every call of a layer
+            must then have had a gradient.
 
     Returns:
         A line for every statistic that is wrong and every layer that was not captured; the worst
@@ -140,11 +155,16 @@ def problems(
         if block is None or path not in truth.called or block.sharing == "reduce":
             continue
         own = sums.get(block.name, {})
-        expected = truth.sums(block, own or {"omega": None, "gamma": None})
+        known = (known_inputs or {}).get(block.name, {})
+        wanted = {n: v for n, v in own.items() if n == "gamma" or n not in known}
+        expected = truth.sums(block, wanted or {"omega": None, "gamma": None})
+        expected |= {n: v for n, v in known.items() if n in own and n != "gamma"}
         if bool(expected) != bool(own):
             what = "has statistics and no gradient came to it" if own else "has no statistics"
             found.append(f"{block.name}: {what}")
             continue
+        if own and rows is not None and rows[block.name] != truth.rows(block):
+            found.append(f"{block.name} has {rows[block.name]} rows, not {truth.rows(block)}")
         pairs += [(f"{block.name}.{name}", own[name], expected[name]) for name in expected]
     gammas = [(e, o) for name, o, e in pairs if name.endswith(".gamma") and e.any()]
     if scale is None:
@@ -164,7 +184,7 @@ def relative_error(own: Tensor, expected: Tensor) -> float:
     if own.shape != expected.shape:
         return float("inf")
     norm = float(expected.norm())
-    difference = float((own.double() - expected).norm())
+    difference = float((own.to(expected.dtype) - expected).norm())
     return difference / norm if norm else (0.0 if difference == 0 else float("inf"))
 
 

@@ -158,7 +158,15 @@ def models_table(rows: list[ZooRow]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("model", overflow="fold")
     table.add_column("size")
-    for heading in ("parameters", "in blocks", "statistics", "difference", "graphs", "breaks"):
+    for heading in (
+        "parameters",
+        "in blocks",
+        "statistics",
+        "difference",
+        "truth",
+        "graphs",
+        "breaks",
+    ):
         table.add_column(heading, justify="right")
     table.add_column("capture s", justify="right")
     table.add_column("symbolic_trace", max_width=14, no_wrap=True)
@@ -175,6 +183,7 @@ def _cells(report: dict[str, Any]) -> list[str]:
         f"{100 * report['in_blocks']:.1f} %",
         str(report["statistics"]),
         "none" if report["bit_equal"] else f"{report['largest_difference']:.0e}",
+        f"{report['truth_error']:.0e} of {report['compared']}",
         str(report["graphs"]),
         str(sum(report["graph_breaks"].values())),
         f"{report['capture_seconds']:.1f}",

@@ -121,10 +121,15 @@ def _armed_step(
     reset: Callable[[], None],
     plain: Observation,
 ) -> ArmedStep:
-    """Passes with statistics of sampled targets, and of the loss's own gradient."""
+    """Passes with statistics of sampled targets, and of the loss's own gradient where the targets
+    can be read off that: of classes."""
     compiled.recorder.scale_free = True  # the loss may be of any output
-    passes = {f: _armed_pass(compiled, case, reset, plain, f) for f in FISHERS}
-    if missing := set(passes["sampled"].sums) - set(passes["empirical"].sums):
+    passes: dict[Fisher, ArmedStep] = {}
+    for fisher in FISHERS if case.likelihood == "categorical" else FISHERS[:1]:
+        known = passes["sampled"].sums if passes else None
+        passes[fisher] = _armed_pass(compiled, case, reset, plain, fisher, known)
+    own = passes.get("empirical", passes["sampled"])
+    if missing := set(passes["sampled"].sums) - set(own.sums):
         raise CheckError(
             f"the loss's own pass recorded no statistic of {', '.join(sorted(missing))}"
         )
@@ -142,6 +147,7 @@ def _armed_pass(
     reset: Callable[[], None],
     plain: Observation,
     fisher: Fisher,
+    known: Sums | None,
 ) -> ArmedStep:
     recorder = compiled.recorder
     recorder.armed, recorder.seed, recorder.fisher = True, SEED, fisher
@@ -160,7 +166,7 @@ def _armed_pass(
         raise CheckError("no statistic was recorded")
     scale = 1.0 if fisher == "sampled" else None
     truth = _truth(compiled, case, reset, fisher)
-    found, truth_error, compared = problems(compiled.plan, sums, truth, scale)
+    found, truth_error, compared = problems(compiled.plan, sums, truth, scale, known_inputs=known)
     if found:
         raise CheckError(f"{fisher}: {len(found)} differ from the truth: {'; '.join(found[:3])}")
     return ArmedStep(sums, worst, compared, truth_error)

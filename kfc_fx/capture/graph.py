@@ -31,12 +31,15 @@ class Stage:
 
 @dataclass
 class GraphBinding:
-    """A captured graph with one assignment of the model's parameters to its inputs.
+    """A captured graph with one assignment of the model's parameters, and of the numbers of its
+    layers, to its inputs.
 
     Dynamo runs one graph for several modules, so that a graph has as many of these as there are
     assignments.
     """
 
+    canonical: fx.GraphModule
+    """The graph in its canonical form, with the numbers of its layers."""
     parameters: Mapping[str, str]
     """Node name to parameter name, for the nodes that hold a parameter."""
     uses: GraphUses
@@ -46,6 +49,18 @@ class GraphBinding:
     """What the passes of the emitting variant that ran last left behind."""
     emitting: dict[object, Callable[..., object]] = field(default_factory=dict)
     """Compiled emitting variants, by what they emit."""
+
+
+@dataclass(frozen=True)
+class BoundGraph:
+    """A captured graph under one of its bindings, for those who look at it."""
+
+    layer: str
+    """Path of the layer that was captured for itself; empty for a frame of the model."""
+    stages: tuple[Stage, ...]
+    parameters: Mapping[str, str]
+    """Node name to parameter name."""
+    uses: GraphUses
 
 
 @dataclass
@@ -62,6 +77,8 @@ class CapturedGraph:
     """The graph as dynamo gave it, and in its canonical form."""
     parameter_positions: tuple[int, ...]
     """Which of the inputs hold parameters."""
+    number_positions: tuple[int, ...]
+    """Which of the inputs are numbers that layers are called with."""
     run: Callable[..., object]
     """The plain graph as the chosen backend compiled it."""
     bindings: dict[object, GraphBinding] = field(default_factory=dict)
@@ -72,6 +89,14 @@ class CapturedGraph:
     def first(self) -> GraphBinding:
         """The binding that the graph was captured with."""
         return next(iter(self.bindings.values()))
+
+    @property
+    def bound(self) -> list[BoundGraph]:
+        """The graph under each of its bindings."""
+        return [
+            BoundGraph(self.layer, (*self.captured, *b.stages), b.parameters, b.uses)
+            for b in self.bindings.values()
+        ]
 
     @property
     def uses(self) -> GraphUses:

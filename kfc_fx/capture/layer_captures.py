@@ -42,6 +42,8 @@ class Watch:
     """Whether the pass that runs takes statistics, or accounts for the uses of parameters."""
     without_gradients: bool = False
     """Whether plain Python has called a layer in it without gradients."""
+    passed_by: bool = False
+    """Whether a layer that has a capture ran without it."""
 
 
 class LayerCaptures:
@@ -85,12 +87,13 @@ class LayerCaptures:
         """While it lasts, calls from plain Python are captured.
 
         Args:
-            recording: run the captures at every such call; else at a layer's first one alone.
+            recording: run the captures at every such call; else those of layers of ``torch.nn``
+                at the first one alone, since dynamo runs nothing of theirs.
         """
         if recording or not self._layers:
             self.refresh()
         outer, self.watch.recording = self.watch.recording, recording
-        self.watch.without_gradients = False
+        self.watch.without_gradients = self.watch.passed_by = False
         if self._installed:  # a call of the model within a call of the model
             try:
                 yield
@@ -153,14 +156,17 @@ def _watched_call(layer: LayerCapture) -> Callable[..., Any]:
     frames of plain Python, it is to leave this one alone, and go on in what it calls.
     """
     module, watch = layer.module, layer.watch
+    of_torch = type(module).__module__.startswith("torch.nn.")
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return module._call_impl(*args, **kwargs)
         if not torch.is_grad_enabled():
             watch.without_gradients = True
-        elif watch.recording or layer.called_from is None:
+        elif watch.recording or not of_torch or layer.called_from is None:
             return layer.run(args, kwargs)
+        else:
+            watch.passed_by = True
         return module._call_impl(*args, **kwargs)
 
     torch._dynamo.eval_frame.skip_code(call.__code__)

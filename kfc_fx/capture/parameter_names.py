@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,6 +44,14 @@ class ParameterNames:
             self._keep(parameter, name)
         self.version += 1
 
+    def refresh_if_changed(self) -> None:
+        """Refresh, if the model holds others by now, as after a layer was replaced. Not for the
+        time of a call, which may be one with foreign tensors."""
+        held = dict(self._model.named_parameters())
+        own = {name: known() for name, known in self._own.items()}
+        if held.keys() != own.keys() or any(held[name] is not own[name] for name in held):
+            self.refresh()
+
     def name_of(self, tensor: object) -> str | None:
         """The parameter's name; None for a tensor that is no parameter of the model now."""
         known = self._names.get(id(tensor))
@@ -62,10 +71,13 @@ class ParameterNames:
         return None
 
     def _keep(self, tensor: Tensor, name: str | None) -> None:
-        self._names[id(tensor)] = (weakref.ref(tensor, self._forget), name)
+        known = weakref.ref(tensor, partial(self._forget, id(tensor)))
+        self._names[id(tensor)] = (known, name)
 
-    def _forget(self, _: object) -> None:
+    def _forget(self, identity: int, known: object) -> None:
         """A tensor is gone, and its identity may become another's."""
+        if identity in self._names and self._names[identity][0] is known:
+            del self._names[identity]
         self.version += 1
 
 

@@ -87,6 +87,7 @@ class StatisticsRecorder:
         Args:
             fisher: what its Γ is taken from, if not what the recorder's is.
         """
+        self.missing = ""
         record = ForwardRecord(fisher or self.fisher)
         record.part = self.part(examples, record.fisher)
         with self.continued(record):

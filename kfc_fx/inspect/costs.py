@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from kfc_fx.capture.graph import CapturedGraph
+from kfc_fx.capture.graph import BoundGraph
 from kfc_fx.inspect.counting import Work, WorkCounter
 from kfc_fx.inspect.methods import OpCall, StatisticsObserver, counted_call
 from kfc_fx.inspect.nodes import example_of, shape_of
@@ -45,7 +45,7 @@ class PassWork:
     uncounted: frozenset[str]
 
 
-def site_costs(graph: CapturedGraph, part: Part = WHOLE) -> list[SiteCost]:
+def site_costs(graph: BoundGraph, part: Part = WHOLE) -> list[SiteCost]:
     """The work of every emission of a graph, and of every input statistic, each run by itself.
 
     Args:
@@ -96,12 +96,12 @@ def _is_probe(argument: Any) -> bool:
     return isinstance(argument, fx.Node) and "kfc_probe" in argument.meta
 
 
-def gradient_work(graph: CapturedGraph) -> PassWork:
+def gradient_work(graph: BoundGraph) -> PassWork:
     """Forward and backward pass of the plain graph, with the gradients of its parameters."""
     return _passes(graph.stages[0].module, _trained)
 
 
-def fisher_work(graph: CapturedGraph) -> Work:
+def fisher_work(graph: BoundGraph) -> Work:
     """The backward pass that brings the sampled cotangent to the sites, and no statistics."""
     module = graph.stages[-1].module
     if not any(map(_is_probe, module.graph.nodes)):

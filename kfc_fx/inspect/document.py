@@ -10,8 +10,11 @@ Schema 1, in ``schema.json`` beside this file (JSON Schema, draft 2020-12):
   ``update_`` ``flops`` and ``bytes`` are the work of each kind of step, for these inputs;
 - ``warnings``: texts;
 - ``blocks``, ``generic``, ``frozen``: the account of every parameter;
-- ``graphs``: of each captured graph its stages, with code, nodes, and what the pass created and
-  erased, by node name;
+- ``breaks``: where plain Python runs between the graphs: ``place``, ``function``, ``skipped``,
+  ``reason``, and ``alone``, the layers that are captured by themselves because of it;
+- ``graphs``: of each captured graph, under each assignment of parameters that it is run with, the
+  ``layer`` it is of (empty for a frame of the model) and its stages, with code, nodes, and what the
+  pass created and erased, by node name;
 - ``update``: text of each generated function by name, empty where there is none; ``preamble``
   holds the text before them;
 - ``run``: a recorded training run, or null.
@@ -22,6 +25,7 @@ A later schema has another number; one schema only gains keys.
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from importlib.metadata import version
 from importlib.resources import files
 from math import prod
@@ -37,6 +41,7 @@ from kfc_fx.inspect.inspection import Inspection
 from kfc_fx.inspect.update_costs import factor_bytes, state_bytes, update_work
 from kfc_fx.inspect.update_text import PARTS, split_update
 from kfc_fx.inspect.warnings_list import warnings_of
+from kfc_fx.plan.spec import BreakSpec
 
 SCHEMA = 1
 
@@ -72,9 +77,14 @@ def code_document(inspection: Inspection) -> dict[str, Any]:
         "capture": inspection.options.capture,
         "inputs": [{"shape": list(i.shape), "dtype": i.dtype} for i in inspection.inputs],
         "warnings": warnings_of(inspection),
+        "breaks": [_entry(found) for found in inspection.plan.breaks],
         "graphs": graph_entries(inspection),
         "update": _update(inspection),
     }
+
+
+def _entry(found: BreakSpec) -> dict[str, Any]:
+    return {**asdict(found), "alone": list(found.alone)}
 
 
 def _update(inspection: Inspection) -> dict[str, str]:
@@ -98,7 +108,7 @@ def _counts(inspection: Inspection) -> dict[str, int]:
         "generic": len(plan.generic),
         "frozen": len(plan.frozen),
         "stacks": len(inspection.spec.stacks) if inspection.spec else 0,
-        "graphs": len(inspection.graphs),
+        "graphs": len(plan.graphs),
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from kfc_fx.capture.graph import CapturedGraph, Stage
+from kfc_fx.capture.graph import BoundGraph, Stage
 from kfc_fx.inspect.graph_text import print_graph
 from kfc_fx.inspect.inspection import Inspection, changed_nodes
 from kfc_fx.inspect.nodes import dtype_of, module_of, shape_of, source_of, target_name
@@ -19,21 +19,21 @@ from kfc_fx.plan.regions import Region, regions
 
 
 def graph_entries(inspection: Inspection) -> list[dict[str, Any]]:
-    """One entry for each captured graph."""
+    """One entry for each captured graph, under each assignment of parameters to its inputs."""
     owners = {name: b.name for b in inspection.plan.blocks for name in b.parameters}
     return [
-        {"index": graph.index, "stages": _stage_entries(graph, owners)}
-        for graph in inspection.graphs
+        {"index": index, "layer": graph.layer, "stages": _stage_entries(graph, owners)}
+        for index, graph in enumerate(inspection.graphs)
     ]
 
 
-def _stage_entries(graph: CapturedGraph, owners: Mapping[str, str]) -> list[dict[str, Any]]:
+def _stage_entries(graph: BoundGraph, owners: Mapping[str, str]) -> list[dict[str, Any]]:
     pairs = pairwise([None, *graph.stages])
     return [_stage_entry(graph, before, stage, owners) for before, stage in pairs if stage]
 
 
 def _stage_entry(
-    graph: CapturedGraph, before: Stage | None, stage: Stage, owners: Mapping[str, str]
+    graph: BoundGraph, before: Stage | None, stage: Stage, owners: Mapping[str, str]
 ) -> dict[str, Any]:
     created, erased = changed_nodes(before, stage)
     sites = {
@@ -48,7 +48,7 @@ def _stage_entry(
         "seconds": stage.seconds,
         "skipped": stage.skipped,
         "nodes": [
-            _node_entry(shown, graph.first.parameters, sites, owners)
+            _node_entry(shown, graph.parameters, sites, owners)
             for shown in _shown_nodes(stage.module.graph)
         ],
     }

@@ -10,7 +10,7 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from kfc_fx.binding import Group, real_parameters, update_spec
-from kfc_fx.capture.graph import CapturedGraph, Stage
+from kfc_fx.capture.graph import BoundGraph, Stage
 from kfc_fx.codegen.options import UpdateSpec
 from kfc_fx.codegen.program import generate
 from kfc_fx.compile import CompiledModel, compile
@@ -61,7 +61,8 @@ class Inspection:
     optimizer: KFC
     inputs: tuple[InputSpec, ...]
     options: InspectionOptions
-    graphs: tuple[CapturedGraph, ...]
+    graphs: tuple[BoundGraph, ...]
+    """Every captured graph under each assignment of parameters that it is run with."""
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -119,7 +120,7 @@ def inspect_model(
     optimizer = options.optimizer(compiled)
     with without_passes(options.without):
         _capture(compiled, inputs, options.capture)
-        graphs = compiled.graphs
+        graphs = tuple(bound for graph in compiled.graphs for bound in graph.bound)
     return Inspection(target, compiled, optimizer, tuple(inputs), options, graphs, tuple(notes))
 
 

@@ -27,11 +27,12 @@ def _capture_warnings(inspection: Inspection) -> Iterator[str]:
             "captured by symbolic_trace: Python branches and the training flag are fixed in the "
             "graph; it is for looking, not for training"
         )
-    if len(inspection.graphs) > 1:
+    if inspection.plan.graphs_text:
         yield (
-            f"captured in {len(inspection.graphs)} graphs: Python between them runs as it is, and "
+            f"captured in {inspection.plan.graphs_text}: Python between them runs as it is, and "
             "every graph emits its own blocks"
         )
+    yield from map(str, inspection.plan.breaks)
     if not inspection.compiled.training:
         yield "the model is in evaluation mode: norms and dropout are captured that way"
 

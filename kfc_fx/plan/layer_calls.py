@@ -115,7 +115,7 @@ def _einsum(node: fx.Node) -> LayerCall | None:
 
 def _embedding(node: fx.Node) -> LayerCall | None:
     indices, weight, padding_idx, max_norm, _, scale_by_frequency, sparse = node.args
-    if max_norm is not None or scale_by_frequency or sparse:
+    if max_norm is not None or scale_by_frequency or sparse or isinstance(padding_idx, fx.Node):
         return None
     positions = frozenset((1,))
     return LayerCall(
@@ -146,8 +146,10 @@ def _layer_norm(node: fx.Node) -> LayerCall:
     return _scale_shift(x, weight, bias, (2, 3), NormSpec("layer", eps=eps))  # type: ignore[arg-type]
 
 
-def _group_norm(node: fx.Node) -> LayerCall:
+def _group_norm(node: fx.Node) -> LayerCall | None:
     x, groups, weight, bias, eps = node.args
+    if isinstance(groups, fx.Node):
+        return None  # a number that is computed in the graph
     return _scale_shift(x, weight, bias, (2, 3), NormSpec("group", groups, eps))  # type: ignore[arg-type]
 
 

@@ -57,7 +57,11 @@ def match_uses(
         them) and every use of a parameter that is no site.
     """
     data = _nodes_with_examples(graph, {*parameters, *constants})
-    applied = {node: _applied_layer(node, parameters) for node in graph.nodes}
+    without_gradient = {node for node in graph.nodes if _lets_no_gradient_through(node)}
+    applied = {
+        node: None if node in without_gradient else _applied_layer(node, parameters)
+        for node in graph.nodes
+    }
     nested = {node for node, call in applied.items() if call and _is_nested(call)}
     calls = {
         node: call if call and call.x in data and node not in nested else None
@@ -71,7 +75,7 @@ def match_uses(
         sites += inside[node].sites if node in inside else ()
     unmatched = [use for uses in inside.values() for use in uses.unmatched]
     for node, call in calls.items():
-        if node in inside:
+        if node in inside or node in without_gradient:
             continue
         matched = call.positions if call else frozenset()
         if _is_read_by_sites_only(node, calls):
@@ -141,6 +145,21 @@ def _carries_data(node: fx.Node) -> bool:
     """Whether a node can hold data: not if its example is known to be a size."""
     example = node.meta.get("example_value")
     return not isinstance(example, int | float | torch.SymInt | torch.SymFloat | torch.Size)
+
+
+def _lets_no_gradient_through(node: fx.Node) -> bool:
+    """Whether a node stands under ``no_grad``, or is no differentiable function: its inputs require
+    gradients and none of its results does. What it does with a parameter is no use of it then."""
+    results = _tensors(node.meta.get("example_value"))
+    if node.op not in ("call_function", "call_method") or not results:
+        return False
+    given = [t for used in node.all_input_nodes for t in _tensors(used.meta.get("example_value"))]
+    return any(t.requires_grad for t in given) and not any(t.requires_grad for t in results)
+
+
+def _tensors(example: object) -> list[torch.Tensor]:
+    values = example if isinstance(example, tuple | list) else [example]
+    return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 def _is_nested(call: LayerCall) -> bool:

@@ -1,0 +1,207 @@
+"""Nested tensors, complex layers, buffers that come and grow: trained, or named with the reason."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import kfc_fx
+
+X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(6) % 3
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+
+
+def make(net: nn.Module, **options):
+    compiled = kfc_fx.compile(net)
+    intervals = {"factor_interval": 1, "inverse_interval": 1}
+    return compiled, kfc_fx.KFC(compiled, **{"lr": 0.01, **intervals, **options})
+
+
+def step(compiled, opt, x=X, y=Y) -> float:
+    loss = F.cross_entropy(compiled(x), y)
+    loss.backward()
+    opt.step()
+    opt.zero_grad()
+    return loss.item()
+
+
+# -- nested tensors ------------------------------------------------------------------------
+
+ROWS = [torch.randn(n, 4, generator=torch.Generator().manual_seed(n)) for n in (2, 3, 4)]
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        if x.is_nested:
+            return self.second(self.norm(self.first(x).relu())).to_padded_tensor(0.0).sum(1)
+        return self.second(self.norm(self.first(x).relu()))
+
+
+def jagged() -> torch.Tensor:
+    return torch.nested.nested_tensor(ROWS, layout=torch.jagged)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "sampled"])
+@pytest.mark.parametrize("scaling", ["adam", "spectral"])
+def test_linear_layers_on_jagged_tensors_are_blocks_and_norms_are_named(fisher, scaling):
+    torch.manual_seed(0)
+    compiled, opt = make(Nested(), fisher=fisher, scaling=scaling)
+    losses = [step(compiled, opt, jagged(), Y[:3]) for _ in range(8)]
+    assert losses[-1] < losses[0]
+    assert {block.name for block in compiled.plan.blocks} == {"first", "second"}
+    reasons = {generic.name: generic.reason for generic in compiled.plan.generic}
+    assert set(reasons) == {"norm.weight", "norm.bias"}
+    assert "nested tensor" in reasons["norm.weight"]
+
+
+def test_factors_of_jagged_tensors_are_sums_over_all_rows():
+    torch.manual_seed(0)
+    net = Nested()
+    compiled, opt = make(copy.deepcopy(net), lr=0.0, fisher="empirical", factor_samples=None)
+    step(compiled, opt, jagged(), Y[:3])
+    omega = opt.factors["first"].omega
+    rows = torch.cat(ROWS)
+    rows = torch.cat([rows, torch.ones(len(rows), 1)], 1)
+    torch.testing.assert_close(omega.reshape(5, 5), rows.T @ rows / 3)
+    rows = net.first(torch.cat(ROWS))
+    gradients: list[torch.Tensor] = []
+    rows.register_hook(gradients.append)
+    padded = net.second(net.norm(rows.relu())).split([2, 3, 4])
+    F.cross_entropy(torch.stack([own.sum(0) for own in padded]), Y[:3], reduction="sum").backward()
+    gamma = opt.factors["first"].gamma
+    torch.testing.assert_close(gamma.reshape(8, 8), gradients[0].T @ gradients[0] / len(rows))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_strided_nested_tensors_are_refused_with_what_to_do():
+    compiled, opt = make(Nested())
+    loss = compiled(torch.nested.nested_tensor(ROWS)).sum()
+    loss.backward()
+    with pytest.raises(kfc_fx.CaptureError, match=r"strided NestedTensor.*torch\.optim"):
+        opt.step()
+
+
+# -- complex layers ------------------------------------------------------------------------
+
+
+class Spectrum(nn.Module):
+    """A real layer, a filter of its Fourier transform, a complex layer, a real one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.filter = nn.Linear(4, 8), nn.Parameter(torch.randn(5, dtype=torch.cfloat))
+        self.mixed, self.last = nn.Linear(5, 5, dtype=torch.cfloat), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.last(self.mixed(torch.fft.rfft(self.first(x)) * self.filter).abs())
+
+
+@pytest.mark.parametrize("scaling", ["adam", "spectral", "eigen", "inverse"])
+@pytest.mark.parametrize("options", [{}, {"average": 4.0}, {"generic": "sgd", "weight_decay": 0.1}])
+def test_complex_layers_are_generic_with_the_reason_and_train(scaling, options):
+    torch.manual_seed(0)
+    compiled, opt = make(Spectrum(), scaling=scaling, lr=0.003, **options)
+    losses = [step(compiled, opt) for _ in range(10)]
+    assert losses[-1] < losses[0]
+    assert [block.name for block in compiled.plan.blocks] == ["first", "last"]
+    reasons = {generic.name: generic.reason for generic in compiled.plan.generic}
+    assert reasons["mixed.weight"] == "its weight is complex, and factors are of real layers"
+    assert set(reasons) == {"filter", "mixed.weight", "mixed.bias"}
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_complex_parameters_step_as_by_adamw(weight_decay):
+    torch.manual_seed(0)
+    net = Spectrum()
+    reference = copy.deepcopy(net)
+    held = ("filter", "mixed.weight", "mixed.bias")
+    compiled = kfc_fx.compile(net)
+    still = [p for n, p in net.named_parameters() if n not in held]
+    moved = [p for n, p in net.named_parameters() if n in held]
+    groups = [{"params": still, "lr": 0.0}, {"params": moved, "lr": 0.02}]
+    opt = kfc_fx.KFC(compiled, groups, weight_decay=weight_decay)
+    others = [p for n, p in reference.named_parameters() if n in held]
+    adamw = torch.optim.AdamW(others, lr=0.02, weight_decay=weight_decay)
+    for _ in range(6):
+        step(compiled, opt)
+        step(reference, adamw)
+        for own, expected in zip(moved, others, strict=True):
+            torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-7)
+        reference.zero_grad()
+
+
+def test_a_resumed_run_with_complex_parameters_is_bit_equal():
+    def run(steps: int, state: tuple | None = None):
+        torch.manual_seed(0)
+        compiled, opt = make(Spectrum())
+        if state is not None:
+            compiled.load_state_dict(state[0])
+            opt.load_state_dict(state[1])
+        for _ in range(steps):
+            step(compiled, opt)
+        return compiled, opt
+
+    half = run(3)
+    state = copy.deepcopy((half[0].state_dict(), half[1].state_dict()))
+    for own, expected in zip(run(3, state)[0].parameters(), run(6)[0].parameters(), strict=True):
+        assert torch.equal(own, expected)
+
+
+# -- buffers -------------------------------------------------------------------------------
+
+
+class Registering(nn.Module):
+    """A buffer that the forward pass registers, and one that it replaces by a longer one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.register_buffer("kept", torch.zeros(0, 8), persistent=False)
+
+    def forward(self, x):
+        if not hasattr(self, "scale"):
+            self.register_buffer("scale", torch.ones(8), persistent=False)
+        h = self.first(x) * self.scale
+        self.kept = torch.cat([self.kept, h.detach().mean(0, keepdim=True)])
+        return self.second(h + self.kept.mean(0))
+
+
+def test_buffers_that_come_and_grow_train_as_uncompiled():
+    torch.manual_seed(0)
+    net = Registering()
+    reference = copy.deepcopy(net)
+    compiled, opt = make(net, lr=0.0)
+    for count in range(1, 13):
+        expected = reference(X)
+        loss = F.cross_entropy(compiled(X), Y)
+        loss.backward()
+        opt.step()
+        assert torch.equal(loss, F.cross_entropy(expected, Y))
+        assert len(net.kept) == count
+    assert opt.diagnostics.statistics_steps == 12
+    assert len(compiled.plan.blocks) == 2
+
+
+def test_tracing_and_initialising_leave_such_buffers_as_they_were():
+    torch.manual_seed(0)
+    compiled, opt = make(Registering())
+    compiled.trace(X)
+    opt.initialise([X])
+    assert dict(compiled.original.named_buffers()).keys() == {"kept"}
+    assert len(compiled.kept) == 0
+    assert "scale" not in compiled.original._non_persistent_buffers_set
+    step(compiled, opt)
+    assert len(compiled.kept) == 1
