@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from kfc_fx.capture.bindings import Call, binding_of, parameter_inputs
 from kfc_fx.capture.canonicalise import canonicalise
-from kfc_fx.capture.concrete_numbers import number_inputs, with_numbers
+from kfc_fx.capture.concrete_numbers import number_inputs
 from kfc_fx.capture.dynamo import (
     compile_emitting,
     compile_forward,
     compile_plain,
-    constant_nodes,
     dynamo_settings,
     mark_batch_dynamic,
-    tensors_of_nodes,
 )
 from kfc_fx.capture.graph import CapturedGraph, GraphBinding, Stage, copy_graph
 from kfc_fx.capture.graph_breaks import BreakLog
 from kfc_fx.capture.layer_captures import LayerCaptures
 from kfc_fx.capture.parameter_names import ParameterNames
+from kfc_fx.capture.preserved_state import state_preserved
 from kfc_fx.capture.symbolic import refuse_to_run, symbolic_graph
-from kfc_fx.capture.uses_outside import next_number, uses_outside
+from kfc_fx.capture.uses_outside import next_number, use_outside, uses_outside
 from kfc_fx.curvature.inputs import batch_size
 from kfc_fx.curvature.likelihood import Likelihood
 from kfc_fx.curvature.passes import ForwardRecord
@@ -36,7 +35,6 @@ from kfc_fx.curvature.recorder import StatisticsRecorder
 from kfc_fx.errors import CaptureError
 from kfc_fx.plan.coverage import NOT_USED, build_plan, refuse_generic_layers
 from kfc_fx.plan.forms import FactorForms, factor_forms, statistic_shapes
-from kfc_fx.plan.match import match_uses, outputs_without_examples
 from kfc_fx.plan.sharing import SharingOption
 from kfc_fx.plan.spec import (
     BlockSpec,
@@ -63,25 +61,6 @@ class CompileOptions:
     strict: bool
     norm_layers: bool
     weight_sharing: SharingOption
-
-
-@dataclass
-class Call:
-    """One call of the model that runs."""
-
-    first_graph: int
-    """Number of graphs there were when it began."""
-    graphs: list[tuple[int, int]] = field(default_factory=list)
-    """The numbers of autograd's nodes that each captured graph made."""
-    failure: Exception | None = None
-    """What has gone wrong while a graph was captured."""
-    constants: dict[int, weakref.ref[Tensor]] = field(default_factory=dict)
-    """Tensors that graphs have returned and whose values do not depend on the examples."""
-
-    def is_constant(self, value: object) -> bool:
-        """Whether a graph has returned this tensor as one without data of the examples."""
-        known = self.constants.get(id(value))
-        return known is not None and known() is value
 
 
 class Compilation:
@@ -133,7 +112,7 @@ class Compilation:
             CaptureError: dynamo captured no graph of the model.
         """
         self.names.refresh()
-        with _state_preserved(self.model), torch.enable_grad():
+        with state_preserved(self.model), torch.enable_grad():
             self._run(args, kwargs, recording=True)
         return self.plan
 
@@ -151,7 +130,7 @@ class Compilation:
         Buffers and random number generators are left as they were.
         """
         recorder = self.recorder
-        with _state_preserved(self.model), torch.enable_grad():
+        with state_preserved(self.model), torch.enable_grad():
             with recorder.forward_pass(batch_size((args, kwargs)), fisher="sampled") as record:
                 output = self._run(args, kwargs, recording=True)
             self._drop_changed(record)
@@ -226,22 +205,9 @@ class Compilation:
             self._note_outside(name, "")
 
     def _note_outside(self, name: str, node: str) -> None:
-        if (name, node) in self._outside:
-            return
-        self._outside[name, node] = UnmatchedUse(
-            parameter=name,
-            node="",
-            target=f"{node} in plain Python" if node else "plain Python",
-            location="",
-            reason=self._why_outside(),
-            may_be_layer=not node or node.startswith(LAYER_NODES),
-        )
-        self._plan = None
-
-    def _why_outside(self) -> str:
-        """The frames that ran as plain Python, with dynamo's reasons."""
-        skipped = [b for b in self.breaks.breaks if b.skipped] or list(self.breaks.breaks)
-        return "; ".join(map(str, skipped[:MOST_FRAMES])) or "no graph holds it"
+        if (name, node) not in self._outside:
+            self._outside[name, node] = use_outside(name, node, self.breaks.breaks)
+            self._plan = None
 
     def _why_nothing_ran(self) -> str:
         """The reasons for which the forward pass ran outside of all graphs."""
@@ -380,16 +346,11 @@ class Compilation:
         self.breaks.note_graph(module)
         captured = Stage("captured", copy_graph(module))
         canonical = run_passes(captured.module, [("canonical", canonicalise)])
-        given, _ = tensors_of_nodes(captured.module, example_inputs)
         graph = CapturedGraph(
             index=len(self._graphs),
             layer=layer,
             captured=[captured, *canonical],
-            parameter_positions=tuple(
-                position
-                for position, value in enumerate(given.values())
-                if isinstance(value, nn.Parameter) or self.names.name_of(value)
-            ),
+            parameter_positions=parameter_inputs(example_inputs, self.names),
             number_positions=number_inputs(canonical[-1].module),
             run=compile_plain(self._backend(layer), module, example_inputs),
         )
@@ -404,53 +365,12 @@ class Compilation:
 
     def _binding(self, graph: CapturedGraph, inputs: tuple[Any, ...]) -> GraphBinding:
         """The graph with the names of the parameters that it is run with."""
-        positions = graph.parameter_positions
-        given = [inputs[position] for position in positions]
-        call = self._call
-        constants: tuple[int, ...] = ()
-        if call is not None and call.constants:
-            constants = tuple(i for i, value in enumerate(inputs) if call.is_constant(value))
-        numbers = tuple(int(inputs[position]) for position in graph.number_positions)
-        fast = (self.names.version, tuple(map(id, given)), constants, numbers)
-        if graph.last is not None and graph.last[0] == fast:
-            return graph.last[1]
-        names = tuple(map(self.names.name_of, given))
-        key = (names, constants, numbers)
-        if key not in graph.bindings:
-            graph.bindings[key] = self._bind(graph, inputs, names, constants, numbers)
+        constants = self._call.constants_among(inputs) if self._call else ()
+        known = len(graph.bindings)
+        binding = binding_of(graph, inputs, self.names, constants)
+        if len(graph.bindings) > known:
             self._plan = None
-        graph.last = (fast, graph.bindings[key])
-        return graph.bindings[key]
-
-    def _bind(
-        self,
-        graph: CapturedGraph,
-        inputs: tuple[Any, ...],
-        names: tuple[str | None, ...],
-        constants: tuple[int, ...],
-        numbers: tuple[int, ...],
-    ) -> GraphBinding:
-        captured, canonical = graph.captured[0].module, graph.captured[1].module
-        given, held = tensors_of_nodes(captured, inputs)
-        nodes = list(given)
-        parameters = {
-            nodes[position]: name
-            for position, name in zip(graph.parameter_positions, names, strict=True)
-            if name is not None
-        }
-        for node, value in held.items():
-            if name := self.names.name_of(value):
-                parameters[node] = name
-        if numbers:
-            inputs_of_layers = (nodes[position] for position in graph.number_positions)
-            canonical = with_numbers(canonical, dict(zip(inputs_of_layers, numbers, strict=True)))
-        without = constant_nodes(captured) | {nodes[position] for position in constants}
-        return GraphBinding(
-            canonical=canonical,
-            parameters=parameters,
-            uses=match_uses(canonical.graph, parameters, without),
-            without_examples=outputs_without_examples(canonical.graph, {*parameters, *without}),
-        )
+        return binding
 
     def _run_graph(self, graph: CapturedGraph, inputs: tuple[Any, ...]) -> Any:
         binding, call = self._binding(graph, inputs), self._call
@@ -458,10 +378,7 @@ class Compilation:
         outputs = self._run_binding(graph, binding, inputs)
         if call is not None:
             call.graphs.append((start, next_number()))
-            for position in binding.without_examples:
-                value = outputs[position]
-                if isinstance(value, Tensor):
-                    call.constants[id(value)] = weakref.ref(value)
+            call.note_constants(outputs[position] for position in binding.without_examples)
         return outputs
 
     def _run_binding(
@@ -502,42 +419,3 @@ class Compilation:
             module = binding.stages[-1].module
             binding.emitting[key] = compile_emitting(self._backend(graph.layer), module)
         return binding.emitting[key]
-
-
-MOST_FRAMES = 3
-"""Frames of plain Python that a reason names."""
-
-LAYER_NODES = ("Addmm", "Mm", "Bmm", "Baddbmm", "Convolution", "Linear", "Embedding", "UnsafeView")
-"""How the autograd nodes of calls begin that are, or may hide, a conv or linear call."""
-
-
-@contextmanager
-def _state_preserved(model: nn.Module) -> Iterator[None]:
-    """Restore buffers and random number generators afterwards.
-
-    Buffers that the forward pass registers are taken away again, and those that it replaces, such
-    as a cache that grows, are put back.
-    """
-    before = [
-        (module, dict(module._buffers), set(module._non_persistent_buffers_set))
-        for module in model.modules()
-    ]
-    values = {
-        buffer: buffer.clone()
-        for _, buffers, _ in before
-        for buffer in buffers.values()
-        if buffer is not None
-    }
-    devices = sorted({t.device.index for t in model.parameters() if t.device.type == "cuda"})
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        with torch.no_grad():
-            for module, buffers, non_persistent in before:
-                module._buffers.clear()
-                module._buffers.update(buffers)
-                module._non_persistent_buffers_set.clear()
-                module._non_persistent_buffers_set.update(non_persistent)
-            for buffer, value in values.items():
-                buffer.copy_(value)

@@ -174,12 +174,12 @@ def test_what_the_message_says_where_a_forward_pass_captured_nothing():
 
 
 def test_a_capture_that_fails_raises_its_own_error(monkeypatch):
-    from kfc_fx import compilation
+    from kfc_fx.capture import bindings
 
     def fail(*_: object, **__: object) -> None:
         raise kfc_fx.KfcError("a fault of ours")
 
-    monkeypatch.setattr(compilation, "match_uses", fail)
+    monkeypatch.setattr(bindings, "match_uses", fail)
     with pytest.raises(kfc_fx.KfcError, match="a fault of ours"):
         kfc_fx.compile(nn.Sequential(nn.Linear(4, 3))).trace(torch.randn(2, 4))
 

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfc_fx.capture.graph_breaks import GraphBreak
+from kfc_fx.plan.spec import UnmatchedUse
+
 Interval = tuple[int, int]
 """Numbers of autograd's nodes ``[start, stop)``."""
 
@@ -28,6 +31,13 @@ SAME_VALUES = (
 )
 """Nodes that pass on a parameter as it is, in another layout or precision; what is made of it in
 one graph, such as the copy that autocast keeps, may be read outside."""
+
+
+MOST_FRAMES = 3
+"""Frames of plain Python that a reason names."""
+
+LAYER_NODES = ("Addmm", "Mm", "Bmm", "Baddbmm", "Convolution", "Linear", "Embedding", "UnsafeView")
+"""How the nodes of calls begin that are, or may hide, a conv or linear call."""
 
 
 def next_number() -> int:
@@ -60,6 +70,25 @@ def uses_outside(
     for node, used in edges:
         if used in held and not _inside(node, graphs):
             yield held[used], node.name()
+
+
+def use_outside(name: str, node: str, breaks: Sequence[GraphBreak]) -> UnmatchedUse:
+    """The account of a use that no graph holds.
+
+    Args:
+        name: of the parameter.
+        node: name of autograd's node; empty where there is none in the output's graph.
+        breaks: where plain Python ran, with dynamo's reasons.
+    """
+    skipped = [found for found in breaks if found.skipped] or list(breaks)
+    return UnmatchedUse(
+        parameter=name,
+        node="",
+        target=f"{node} in plain Python" if node else "plain Python",
+        location="",
+        reason="; ".join(map(str, skipped[:MOST_FRAMES])) or "no graph holds it",
+        may_be_layer=not node or node.startswith(LAYER_NODES),
+    )
 
 
 def _edges(outputs: Iterable[Tensor]) -> Iterator[tuple[Any, Any]]:
