@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from kfc_fx.capture.dynamo import (
     compile_plain,
     dynamo_settings,
     mark_batch_dynamic,
+    tensors_of_nodes,
 )
 from kfc_fx.capture.graph import CapturedGraph, GraphBinding, Stage, copy_graph
 from kfc_fx.capture.graph_breaks import BreakLog
@@ -30,7 +31,7 @@ from kfc_fx.capture.symbolic import refuse_to_run, symbolic_graph
 from kfc_fx.capture.uses_outside import next_number, use_outside, uses_outside
 from kfc_fx.curvature.inputs import batch_size
 from kfc_fx.curvature.likelihood import Likelihood
-from kfc_fx.curvature.passes import ForwardRecord
+from kfc_fx.curvature.passes import REENTRANT, ForwardRecord
 from kfc_fx.curvature.recorder import StatisticsRecorder
 from kfc_fx.errors import CaptureError
 from kfc_fx.plan.coverage import NOT_USED, build_plan, refuse_generic_layers
@@ -40,6 +41,7 @@ from kfc_fx.plan.spec import (
     BlockSpec,
     BreakSpec,
     CurvaturePlan,
+    GenericSpec,
     GraphSpec,
     GraphUses,
     ParameterSpec,
@@ -63,6 +65,14 @@ class CompileOptions:
     weight_sharing: SharingOption
 
 
+STARTS_ANEW = (
+    torch._dynamo.exc.RestartAnalysis,
+    torch._dynamo.exc.SkipFrame,
+    torch._dynamo.exc.Unsupported,
+)
+"""How dynamo itself begins a frame anew, or leaves it."""
+
+
 class Compilation:
     """Captures a model and runs it, on an armed step with statistics of the graphs it runs.
 
@@ -76,14 +86,17 @@ class Compilation:
         self.names = ParameterNames(model)
         self.breaks = BreakLog()
         self.layers = LayerCaptures(model, self._capture)
-        self._forward = self._capture(model, "")
+        self._forward = self._capture(model)
         self._graphs: list[CapturedGraph] = []
         self._outside: dict[tuple[str, str], UnmatchedUse] = {}
+        self._with_gradient: set[str] = set()
         self._called = False
         self._plan: tuple[object, CurvaturePlan] | None = None
         self._forms_of: FormsOf = factor_forms
         self._chosen: tuple[object, Emitters] | None = None
         self._call: Call | None = None
+        self._backward_passes = 0
+        self._watching = ExitStack()
 
     # -- calls -------------------------------------------------------------------------------
 
@@ -99,7 +112,9 @@ class Compilation:
         with recorder.forward_pass(batch_size((args, kwargs))) as record:
             output = self._run(args, kwargs, recording=True)
         self._drop_changed(record)
-        if self.layers.watch.without_gradients:
+        if self.layers.watch.in_function and record.fisher == "sampled":
+            record.missing = REENTRANT
+        elif self.layers.watch.in_function:
             record.again = self._again
         elif record.graphs == 0:
             record.missing = self._why_nothing_ran()
@@ -138,7 +153,7 @@ class Compilation:
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, recording: bool) -> Any:
         mark_batch_dynamic(args, kwargs)
-        outer, call = self._call, Call(len(self._graphs))
+        outer, call = self._call, Call(len(self._graphs), next_number())
         self._call = call
         try:
             with (
@@ -149,6 +164,8 @@ class Compilation:
                 output = self._forward(*args, **kwargs)
         finally:
             self._call = outer
+            if outer is not None:  # a call of the model within a call of the model
+                outer.graphs.append((call.first_node, next_number()))
         if call.failure is not None:
             raise call.failure
         self._called = self._called or torch.is_grad_enabled()
@@ -168,16 +185,26 @@ class Compilation:
     def _again(self, record: ForwardRecord) -> Iterator[None]:
         """While it lasts, layers that are called within the backward pass emit for a record, as
         those do whose checkpoint is reentrant."""
-        outer, self._call = self._call, Call(len(self._graphs))
+        with self.recorder.continued(record), self._within_backward():
+            yield
+
+    @contextmanager
+    def _within_backward(self) -> Iterator[None]:
+        """Watch layers in a backward pass, or in several that overlap."""
+        if not self._backward_passes:
+            self._watching.enter_context(dynamo_settings())
+            self._watching.enter_context(self.layers.installed(recording=True))
+            self._call = Call(len(self._graphs), next_number())
+        self._backward_passes += 1
         try:
-            with (
-                dynamo_settings(),
-                self.recorder.continued(record),
-                self.layers.installed(recording=True),
-            ):
-                yield
+            yield
         finally:
-            self._call = outer
+            self._backward_passes -= 1
+            if not self._backward_passes:
+                ended, self._call = self._call, None
+                self._watching.close()
+                if ended is not None and ended.failure is not None:
+                    raise ended.failure
 
     def _drop_changed(self, record: ForwardRecord) -> None:
         """Drop the statistics of blocks that a later graph of the pass has made others."""
@@ -192,17 +219,18 @@ class Compilation:
     def _note_uses_outside(self, output: Any, call: Call) -> None:
         """Take note of the parameters that plain Python used, where no graph held the use."""
         tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
-        for parameter, node in uses_outside(tensors, call.graphs):
+        for parameter, node in uses_outside(tensors, call.first_node, call.graphs):
             if name := self.names.name_of(parameter):
                 self._note_outside(name, node)
 
     def note_gradients(self, names: Iterable[str]) -> None:
         """Correct the account of parameters that have a gradient, though no graph uses them and the
-        model's output does not show the use."""
+        model's output does not show the use, as long as that is so."""
         self.names.refresh_if_changed()
         unused = {g.name for g in self.plan.generic if g.reason == NOT_USED}
-        for name in unused.intersection(names):
-            self._note_outside(name, "")
+        if found := unused.intersection(names):
+            self._with_gradient |= found
+            self._plan = None
 
     def _note_outside(self, name: str, node: str) -> None:
         if (name, node) not in self._outside:
@@ -211,6 +239,8 @@ class Compilation:
 
     def _why_nothing_ran(self) -> str:
         """The reasons for which the forward pass ran outside of all graphs."""
+        if self.recorder.missing:
+            return self.recorder.missing
         found = "; ".join(str(b) for b in self.breaks.breaks if b.skipped)
         return (
             "the forward pass ran outside the captured graphs, so no statistics can be taken: "
@@ -257,9 +287,19 @@ class Compilation:
             )
             if self.options.strict:
                 refuse_generic_layers(plan, uses)
-            plan = replace(plan, graphs=self._graph_specs(), breaks=self._break_specs())
+            generic = tuple(map(self._explained, plan.generic))
+            plan = replace(
+                plan, generic=generic, graphs=self._graph_specs(), breaks=self._break_specs()
+            )
             self._plan = (parameters, plan)
         return self._plan[1]
+
+    def _explained(self, generic: GenericSpec) -> GenericSpec:
+        """The account of a parameter that no graph uses and that has had a gradient."""
+        if generic.reason != NOT_USED or generic.name not in self._with_gradient:
+            return generic
+        use = use_outside(generic.name, "", self.breaks.breaks)
+        return replace(generic, reason=f"used by {use}")
 
     def _graph_specs(self) -> tuple[GraphSpec, ...]:
         return tuple(
@@ -313,8 +353,9 @@ class Compilation:
 
     def _emitters(self) -> Emitters:
         """Blocks that emit, by the name of their weight; within a pass computed once."""
-        key = (self.recorder.recording, self.revision)
-        if self._chosen is None or self._chosen[0] != key or key[0] is None:
+        passes = self.recorder.passes if self.recorder.recording else None
+        key = (passes, self.revision)
+        if passes is None or self._chosen is None or self._chosen[0] != key:
             chosen = ((block, self._forms_of(block)) for block in self.plan.blocks)
             found = {b.weight: (b, forms) for b, forms in chosen if forms is not None}
             self._chosen = (key, found)
@@ -322,22 +363,26 @@ class Compilation:
 
     # -- graphs ------------------------------------------------------------------------------
 
-    def _capture(self, forward: Callable[..., Any], layer: str) -> Callable[..., Any]:
-        """A function that runs a forward pass in graphs."""
+    def _capture(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that runs a forward pass in graphs.
 
-        def handle(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-            try:
-                return self._handle_graph(layer, module, example_inputs)
-            except torch._dynamo.exc.TorchDynamoException:
-                raise  # dynamo's own way to start anew, or to leave the frame
-            except Exception as error:
-                if self._call is not None:
-                    self._call.failure = error
-                raise
-
-        captured = compile_forward(forward, handle)
+        All have one handler, so that dynamo takes its graphs of the frames that they share for one
+        compiler's.
+        """
+        captured = compile_forward(forward, self._handle)
         self.breaks.stands_for(captured.__name__, forward)
         return captured
+
+    def _handle(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Backend of dynamo, which may swallow what it raises: that is kept, to be raised later."""
+        try:
+            return self._handle_graph(self.layers.watch.layer, module, example_inputs)
+        except STARTS_ANEW:
+            raise
+        except Exception as error:
+            if self._call is not None:
+                self._call.failure = error
+            raise
 
     def _handle_graph(
         self, layer: str, module: fx.GraphModule, example_inputs: Sequence[Any]
@@ -346,12 +391,16 @@ class Compilation:
         self.breaks.note_graph(module)
         captured = Stage("captured", copy_graph(module))
         canonical = run_passes(captured.module, [("canonical", canonicalise)])
+        positions = parameter_inputs(example_inputs, self.names)
+        given, held = tensors_of_nodes(captured.module, example_inputs)
+        nodes = list(given)
+        holding = {*held, *(nodes[position] for position in positions)}
         graph = CapturedGraph(
             index=len(self._graphs),
             layer=layer,
             captured=[captured, *canonical],
-            parameter_positions=parameter_inputs(example_inputs, self.names),
-            number_positions=number_inputs(canonical[-1].module),
+            parameter_positions=positions,
+            number_positions=number_inputs(canonical[-1].module, holding),
             run=compile_plain(self._backend(layer), module, example_inputs),
         )
         self._binding(graph, tuple(example_inputs))

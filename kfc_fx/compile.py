@@ -17,7 +17,7 @@ from kfc_fx.compilation import Compilation, CompileOptions, FormsOf
 from kfc_fx.curvature.likelihood import CotangentFunction, Likelihood, resolve_likelihood
 from kfc_fx.curvature.recorder import StatisticsRecorder
 from kfc_fx.plan.sharing import SharingOption, check_sharing
-from kfc_fx.plan.spec import CurvaturePlan, ParameterSpec
+from kfc_fx.plan.spec import CurvaturePlan
 
 
 def compile(
@@ -183,9 +183,6 @@ class CompiledModel(nn.Module):
     def refresh_names(self) -> None:
         """Take the parameters that the model holds now for its own, as an optimizer is made."""
         self._compilation.names.refresh_if_changed()
-
-    def _parameter_specs(self) -> list[ParameterSpec]:
-        return self._compilation.parameter_specs()
 
     # -- behave as the original ------------------------------------------------------------
 

@@ -202,6 +202,12 @@ class KFC(torch.optim.Optimizer):
                 f"factor_samples needs backend='eager', got {compiled.backend!r}: a compiled "
                 "backward pass has the part of the batch that it takes fixed in its code"
             )
+        parameters = compiled.original.parameters()
+        if self.options.needs_inputs and any(p.is_complex() for p in parameters):
+            raise OptionError(
+                "clip_by='exact', quadratic_model and adapt_damping take the exact Fisher matrix "
+                "of all parameters, and some of the model's are complex: leave them out"
+            )
         self.compiled = compiled
         compiled.refresh_names()
         self._binding = Binding(compiled, self.options)
@@ -453,7 +459,8 @@ class KFC(torch.optim.Optimizer):
     def _use_statistics(self, engine: UpdateEngine) -> None:
         """Statistics into factors, and factors into inverses or bases, where they are due."""
         step, diagnostics = self._diagnostics.steps, self._diagnostics
-        statistics = self.compiled.recorder.statistics
+        recorder = self.compiled.recorder
+        statistics = recorder.statistics
         if statistics.sums:
             rate = averaging_rate(diagnostics.statistics_steps, self.options.ema_decay)
             screened = screen(statistics, engine.spec.stacks, rate)
@@ -461,7 +468,7 @@ class KFC(torch.optim.Optimizer):
             with diagnostics.timed("statistics"):
                 engine.accumulate(screened)
             diagnostics.statistics_steps += 1
-        elif self.compiled.recorder.armed:
+        if self.compiled.recorder.armed and (not statistics.sums or recorder.missing):
             self._note_missed(step)
         at_once = engine.spec.factors_in_basis and bool(statistics.sums)
         due = not engine.started or at_once or self.schedule.refresh_due(step)
@@ -495,7 +502,9 @@ class KFC(torch.optim.Optimizer):
             )
             if self.compiled.backend != "eager" and recorder.fisher == "empirical":
                 reason += "; of a compiled graph by loss.backward(), without inputs="
-        text = f"factor statistics are due at step {step} and no backward pass gave any: {reason}"
+        whose = "a backward pass" if recorder.statistics.sums else "no backward pass"
+        verb = "gave none" if recorder.statistics.sums else "gave any"
+        text = f"factor statistics are due at step {step} and {whose} {verb}: {reason}"
         if self._diagnostics.statistics_steps == 0:
             raise StatisticsError(text)
         self._diagnostics.missed_statistics += 1

@@ -13,6 +13,7 @@ from kfc_fx.capture.concrete_numbers import with_numbers
 from kfc_fx.capture.dynamo import constant_nodes, tensors_of_nodes
 from kfc_fx.capture.graph import CapturedGraph, GraphBinding
 from kfc_fx.capture.parameter_names import ParameterNames
+from kfc_fx.plan.locations import concrete
 from kfc_fx.plan.match import match_uses, outputs_without_examples
 
 
@@ -22,6 +23,8 @@ class Call:
 
     first_graph: int
     """Number of graphs there were when it began."""
+    first_node: int
+    """The number of the first node of autograd's graph that it may make."""
     graphs: list[tuple[int, int]] = field(default_factory=list)
     """The numbers of autograd's nodes that each captured graph made."""
     failure: Exception | None = None
@@ -73,7 +76,7 @@ def binding_of(
         constants: positions of other inputs that hold no data of the examples.
     """
     given = [inputs[position] for position in graph.parameter_positions]
-    numbers = tuple(int(inputs[position]) for position in graph.number_positions)
+    numbers = tuple(concrete(inputs[position]) for position in graph.number_positions)
     fast = (names.version, tuple(map(id, given)), constants, numbers)
     if graph.last is not None and graph.last[0] == fast:
         return graph.last[1]

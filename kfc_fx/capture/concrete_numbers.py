@@ -6,7 +6,7 @@ statistics need the number itself, which every run of the graph knows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -17,15 +17,17 @@ from kfc_fx.capture.canonicalise import SIGNATURES
 from kfc_fx.capture.graph import copy_graph
 
 
-def number_inputs(module: fx.GraphModule) -> tuple[int, ...]:
+def number_inputs(module: fx.GraphModule, parameters: Collection[str]) -> tuple[int, ...]:
     """Positions of the inputs that the numbers of layer calls depend on.
 
     Args:
         module: a canonical graph.
+        parameters: names of the nodes that hold parameters; calls of other weights do not count.
     """
     wanted: set[fx.Node] = set()
     for node in module.graph.nodes:
-        if node.target in SIGNATURES:
+        weights = {used.name for used in node.all_input_nodes}.intersection(parameters)
+        if node.target in SIGNATURES and weights:
             for number in _numbers_of(node):
                 wanted |= _roots(number)
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from torch import fx
 
 NESTED = "*** While handling this graph break"
 """What dynamo writes between the first cause of a break and what came of it."""
+
+ADDRESS = re.compile(r" ?(at |id=)?0x[0-9a-f]+")
+"""What differs from one run of a program to the next."""
 
 RESUMED = "torch_dynamo_resume_in_"
 """How dynamo names what is left of a frame after a break."""
@@ -65,11 +69,6 @@ class BreakLog:
     def breaks(self) -> tuple[GraphBreak, ...]:
         """In the order in which dynamo met them, each place once."""
         return tuple(self._found.values())
-
-    def why_skipped(self, frame: Frame) -> GraphBreak | None:
-        """The break for which dynamo skipped a function; None where it did not."""
-        found = [b for b in self.breaks if b.skipped and b.frame == frame]
-        return found[-1] if found else None
 
     def stands_for(self, name: str, forward: Callable[..., Any]) -> None:
         """Speak of a forward method where dynamo gives up the function that calls it.
@@ -161,7 +160,8 @@ def _skipped_frame(compilation: Any, frame: Frame) -> GraphBreak:
 
 def _in_short(reason: str) -> str:
     """Each cause with its explanation, in one line."""
-    return "; ".join(filter(None, (_cause(part) for part in reason.split(NESTED))))
+    causes = filter(None, map(_cause, reason.split(NESTED)))
+    return ADDRESS.sub("", "; ".join(causes))
 
 
 def _cause(text: str) -> str:

@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import FunctionCtx
 from torch.nn.modules import module as module_globals
 
 from kfc_fx.capture.dynamo import mark_batch_dynamic
 from kfc_fx.capture.graph_breaks import Frame
+from kfc_fx.plan.regions import is_run_again
 
 INSTALLED = "_compiled_call_impl"
 """What ``nn.Module.__call__`` runs in place of ``_call_impl``. Dynamo reads it only of a module
@@ -31,7 +33,7 @@ NOT_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 """Folders whose frames stand between a module and the program that calls it."""
 
 
-CaptureForward = Callable[[Callable[..., Any], str], Callable[..., Any]]
+CaptureForward = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @dataclass
@@ -40,8 +42,10 @@ class Watch:
 
     recording: bool = False
     """Whether the pass that runs takes statistics, or accounts for the uses of parameters."""
-    without_gradients: bool = False
-    """Whether plain Python has called a layer in it without gradients."""
+    in_function: bool = False
+    """Whether an ``autograd.Function`` has called a layer in it."""
+    layer: str = ""
+    """Path of the layer whose capture runs; empty else."""
     passed_by: bool = False
     """Whether a layer that has a capture ran without it."""
 
@@ -51,7 +55,7 @@ class LayerCaptures:
 
     Args:
         model: whose modules are watched, itself excepted.
-        capture: from a module's forward method and its path to a function that runs it captured.
+        capture: from a module's forward method to a function that runs it captured.
     """
 
     def __init__(self, model: nn.Module, capture: CaptureForward) -> None:
@@ -93,25 +97,22 @@ class LayerCaptures:
         if recording or not self._layers:
             self.refresh()
         outer, self.watch.recording = self.watch.recording, recording
-        self.watch.without_gradients = self.watch.passed_by = False
+        self.watch.in_function = self.watch.passed_by = False
         if self._installed:  # a call of the model within a call of the model
             try:
                 yield
             finally:
                 self.watch.recording = outer
             return
-        before = [(module.__dict__, module.__dict__.get(INSTALLED)) for module in self._layers]
+        layers = list(self._layers.values())
         self._installed = True
-        for (own, _), layer in zip(before, self._layers.values(), strict=True):
-            own[INSTALLED] = layer.call
         try:
+            for layer in layers:
+                layer.install()
             yield
         finally:
-            for own, previous in before:
-                if previous is None:
-                    own.pop(INSTALLED, None)
-                else:
-                    own[INSTALLED] = previous
+            for layer in layers:
+                layer.remove()
             self.watch.recording, self._installed = outer, False
 
 
@@ -122,10 +123,24 @@ class LayerCapture:
         self.path, self.module, self.watch = path, module, watch
         self.called_from: Frame | None = None
         """The frame of plain Python that called the module first."""
+        self.own_call: Callable[..., Any] | None = None
+        """What the user has put in place of the module's call, by ``module.compile()``."""
         self._capture = capture
         self._forward: Callable[..., Any] | None = None
         self._captured: object = None
         self.call = _watched_call(self)
+
+    def install(self) -> None:
+        """Let plain Python that calls the module come here."""
+        self.own_call = self.module.__dict__.get(INSTALLED)
+        self.module.__dict__[INSTALLED] = self.call
+
+    def remove(self) -> None:
+        """Leave the module as it was, also where nothing is installed."""
+        if self.own_call is not None:
+            self.module.__dict__[INSTALLED] = self.own_call
+        elif self.module.__dict__.get(INSTALLED) is self.call:
+            del self.module.__dict__[INSTALLED]
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -136,16 +151,20 @@ class LayerCapture:
             self.called_from = _calling_frame(sys._getframe(1))
         forward = self._own_forward()
         mark_batch_dynamic(args, kwargs)
-        if not _has_hooks(self.module):
-            return forward(*args, **kwargs)
-        with _in_place_of_forward(self.module, forward):
-            return self.module._call_impl(*args, **kwargs)
+        outer, self.watch.layer = self.watch.layer, self.path
+        try:
+            if not _has_hooks(self.module):
+                return forward(*args, **kwargs)
+            with _in_place_of_forward(self.module, forward):
+                return self.module._call_impl(*args, **kwargs)
+        finally:
+            self.watch.layer = outer
 
     def _own_forward(self) -> Callable[..., Any]:
         own = self.module.__dict__.get("forward", type(self.module).forward)
         if self._forward is None or self._captured is not own:
             self._captured = own
-            self._forward = self._capture(self.module.forward, self.path)
+            self._forward = self._capture(self.module.forward)
         return self._forward
 
 
@@ -162,26 +181,31 @@ def _watched_call(layer: LayerCapture) -> Callable[..., Any]:
         if torch.compiler.is_dynamo_compiling():
             return module._call_impl(*args, **kwargs)
         if not torch.is_grad_enabled():
-            watch.without_gradients = True
+            if watch.recording and not watch.in_function:
+                watch.in_function = _within_autograd_function()
         elif watch.recording or not of_torch or layer.called_from is None:
             return layer.run(args, kwargs)
         else:
             watch.passed_by = True
+        if layer.own_call is not None:
+            return layer.own_call(*args, **kwargs)
         return module._call_impl(*args, **kwargs)
 
     torch._dynamo.eval_frame.skip_code(call.__code__)
     return call
 
 
-def is_run_again() -> bool:
-    """Whether a checkpoint runs its body a second time, to have the tensors that it did not keep.
-
-    What the body computes is dropped then. It is another matter in a checkpoint that is reentrant:
-    the first run of that one has no gradients, and the second one is differentiated.
-    """
-    in_backward = torch._C._current_graph_task_id() >= 0
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return in_backward and hooks is not None
+def _within_autograd_function() -> bool:
+    """Whether the forward pass of an ``autograd.Function`` runs, as of a reentrant checkpoint. What
+    it does without gradients it may do again in its backward pass, with them."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and any(
+            isinstance(value, FunctionCtx) for value in frame.f_locals.values()
+        ):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _has_hooks(module: nn.Module) -> bool:

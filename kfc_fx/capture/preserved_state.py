@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 
 @contextmanager
@@ -24,7 +25,7 @@ def state_preserved(model: nn.Module) -> Iterator[None]:
         buffer: buffer.clone()
         for _, buffers, _ in before
         for buffer in buffers.values()
-        if buffer is not None
+        if buffer is not None and not is_lazy(buffer)
     }
     devices = sorted({t.device.index for t in model.parameters() if t.device.type == "cuda"})
     try:

@@ -8,7 +8,9 @@ none of them ran.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from math import inf
 from typing import Any
 
 import torch
@@ -46,18 +48,19 @@ def next_number() -> int:
 
 
 def uses_outside(
-    outputs: Iterable[Tensor], graphs: Sequence[Interval]
+    outputs: Iterable[Tensor], start: int, graphs: Sequence[Interval]
 ) -> Iterator[tuple[Tensor, str]]:
     """Parameters that the outputs depend on through a node outside of the graphs.
 
     Args:
         outputs: tensors of the model's output.
-        graphs: the numbers of the nodes that captured graphs have made.
+        start: number of the first node of the pass; what is older is another pass's.
+        graphs: the numbers of the nodes that captured graphs have made, in ascending order.
 
     Returns:
         (parameter, name of the node) pairs, a pair for each such use.
     """
-    edges = list(_edges(outputs))
+    edges = list(_edges(outputs, start))
     held: dict[Any, Tensor] = {
         used: used.variable for _, used in edges if type(used).__name__ == "AccumulateGrad"
     }
@@ -91,13 +94,14 @@ def use_outside(name: str, node: str, breaks: Sequence[GraphBreak]) -> Unmatched
     )
 
 
-def _edges(outputs: Iterable[Tensor]) -> Iterator[tuple[Any, Any]]:
-    waiting = [output.grad_fn for output in outputs if output.grad_fn is not None]
+def _edges(outputs: Iterable[Tensor], start: int) -> Iterator[tuple[Any, Any]]:
+    nodes = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    waiting: list[Any] = [node for node in nodes if node._sequence_nr() >= start]
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
         for used, _ in node.next_functions:
-            if used is None:
+            if used is None or used._sequence_nr() < start:
                 continue
             yield node, used
             if used not in seen:
@@ -111,4 +115,5 @@ def _passes_on(node: Any) -> bool:
 
 def _inside(node: Any, graphs: Sequence[Interval]) -> bool:
     number = node._sequence_nr()
-    return any(start <= number < stop for start, stop in graphs)
+    position = bisect_right(graphs, (number, inf)) - 1
+    return position >= 0 and number < graphs[position][1]

@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 Fisher = Literal["sampled", "empirical"]
 
 REENTRANT = (
-    "a checkpoint with use_reentrant=True lets no pass through that is for statistics alone: "
-    "pass use_reentrant=False to torch.utils.checkpoint, or fisher='empirical' to KFC"
+    "layers run within an autograd.Function, which lets no pass through that is for statistics "
+    "alone, as a checkpoint with use_reentrant=True does: pass use_reentrant=False to "
+    "torch.utils.checkpoint, or fisher='empirical' to KFC"
 )
+"""Why a pass of sampled targets is not taken."""
 Sums = dict[str, dict[str, Tensor]]
 """Sums of statistics by block and statistic."""
 
@@ -55,7 +57,7 @@ class Statistics:
         self.examples += examples
 
 
-@dataclass
+@dataclass(eq=False)
 class ForwardRecord:
     """One armed forward pass: the blocks that ran in it and their output rows."""
 
@@ -79,8 +81,8 @@ class ForwardRecord:
     part: Part = WHOLE
     """Of the batch, that statistics are estimated from."""
     again: Callable[[ForwardRecord], AbstractContextManager[None]] | None = None
-    """Lets layers that are called within the backward pass emit, where some may be: plain Python
-    has called layers without gradients."""
+    """Lets layers that are called within the backward pass emit, where some may be: an
+    ``autograd.Function``, such as a reentrant checkpoint, has called layers."""
 
     def drop(self, block: str) -> None:
         """Take nothing of a block: what it is has changed while the pass ran."""
@@ -138,19 +140,13 @@ class FisherPass:
             generator = self._recorder.generator(prediction.device)
             cotangent = self._recorder.likelihood.sampled_cotangent(self._values, generator)
         with fisher_pass(self._recorder.part(examples, self._record.fisher)):
-            try:
-                values = torch.autograd.grad(
-                    prediction,
-                    probes,
-                    cotangent.to(prediction.dtype),
-                    retain_graph=True,
-                    allow_unused=True,
-                )
-            except RuntimeError as error:
-                if "use_reentrant" not in str(error):
-                    raise
-                self._recorder.missing = REENTRANT
-                return {}
+            values = torch.autograd.grad(
+                prediction,
+                probes,
+                cotangent.to(prediction.dtype),
+                retain_graph=True,
+                allow_unused=True,
+            )
         found: Sums = {}
         for (block, statistic), value in zip(names, values, strict=True):
             if value is not None:  # else the block ran, but the prediction does not depend on it

@@ -71,14 +71,16 @@ class StatisticsRecorder:
         self.last_inputs: Inputs | None = None
         self.statistics = Statistics()
         self.open_passes: list[GradientPass] = []
-        self._record: ForwardRecord | None = None
+        self.passes = 0
+        """Armed forward passes so far."""
+        self._records: list[ForwardRecord] = []
         self._probes: dict[str, dict[str, Tensor]] = {}
         self._generators: dict[torch.device, torch.Generator] = {}
 
     @property
     def recording(self) -> ForwardRecord | None:
         """The record of the armed forward pass that is running, or None."""
-        return self._record
+        return self._records[-1] if self._records else None
 
     @contextmanager
     def forward_pass(self, examples: int, fisher: Fisher | None = None) -> Iterator[ForwardRecord]:
@@ -87,7 +89,7 @@ class StatisticsRecorder:
         Args:
             fisher: what its Γ is taken from, if not what the recorder's is.
         """
-        self.missing = ""
+        self.passes += 1
         record = ForwardRecord(fisher or self.fisher)
         record.part = self.part(examples, record.fisher)
         with self.continued(record):
@@ -95,13 +97,14 @@ class StatisticsRecorder:
 
     @contextmanager
     def continued(self, record: ForwardRecord) -> Iterator[None]:
-        """While it lasts, graphs that run in the backward pass of a forward pass emit for it."""
-        outer, self._record = self._record, record
+        """While it lasts, graphs that run emit for a record: those of its forward pass, and of its
+        backward pass where a checkpoint is reentrant. Backward passes may end in any order."""
+        self._records.append(record)
         try:
             with input_part(record.part):
                 yield
         finally:
-            self._record = outer
+            self._records.remove(record)
 
     def part(self, examples: int, fisher: Fisher) -> Part:
         """The part of a batch that statistics are estimated from."""
@@ -121,8 +124,8 @@ class StatisticsRecorder:
     ) -> tuple[Tensor, ...]:
         """Probes of a block for the running forward pass, on the weight's device."""
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        assert self._record is not None
-        record, leaves = self._record, []
+        record, leaves = self.recording, []
+        assert record is not None
         cached = self._probes.setdefault(block.name, {})
         for statistic, shape in statistic_shapes(block, forms).items():
             leaf = cached.get(statistic)
@@ -149,16 +152,16 @@ class StatisticsRecorder:
     ) -> None:
         """Add the row counts that a graph of the running forward pass returned: for each of its
         sites the block, the groups ``[start, stop)`` of it, and N·|T|."""
-        assert self._record is not None
+        assert self.recording is not None
         for block, (start, stop), count in zip(blocks, spans, rows, strict=True):
-            counts = self._record.rows.setdefault(block.name, [0] * block.groups)
+            counts = self.recording.rows.setdefault(block.name, [0] * block.groups)
             for group in range(start, stop):
                 counts[group] += count
 
     def note_inputs(self, block: BlockSpec, statistics: Mapping[str, Tensor]) -> None:
         """Add input statistics that a graph of the running forward pass returned for a site."""
-        assert self._record is not None
-        add(self._record.inputs, block.name, statistics)
+        assert self.recording is not None
+        add(self.recording.inputs, block.name, statistics)
 
     def collect(self, output: Any, record: ForwardRecord) -> None:
         """Run the Fisher pass at once, with sampled targets, without a loss's backward pass."""
@@ -192,6 +195,7 @@ class StatisticsRecorder:
 
     def take(self) -> Statistics:
         """The sums so far; the recorder starts anew, and takes no more of a pass that runs."""
+        self.missing = ""
         for running in list(self.open_passes):
             running.close()
         taken, self.statistics = self.statistics, Statistics()

@@ -31,6 +31,7 @@ from kfc_fx.ops.part import WHOLE, Part
 from kfc_fx.ops.scale_shift_rule import Norm, ScaleShiftRule
 from kfc_fx.ops.statistics_pass import forward_part, running_pass, taken_by
 from kfc_fx.plan.geometry import ConvGeometry
+from kfc_fx.plan.regions import is_run_again
 
 Pads = Sequence[tuple[int, int]]
 
@@ -259,8 +260,8 @@ def _emit(
 ) -> Tensor:
     inputs = tuple(map(_dense, inputs))
     if not recomputed and _are_hooked(y):
-        if torch._C._current_graph_task_id() >= 0:
-            return y  # a checkpoint runs again what has emitted when it ran first
+        if is_run_again():
+            return y  # it has emitted when it ran first
         return _Emission.apply(y, Kept.of(rule, inputs), block, len(probes), *probes)
     return _Emission.apply(y, rule, block, len(probes), *probes, *inputs)
 

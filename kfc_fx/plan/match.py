@@ -17,6 +17,7 @@ from kfc_fx.plan.spec import GraphUses, SiteSpec, UnmatchedUse
 from kfc_fx.plan.weight_views import WeightView, dimensions, is_view, shape_of, weight_view
 
 NO_EXAMPLES = "its input does not depend on the examples"
+TRANSFORMED = "inside a function transform (vmap, grad, jvp), which hides its layers"
 NESTED = "its input is a nested tensor, of which linear layers and embeddings have factors"
 HIDING = {
     REGION: "inside an activation checkpoint within another, which hides its layers",
@@ -58,8 +59,9 @@ def match_uses(
     """
     data = _nodes_with_examples(graph, {*parameters, *constants})
     without_gradient = {node for node in graph.nodes if _lets_no_gradient_through(node)}
+    transformed = {node for node in graph.nodes if _is_transformed(node)}
     applied = {
-        node: None if node in without_gradient else _applied_layer(node, parameters)
+        node: None if node in without_gradient | transformed else _applied_layer(node, parameters)
         for node in graph.nodes
     }
     nested = {node for node, call in applied.items() if call and _is_nested(call)}
@@ -83,6 +85,8 @@ def match_uses(
         lost = HIDING.get(_target_name(node), "")
         if applied[node] and not call:
             lost = NESTED if node in nested else NO_EXAMPLES
+        if node in transformed:
+            lost = TRANSFORMED
         reason = lost or OTHER_CALLS.get(_target_name(node), "")
         where = (node.name, _target_name(node), source_location(node))
         unmatched += [
@@ -154,7 +158,19 @@ def _lets_no_gradient_through(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method") or not results:
         return False
     given = [t for used in node.all_input_nodes for t in _tensors(used.meta.get("example_value"))]
+    if _is_transformed(node):
+        return False  # what requires gradients is not to be seen from within
     return any(t.requires_grad for t in given) and not any(t.requires_grad for t in results)
+
+
+def _is_transformed(node: fx.Node) -> bool:
+    """Whether a node stands inside of ``vmap``, ``grad`` or ``jvp``."""
+    around = [node, *node.all_input_nodes]
+    return any(
+        torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        for each in around
+        for tensor in _tensors(each.meta.get("example_value"))
+    )
 
 
 def _tensors(example: object) -> list[torch.Tensor]:

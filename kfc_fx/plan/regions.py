@@ -6,9 +6,13 @@ the operands, in their order, and it returns a tuple.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import FrameType
 
+import torch
+import torch.utils.checkpoint
 from torch import fx
 
 REGION = "tag_activation_checkpoint"
@@ -47,3 +51,22 @@ def _fits(call: fx.Node, body: fx.GraphModule) -> bool:
     nodes = list(body.graph.nodes)
     count = sum(node.op == "placeholder" for node in nodes)
     return count == len(call.args) - 1 and isinstance(nodes[-1].args[0], tuple | list)
+
+
+def is_run_again() -> bool:
+    """Whether a checkpoint runs its body a second time, to have the tensors that it did not keep.
+
+    What the body computes is dropped then. It is another matter in a checkpoint that is reentrant:
+    the first run of that one has no gradients, and the second one is differentiated.
+    """
+    if torch._C._current_graph_task_id() < 0:
+        return False  # not within a backward pass
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+            if frame.f_code.co_name == "recompute_fn":
+                return True
+            if frame.f_code.co_name == "backward":
+                return False
+        frame = frame.f_back
+    return False

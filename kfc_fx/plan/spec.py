@@ -280,13 +280,14 @@ class BreakSpec:
     def __str__(self) -> str:
         if not self.skipped:
             return f"{self.place}: {self.function} goes on in a graph of its own: {self.reason}"
-        count = len(self.alone)
-        cost = "nothing of what it calls is lost"
+        count, cost = len(self.alone), ""
         if count:
             names = ", ".join(self.alone[:3]) + ", ..." * (count > 3)
-            layers = "1 layer is a graph" if count == 1 else f"{count} layers are graphs"
-            cost = f"{layers} of their own on steps with statistics ({names})"
-        return f"{self.place}: {self.function} runs as plain Python, {cost}: {self.reason}"
+            layers = "1 layer is a graph of its own"
+            if count > 1:
+                layers = f"{count} layers are graphs of their own"
+            cost = f", {layers} on steps with statistics ({names})"
+        return f"{self.place}: {self.function} runs as plain Python{cost}: {self.reason}"
 
 
 @dataclass(frozen=True)
