@@ -245,6 +245,8 @@ def test_factors_of_programs_with_breaks_are_true(kind, fisher, backend):
         if kind is NumpyNet:  # a graph that holds a call of numpy is run op by op, which is said
             warnings.simplefilter("ignore", kfc_fx.KfcWarning)
         compiled = factors_are_true(build(kind), batches(), fisher, backend)
+    blocks = {block.name for block in compiled.plan.blocks}
+    assert kind is not Mixed or {"attention.in_proj_weight", "attention.out_proj"} <= blocks
     without = {generic.name: generic.reason for generic in compiled.plan.generic}
     for name, module in compiled.original.named_modules():
         if type(module) is nn.Linear and f"{name}.weight" in without:

@@ -262,6 +262,76 @@ def test_a_capture_that_fails_in_the_backward_pass_raises(monkeypatch):
         F.cross_entropy(output, Y).backward()
 
 
+class NestedCheckpoints(Net):
+    """A reentrant checkpoint around another."""
+
+    block = Printing
+
+    def body(self, block, x):
+        return checkpoint(block, x, use_reentrant=False)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            print(end="")
+            x = checkpoint(self.body, block, x, use_reentrant=True)
+        return self.head(x)
+
+
+def test_a_checkpoint_within_a_reentrant_one():
+    compiled = factors_are_true(build(NestedCheckpoints), batches(), "empirical")
+    assert len(blocks_of(compiled)) == 8
+
+
+class GradientsWithin(Net):
+    """A backward pass within the forward pass, in a frame that is skipped."""
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            with torch.enable_grad():
+                z = x.detach().requires_grad_()
+                (gradient,) = torch.autograd.grad(block(z).sum(), z)
+            x = block(x) + 0.1 * gradient
+        return self.head(x)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_backward_pass_within_the_forward_pass(backend):
+    net = build(GradientsWithin)
+    expected = net(X)
+    compiled = kfc_fx.compile(net, backend=backend)
+    opt = kfc_fx.KFC(compiled, lr=0.0)
+    output = compiled(X)
+    F.cross_entropy(output, Y).backward()
+    opt.step()
+    torch.testing.assert_close(output, expected)
+    assert len(blocks_of(compiled)) == 8
+
+
+@pytest.mark.parametrize("kind", [Net, Whole])
+def test_hooks_may_come_and_go(kind):
+    net = build(kind) if kind is Net else build(Net)
+    if kind is Whole:
+        net.blocks = nn.ModuleList(Whole().double() for _ in range(3))
+    compiled, opt = make(net)
+    seen = []
+    for number in range(5):
+        if number == 1:
+            first = net.blocks[0].second.register_forward_hook(lambda m, a, y: 2 * y)
+            second = net.stem.register_forward_hook(lambda m, a, y: seen.append(1))
+        if number == 3:
+            first.remove()
+            second.remove()
+        expected = net(X)
+        output = compiled(X)
+        assert torch.equal(output, expected)
+        F.cross_entropy(output, Y).backward()
+        opt.step()
+    assert len(seen) == 4
+    assert opt.diagnostics.missed_statistics == 0
+
+
 # -- numbers, backends, frames that are shared ---------------------------------------------
 
 

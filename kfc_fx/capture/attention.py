@@ -69,7 +69,8 @@ def _copied(
     copy = node.graph.node_copy(traced, copies.__getitem__)
     copy.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
     if "val" in traced.meta:
-        copy.meta["example_value"] = traced.meta["val"]
+        copy.meta["example_value"] = traced.meta["val"]  # which never requires gradients
+        copy.meta["kfc_call"] = node.meta.get("example_value")
     if traced.target is torch.ops.aten.linear.default and packed is not None:
         copy.meta["kfc_packed"] = (packed.name, PROJECTIONS)
     return copy

@@ -59,6 +59,8 @@ def dynamo_settings() -> AbstractContextManager[None]:
         suppress_errors=True,
         # A counter on a module would cost a graph at every step.
         allow_unspec_int_on_nn_module=True,
+        # Hooks that come or go after the capture would be left out, or run on.
+        skip_nnmodule_hook_guards=False,
         # DDP would have graphs split and their parameters replaced by fake tensors.
         optimize_ddp=False,
     )

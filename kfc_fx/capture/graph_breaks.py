@@ -62,6 +62,8 @@ class BreakLog:
     def __init__(self) -> None:
         self._found: dict[tuple[object, ...], GraphBreak] = {}
         self._seen: object = None
+        # Dynamo calls back while it may look at every frame, and would compile this one.
+        self._callback = torch._dynamo.disable(self._note_failures)
         self._frames: dict[str, Frame] = {}
         self._stand_ins: dict[str, Frame] = {}
 
@@ -94,16 +96,16 @@ class BreakLog:
     def watching(self) -> Iterator[None]:
         """While it lasts, frames that dynamo gives up are noted."""
         handler = torch._dynamo.callback.callback_handler
-        if self._note_failures in handler.end_callbacks:
+        if self._callback in handler.end_callbacks:
             yield  # a call of the model within a call of the model
             return
         self._seen = _last_compilation()
-        handler.register_end_callback(self._note_failures)
+        handler.register_end_callback(self._callback)
         try:
             yield
         finally:
-            handler.remove_end_callback(self._note_failures)
-            self._note_failures()
+            handler.remove_end_callback(self._callback)
+            self._callback()
 
     def _note_failures(self, *_: object) -> None:
         """Those among the compilations since the last look."""

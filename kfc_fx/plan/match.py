@@ -154,7 +154,7 @@ def _carries_data(node: fx.Node) -> bool:
 def _lets_no_gradient_through(node: fx.Node) -> bool:
     """Whether a node stands under ``no_grad``, or is no differentiable function: its inputs require
     gradients and none of its results does. What it does with a parameter is no use of it then."""
-    results = _tensors(node.meta.get("example_value"))
+    results = _tensors(node.meta.get("kfc_call", node.meta.get("example_value")))
     if node.op not in ("call_function", "call_method") or not results:
         return False
     given = [t for used in node.all_input_nodes for t in _tensors(used.meta.get("example_value"))]
