@@ -124,6 +124,8 @@ class BrokenProgram:
     hooked: bool
     middle: int = 4
     backend: str = "eager"
+    tokens: bool = False
+    """Whether the columns of the input are tokens, of which batches have different numbers."""
 
     @property
     def source(self) -> str:
@@ -132,16 +134,17 @@ class BrokenProgram:
         made = ", ".join(f"Block{kind}()" for kind in self.order)
         hooks = "\n        for b in self.blocks: b.first.register_forward_hook(hook)"
         lines = "\n        ".join(LOOPS[self.loop])
+        rows, mean = ("x[..., None]", "x.mean(1)") if self.tokens else ("x", "x")
         return (
             f"{HEADER}{OWN}{classes}"
             "class Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
-            f"        self.stem = nn.Linear(4, {WIDTH})\n"
+            f"        self.stem = nn.Linear({1 if self.tokens else 4}, {WIDTH})\n"
             f"        self.gate = nn.Linear({WIDTH}, {len(self.order)})\n"
             f"        self.blocks = nn.ModuleList([{made}])\n"
             f"        self.head = nn.Linear({WIDTH}, {CLASSES})\n"
             f"        self.calls, self.bound = 0, 0.8{hooks if self.hooked else ''}\n"
-            f"    def forward(self, x):\n        x = self.stem(x)\n        {lines}\n"
-            "        return self.head(x)\n"
+            f"    def forward(self, x):\n        x = self.stem({rows})\n        {lines}\n"
+            f"        return self.head({mean})\n"
         )
 
     def _block(self, number: int) -> str:
@@ -185,8 +188,12 @@ def broken_programs(draw, *, backends: tuple[str, ...] = ("eager",)) -> BrokenPr
     loop = draw(st.sampled_from(sorted(LOOPS)))
     if loop.startswith("checkpoint"):  # the model itself is another, run again with another state
         blocks = [(k, "pass" if "+=" in b else b, bias) for k, b, bias in blocks]
+    tokens = draw(st.booleans()) and loop != "routing"
+    if tokens:
+        blocks = [("linear" if kind == "conv" else kind, b, bias) for kind, b, bias in blocks]
     hooked, middle = draw(st.booleans()), draw(st.integers(2, 5))
-    return BrokenProgram(blocks, order, loop, hooked, middle, draw(st.sampled_from(backends)))
+    backend = draw(st.sampled_from(backends))
+    return BrokenProgram(blocks, order, loop, hooked, middle, backend, tokens)
 
 
 def factors_are_true(
@@ -259,13 +266,18 @@ def _same_gradients(net: nn.Module, reference: nn.Module, *, exact: bool) -> Non
             torch.testing.assert_close(own, other, **error, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def batches(lengths: tuple[int, ...] = (6, 6, 4)) -> list[tuple[Tensor, Tensor]]:
-    """Batches of rows, of several sizes."""
+def batches(
+    sizes: tuple[int, ...] = (6, 6, 4), lengths: tuple[int, ...] = (4,)
+) -> list[tuple[Tensor, Tensor]]:
+    """Batches of rows, of several sizes, and of several lengths in turn."""
     generator = torch.Generator().manual_seed(1)
+    rows = [torch.randn(n, 4, generator=generator, dtype=torch.float64) for n in sizes]
     return [
-        (
-            torch.randn(n, 4, generator=generator, dtype=torch.float64),
-            torch.arange(n) % CLASSES,
-        )
-        for n in lengths
+        (x[:, : lengths[number % len(lengths)]], torch.arange(len(x)) % CLASSES)
+        for number, x in enumerate(rows)
     ]
+
+
+def batches_for(program: BrokenProgram) -> list[tuple[Tensor, Tensor]]:
+    """Three batches; of tokens, each of another length."""
+    return batches(lengths=(4, 3, 2) if program.tokens else (4,))

@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 
 from tests import properties
-from tests.broken_programs import BrokenProgram, batches, broken_programs, factors_are_true
+from tests.broken_programs import BrokenProgram, batches_for, broken_programs, factors_are_true
 from tests.strategies import networks
 
 ROUND = 25
@@ -32,7 +32,7 @@ def factors_of_broken_programs(program: BrokenProgram) -> None:
     """Under both Fisher options, on whichever backend."""
     for fisher in ("empirical", "sampled"):
         torch._dynamo.reset()
-        factors_are_true(program.build(), batches(), fisher, program.backend)
+        factors_are_true(program.build(), batches_for(program), fisher, program.backend)
 
 
 PROPERTIES = (*properties.PROPERTIES, factors_of_broken_programs)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kfc_fx
 from kfc_fx.plan.coverage import NOT_USED
-from tests.broken_programs import batches, broken_programs, factors_are_true
+from tests.broken_programs import batches, batches_for, broken_programs, factors_are_true
 from tests.test_properties import FIXED
 
 WIDTH = 5
@@ -273,12 +273,12 @@ def test_reentrant_checkpoints_let_no_sampled_pass_through_and_that_is_said():
         opt.step()
 
 
-@settings(FIXED, max_examples=25)
+@settings(FIXED, max_examples=12)
 @given(broken_programs())
 def test_factors_of_drawn_programs_are_true(program):
     torch._dynamo.reset()
     for fisher in ("empirical", "sampled"):
-        factors_are_true(program.build(), batches(), fisher)
+        factors_are_true(program.build(), batches_for(program), fisher)
 
 
 @pytest.mark.parametrize("kind", [Net, Routing, Checkpointed])

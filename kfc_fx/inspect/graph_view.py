@@ -45,9 +45,23 @@ def graph_view(document: Mapping[str, Any], stage: str) -> Text:
     parts: list[Text] = []
     for graph in document["graphs"]:
         found = find_stage(graph, stage)
-        parts += [Text(f"# graph {graph['index']}", style="bold")] if several else []
+        parts += [Text(f"# {_title(graph, stage)}", style="bold")] if several else []
         parts.append(_coloured(found["code"], f"{CREATED}{stage}"))
     return Text("\n").join(parts)
+
+
+MOST_NAMES = 4
+"""Blocks that the title of a graph names."""
+
+
+def _title(graph: Mapping[str, Any], stage: str) -> str:
+    """The number of a graph, the layer that it is of, and the blocks in it: modules of one class
+    have one graph, which is shown once for each."""
+    nodes = find_stage(graph, stage)["nodes"]
+    blocks = list(dict.fromkeys(node["block"] for node in nodes if node["role"] == "site"))
+    names = ", ".join(blocks[:MOST_NAMES]) + ", ..." * (len(blocks) > MOST_NAMES)
+    kind = "layer by itself" if graph["layer"] else "blocks"
+    return f"graph {graph['index']}" + (f", {kind}: {names}" if names else "")
 
 
 def _coloured(code: str, mark: str) -> Text:

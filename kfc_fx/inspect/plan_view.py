@@ -19,7 +19,7 @@ COLUMNS = (
 
 
 def plan_view(document: Mapping[str, Any]) -> RenderableType:
-    """All blocks, generic parameters and frozen ones."""
+    """All blocks, generic parameters and frozen ones, and where the model was not one graph."""
     parts: list[RenderableType] = []
     if document["blocks"]:
         parts.append(_blocks(document))
@@ -28,6 +28,8 @@ def plan_view(document: Mapping[str, Any]) -> RenderableType:
     if document["frozen"]:
         parts += [*_between(parts), Text("frozen", style="bold")]
         parts += [Text(name) for name in document["frozen"]]
+    if document["breaks"]:
+        parts += [*_between(parts), _breaks(document)]
     return Group(*parts)
 
 
@@ -54,6 +56,16 @@ def _blocks(document: Mapping[str, Any]) -> Table:
             count_text(block["flops"]),
             Text(block["why"], style="dim"),
         )
+    return table
+
+
+def _breaks(document: Mapping[str, Any]) -> Table:
+    table = plain_table("break", "function", "what follows", "layers alone", "reason")
+    for entry in document["breaks"]:
+        follows = "plain Python" if entry["skipped"] else "another graph"
+        alone = ", ".join(entry["alone"])
+        place, function = Text(entry["place"]), Text(entry["function"])
+        table.add_row(place, function, follows, Text(alone), Text(entry["reason"]))
     return table
 
 

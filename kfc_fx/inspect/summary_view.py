@@ -72,7 +72,7 @@ def _parameters(document: Mapping[str, Any]) -> Table:
 
 
 BATCH = "for this input; a gradient and a statistics step grow with the batch, the others do not"
-FLEXIBLE = ("why", "reason")
+FLEXIBLE = ("why", "reason", "break", "function", "layers alone")
 """Columns that give way on a narrow terminal."""
 FLEXIBLE_WIDTH = 32
 NUMERIC = ("tensors", "numbers", "share", "FLOPs", "bytes", "against gradient", "Ω", "Γ", "|T|")

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 from functools import cache
 
 import jsonschema
 import pytest
 import torch
+from rich.console import Console
+from torch import nn
 
 import kfc_fx
 from kfc_fx.inspect.document import build_document, load_schema
+from kfc_fx.inspect.graph_view import graph_view
 from kfc_fx.inspect.inputs import parse_input
 from kfc_fx.inspect.inspection import InspectionOptions, inspect_model
 from kfc_fx.inspect.page import render
+from kfc_fx.inspect.plan_view import plan_view
 from kfc_fx.rewrite.pipeline import without_passes
 from tests.inspect.small_networks import (
     INPUTS,
@@ -214,3 +219,52 @@ def test_a_symbolic_capture_is_for_looking():
 def test_the_page_takes_the_document():
     page = render(document(ConvNet))
     assert page.lstrip().lower().startswith("<!doctype html>")
+
+
+class Halves(nn.Module):
+    """A block with a break in its middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(x.relu())
+
+
+class Looping(nn.Module):
+    """A frame that is skipped, with a layer alone in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Halves() for _ in range(2))
+        self.stem = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            print(end="")
+            x = block(x)
+        return x
+
+
+def test_a_graph_that_serves_two_modules_is_shown_and_counted_for_each():
+    inspection = inspect_model(Looping(), "Looping", [parse_input("2x4")])
+    found = build_document(inspection)
+    jsonschema.validate(found, load_schema())
+    assert found["summary"]["graphs"] < len(found["graphs"])
+    assert [graph["layer"] for graph in found["graphs"]].count("stem") == 1
+    (skipped,) = (entry for entry in found["breaks"] if entry["skipped"])
+    assert "stem" in skipped["alone"]
+    assert any(skipped["reason"] in warning for warning in found["warnings"])
+    blocks = {block["name"]: block for block in found["blocks"]}
+    first, second = (blocks[f"blocks.{number}.first"] for number in range(2))
+    assert first["flops"] == second["flops"] > 0
+    console = Console(width=300, record=True, file=io.StringIO())
+    console.print(plan_view(found), graph_view(found, "emitting"))
+    text = console.export_text()
+    assert "plain Python" in text
+    assert "layer by itself: stem" in text
+    assert "blocks: blocks.1.first" in text
