@@ -95,6 +95,7 @@ class Compilation:
         self._forms_of: FormsOf = factor_forms
         self._chosen: tuple[object, Emitters] | None = None
         self._call: Call | None = None
+        self._interrupted: Call | None = None
         self._backward_passes = 0
         self._watching = ExitStack()
 
@@ -194,14 +195,14 @@ class Compilation:
         if not self._backward_passes:
             self._watching.enter_context(dynamo_settings())
             self._watching.enter_context(self.layers.installed(recording=True))
-            self._call = Call(len(self._graphs), next_number())
+            self._interrupted, self._call = self._call, Call(len(self._graphs), next_number())
         self._backward_passes += 1
         try:
             yield
         finally:
             self._backward_passes -= 1
             if not self._backward_passes:
-                ended, self._call = self._call, None
+                ended, self._call = self._call, self._interrupted
                 self._watching.close()
                 if ended is not None and ended.failure is not None:
                     raise ended.failure

@@ -4,6 +4,7 @@ saved tensors, backends that fail."""
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -467,3 +468,23 @@ def test_the_exact_fisher_matrix_is_refused_beside_complex_parameters():
     for options in ({"clip_by": "exact"}, {"quadratic_model": True}, {"adapt_damping": 5}):
         with pytest.raises(kfc_fx.OptionError, match="complex"):
             make(net, scaling="inverse", **options)
+
+
+def test_no_frame_of_ours_is_among_the_breaks():
+    class Aiming(Net):
+        def forward(self, x):
+            x = self.stem(x)
+            for block in self.blocks:
+                print(end="")
+                with torch.no_grad():
+                    aim = self.head(block(x))
+                x = block(x)
+            return self.head(x) + aim
+
+    compiled, opt = make(build(Aiming))
+    F.cross_entropy(compiled(X), Y).backward()
+    opt.step()
+    assert len(blocks_of(compiled)) == 8
+    assert compiled.plan.breaks
+    ours = str(Path(kfc_fx.__file__).parent)
+    assert not any(f"({ours}" in found.function for found in compiled.plan.breaks)

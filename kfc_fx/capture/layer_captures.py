@@ -195,10 +195,11 @@ def _watched_call(layer: LayerCapture) -> Callable[..., Any]:
     return call
 
 
+@torch._dynamo.disable  # type: ignore[untyped-decorator]
 def _within_autograd_function() -> bool:
     """Whether the forward pass of an ``autograd.Function`` runs, as of a reentrant checkpoint. What
     it does without gradients it may do again in its backward pass, with them."""
-    frame: FrameType | None = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "forward" and any(
             isinstance(value, FunctionCtx) for value in frame.f_locals.values()
