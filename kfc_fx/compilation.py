@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ from kfc_fx.capture.dynamo import (
     compile_forward,
     compile_plain,
     dynamo_settings,
+    forget_frames,
     mark_batch_dynamic,
     tensors_of_nodes,
 )
 from kfc_fx.capture.graph import CapturedGraph, GraphBinding, Stage, copy_graph
-from kfc_fx.capture.graph_breaks import BreakLog
+from kfc_fx.capture.graph_breaks import BreakLog, GraphBreak, frame_of
 from kfc_fx.capture.layer_captures import LayerCaptures
 from kfc_fx.capture.parameter_names import ParameterNames
 from kfc_fx.capture.preserved_state import state_preserved
@@ -155,7 +157,7 @@ class Compilation:
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, recording: bool) -> Any:
         mark_batch_dynamic(args, kwargs)
         outer, call = self._call, Call(len(self._graphs), next_number())
-        self._call = call
+        self._call, known = call, self.breaks.breaks
         try:
             with (
                 dynamo_settings(),
@@ -163,6 +165,9 @@ class Compilation:
                 self.layers.installed(recording=recording),
             ):
                 output = self._forward(*args, **kwargs)
+        except Exception as error:
+            self._take_back(known, error.__traceback__)
+            raise
         finally:
             self._call = outer
             if outer is not None:  # a call of the model within a call of the model
@@ -175,9 +180,25 @@ class Compilation:
             self._account(output, call)
         return output
 
+    def _take_back(self, known: tuple[GraphBreak, ...], traceback: TracebackType | None) -> None:
+        """Forget which frames dynamo gave up in a call that failed: the fault was the input's.
+
+        Args:
+            known: the breaks from before the call.
+            traceback: of the error, which holds the frames that failed.
+        """
+        if self.breaks.breaks == known:
+            return
+        self.breaks.forget_all_but(known)
+        forget_frames(traceback)
+        self._forward = self._capture(self.model)
+        self.layers.capture_anew()
+
     def _account(self, output: Any, call: Call) -> None:
         """Look for what plain Python did in a call, where there was any between the graphs."""
         if self.breaks.breaks or self.layers.alone or not self._graphs:
+            forwards = (frame_of(module) for module in self.model.modules())
+            self.breaks.recall(filter(None, forwards))
             self._note_uses_outside(output, call)
         if self._plan is not None and self._plan[1].breaks != self._break_specs():
             self._plan = None

@@ -67,6 +67,15 @@ def test_the_plan_shows_graphs_bindings_layers_alone_and_breaks():
     assert skipped.reason in plan._repr_html_()
 
 
+def test_the_second_model_of_a_class_knows_the_reasons_too():
+    first, second = (make(build(Net))[0] for _ in range(2))
+    first.trace(X)
+    second.trace(X)
+    skipped = [[b for b in own.plan.breaks if b.skipped] for own in (first, second)]
+    assert skipped[0] == skipped[1]
+    assert len(skipped[1]) == 1
+
+
 def test_a_model_in_one_graph_says_nothing_of_graphs():
     compiled, opt = make(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)))
     step(compiled, opt)

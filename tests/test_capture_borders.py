@@ -488,3 +488,44 @@ def test_no_frame_of_ours_is_among_the_breaks():
     assert compiled.plan.breaks
     ours = str(Path(kfc_fx.__file__).parent)
     assert not any(f"({ours}" in found.function for found in compiled.plan.breaks)
+
+
+class Helping(nn.Module):
+    """A function between the model and its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.weight = nn.Parameter(torch.randn(6, 6))
+
+    def help(self, x):
+        print(end="")
+        return F.linear(self.first(x).tanh(), self.weight)
+
+    def forward(self, x):
+        return self.second(self.help(x).tanh())
+
+
+@pytest.mark.parametrize("kind", [Net, Helping])
+@pytest.mark.parametrize("trained_before", [False, True])
+def test_an_input_of_a_wrong_shape_raises_torchs_error_and_changes_nothing(kind, trained_before):
+    compiled, opt = make(build(kind))
+
+    def step() -> None:
+        F.cross_entropy(compiled(X), Y).backward()
+        opt.step()
+        opt.zero_grad()
+
+    if trained_before:
+        step()
+    for wrong in (torch.randn(5, 9).double(), torch.randn(5, 4)):
+        with pytest.raises(RuntimeError, match=r"must match|cannot be multiplied|same dtype"):
+            compiled(wrong)
+    for _ in range(2):
+        step()
+    plain, _ = make(build(kind))
+    plain.trace(X)
+    assert blocks_of(compiled) == blocks_of(plain)
+    assert compiled.plan.generic == ()
+    assert all("`print`" in found.reason for found in compiled.plan.breaks)  # and no fault of ours
+    assert opt.diagnostics.missed_statistics == 0

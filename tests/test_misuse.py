@@ -168,3 +168,5 @@ def test_a_wrong_input_shape_raises_torchs_own_error_and_training_goes_on():
     with pytest.raises(Exception, match="channels"):
         compiled(torch.randn(4, 3, 6, 6))
     train(compiled, opt, 2)
+    assert not compiled.plan.breaks
+    assert {graph.layer for graph in compiled.plan.graphs} == {""}

@@ -7,6 +7,8 @@ import types
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -43,6 +45,18 @@ def compile_forward(model: Callable[..., Any], handle_graph: GraphHandler) -> Ca
         code, call_model.__globals__, code.co_name, None, call_model.__closure__
     )
     return torch.compile(own, backend=handle_graph)
+
+
+def forget_frames(traceback: TracebackType | None) -> None:
+    """Let dynamo try the frames of a traceback anew, those that it has given up among them."""
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        if not code.co_filename.startswith(TORCH):
+            torch._C._dynamo.eval_frame.reset_code(code)
+        traceback = traceback.tb_next
+
+
+TORCH = str(Path(torch.__file__).parent)
 
 
 def dynamo_settings() -> AbstractContextManager[None]:

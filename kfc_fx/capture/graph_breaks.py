@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +56,11 @@ class GraphBreak:
         return f"{self.function} {what} since {self.place}: {self.reason}"
 
 
+_given_up: dict[Frame, GraphBreak] = {}
+"""Frames that dynamo skips in this process, with its reason: it says that once, and skips the frame
+for every model from then on."""
+
+
 class BreakLog:
     """Collects the breaks of one model while its frames are compiled."""
 
@@ -64,7 +69,7 @@ class BreakLog:
         self._seen: object = None
         # Dynamo calls back while it may look at every frame, and would compile this one.
         self._callback = torch._dynamo.disable(self._note_failures)
-        self._frames: dict[str, Frame] = {}
+        self._frames: dict[str, tuple[Frame, bool]] = {}
         self._stand_ins: dict[str, Frame] = {}
 
     @property
@@ -72,16 +77,28 @@ class BreakLog:
         """In the order in which dynamo met them, each place once."""
         return tuple(self._found.values())
 
+    def forget_all_but(self, kept: tuple[GraphBreak, ...]) -> None:
+        """Leave only those that were there before."""
+        for found in self._found.values():
+            if found not in kept:
+                _given_up.pop(found.frame, None)
+        self._found = {place: found for place, found in self._found.items() if found in kept}
+
+    def recall(self, frames: Iterable[Frame]) -> None:
+        """Add those of the frames that dynamo skips because of what another model met in them."""
+        known = {found.frame for found in self._found.values() if found.skipped}
+        for frame in frames:
+            if frame in _given_up and frame not in known:
+                self._add(_given_up[frame])
+
     def stands_for(self, name: str, forward: Callable[..., Any]) -> None:
         """Speak of a forward method where dynamo gives up the function that calls it.
 
         Args:
             name: of the function.
         """
-        method = forward if hasattr(forward, "__code__") else getattr(forward, "forward", None)
-        code = getattr(method, "__code__", None)
-        if code is not None:
-            self._stand_ins[name] = (code.co_filename, code.co_name, code.co_firstlineno)
+        if (frame := frame_of(forward)) is not None:
+            self._stand_ins[name] = frame
 
     def note_graph(self, module: fx.GraphModule) -> None:
         """Keep why a captured graph ends where it does."""
@@ -117,23 +134,36 @@ class BreakLog:
                 break
             new.append(compilation)
         for compilation in reversed(new):
-            frame = self._frame_of(compilation)
+            frame, shared = self._frame_of(compilation)
             if compilation.fail_reason and frame is not None:
-                self._add(_skipped_frame(compilation, frame))
+                found = _skipped_frame(compilation, frame)
+                self._add(found)
+                if shared:
+                    _given_up[frame] = found
         self._seen = new[0] if new else self._seen
 
-    def _frame_of(self, compilation: Any) -> Frame | None:
-        """The frame of a compilation. One that was compiled too often is named by those before."""
+    def _frame_of(self, compilation: Any) -> tuple[Frame | None, bool]:
+        """The frame of a compilation, and whether other models have it too.
+
+        One that was compiled too often is named by those before.
+        """
         number = str(compilation.compile_id or "").partition("/")[0]
         if compilation.co_filename:
             name = compilation.co_name or "?"
             own = (compilation.co_filename, _function(name), compilation.co_firstlineno or 0)
-            self._frames[number] = self._stand_ins.get(name, own)
-        return self._frames.get(number)
+            self._frames[number] = (self._stand_ins.get(name, own), name not in self._stand_ins)
+        return self._frames.get(number, (None, False))
 
     def _add(self, found: GraphBreak) -> None:
         place = (found.frame, found.skipped) if found.skipped else (found.file, found.line)
         self._found[place] = found
+
+
+def frame_of(forward: Callable[..., Any]) -> Frame | None:
+    """The frame of a forward method, or of a module's; None for what is no Python function."""
+    method = forward if hasattr(forward, "__code__") else getattr(forward, "forward", None)
+    code = getattr(method, "__code__", None)
+    return None if code is None else (code.co_filename, code.co_name, code.co_firstlineno)
 
 
 def _function(name: str) -> str:

@@ -77,6 +77,11 @@ class LayerCaptures:
             found[module] = known
         self._layers = found
 
+    def capture_anew(self) -> None:
+        """Let each layer have a new capture at its next call."""
+        for layer in self._layers.values():
+            layer.capture_anew()
+
     @property
     def alone(self) -> Mapping[str, Frame]:
         """Path of each layer that has run outside of any graph, to the frame that called it."""
@@ -159,6 +164,10 @@ class LayerCapture:
                 return self.module._call_impl(*args, **kwargs)
         finally:
             self.watch.layer = outer
+
+    def capture_anew(self) -> None:
+        """Make a new capture at the next call, as if there had been none."""
+        self._forward = self.called_from = None
 
     def _own_forward(self) -> Callable[..., Any]:
         own = self.module.__dict__.get("forward", type(self.module).forward)
