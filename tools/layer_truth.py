@@ -143,10 +143,10 @@ def problems(
         relative error; how many statistics were compared.
     """
     found: list[str] = []
-    worst, compared = 0.0, 0
+    errors: dict[str, float] = {}
+    products: dict[str, tuple[float, float, float]] = {}
     blocks = {block.weight: block for block in plan.blocks}
     reasons = {generic.name: generic.reason for generic in plan.generic}
-    pairs: list[tuple[str, Tensor, Tensor]] = []
     for path in truth.modules:
         weight = f"{path}.weight" if path else "weight"
         if path in truth.called and weight in reasons and _is_of_capture(reasons[weight]):
@@ -165,18 +165,35 @@ def problems(
             continue
         if own and rows is not None and rows[block.name] != truth.rows(block):
             found.append(f"{block.name} has {rows[block.name]} rows, not {truth.rows(block)}")
-        pairs += [(f"{block.name}.{name}", own[name], expected[name]) for name in expected]
-    gammas = [(e, o) for name, o, e in pairs if name.endswith(".gamma") and e.any()]
-    if scale is None:
-        ratios = sorted(float(o.double().norm() / e.norm()) for e, o in gammas)
-        scale = ratios[len(ratios) // 2] if ratios else 1.0
-    for name, own, expected in pairs:
-        expected = expected * scale if name.endswith(".gamma") else expected
-        error = relative_error(own, expected)
-        worst, compared = max(worst, error), compared + 1
-        if not error <= tolerance:
-            found.append(f"{name} is off by {error:.1e}")
-    return found, worst, compared
+        for name, value in expected.items():
+            label = f"{block.name}.{name}"
+            if name != "gamma" or scale is not None:
+                value = value * scale if name == "gamma" else value
+                errors[label] = relative_error(own[name], value)
+            else:
+                products[label] = _products(own[name], value)
+    ratios = sorted((own / true) ** 0.5 for own, _, true in products.values() if true)
+    scale = ratios[len(ratios) // 2] if ratios else 1.0
+    errors |= {label: _error_at(scale, *three) for label, three in products.items()}
+    found += [f"{label} is off by {e:.1e}" for label, e in errors.items() if not e <= tolerance]
+    return found, max(errors.values(), default=0.0), len(errors)
+
+
+def _products(own: Tensor, expected: Tensor) -> tuple[float, float, float]:
+    """``own · own``, ``own · expected`` and ``expected · expected``."""
+    if own.shape != expected.shape:
+        return float("inf"), 0.0, 1.0
+    wide = own.to(expected.dtype)
+    return tuple(
+        float((a * b).sum()) for a, b in ((wide, wide), (wide, expected), (expected, expected))
+    )  # type: ignore[return-value]
+
+
+def _error_at(scale: float, own: float, mixed: float, expected: float) -> float:
+    """The relative error of ``own`` against the truth times ``scale``, from their products."""
+    squared = max(0.0, own - 2 * scale * mixed + scale**2 * expected)
+    norm = scale * expected**0.5
+    return squared**0.5 / norm if norm else (0.0 if own == 0 else float("inf"))
 
 
 def relative_error(own: Tensor, expected: Tensor) -> float:
