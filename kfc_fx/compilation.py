@@ -91,7 +91,7 @@ class Compilation:
         self._forward = self._capture(model)
         self._graphs: list[CapturedGraph] = []
         self._outside: dict[tuple[str, str], UnmatchedUse] = {}
-        self._with_gradient: set[str] = set()
+        self._with_gradient: dict[str, str] = {}
         self._called = False
         self._plan: tuple[object, CurvaturePlan] | None = None
         self._forms_of: FormsOf = factor_forms
@@ -251,7 +251,7 @@ class Compilation:
         self.names.refresh_if_changed()
         unused = {g.name for g in self.plan.generic if g.reason == NOT_USED}
         if found := unused.intersection(names):
-            self._with_gradient |= found
+            self._with_gradient |= dict.fromkeys(found, self.recorder.missing)
             self._plan = None
 
     def _note_outside(self, name: str, node: str) -> None:
@@ -320,8 +320,9 @@ class Compilation:
         """The account of a parameter that no graph uses and that has had a gradient."""
         if generic.reason != NOT_USED or generic.name not in self._with_gradient:
             return generic
+        missing = self._with_gradient[generic.name]
         use = use_outside(generic.name, "", self.breaks.breaks)
-        return replace(generic, reason=f"used by {use}")
+        return replace(generic, reason=missing or f"used by {use}")
 
     def _graph_specs(self) -> tuple[GraphSpec, ...]:
         return tuple(
