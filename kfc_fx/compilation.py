@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from kfc_fx.capture.bindings import Call, binding_of, parameter_inputs
 from kfc_fx.capture.canonicalise import canonicalise
@@ -33,6 +32,7 @@ from kfc_fx.capture.symbolic import refuse_to_run, symbolic_graph
 from kfc_fx.capture.uses_outside import next_number, use_outside, uses_outside
 from kfc_fx.curvature.inputs import batch_size
 from kfc_fx.curvature.likelihood import Likelihood
+from kfc_fx.curvature.outputs import float_tensors
 from kfc_fx.curvature.passes import REENTRANT, ForwardRecord
 from kfc_fx.curvature.recorder import StatisticsRecorder
 from kfc_fx.errors import CaptureError
@@ -240,7 +240,7 @@ class Compilation:
 
     def _note_uses_outside(self, output: Any, call: Call) -> None:
         """Take note of the parameters that plain Python used, where no graph held the use."""
-        tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+        tensors = float_tensors(output)  # of dataclasses too, which are no pytrees
         for parameter, node in uses_outside(tensors, call.first_node, call.graphs):
             if name := self.names.name_of(parameter):
                 self._note_outside(name, node)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -125,6 +126,25 @@ def test_parameters_that_plain_python_uses_are_named_with_frame_and_reason():
     assert [block.name for block in compiled.plan.blocks] == ["inner"]
     with pytest.raises(kfc_fx.CoverageError, match="plain Python"):
         kfc_fx.compile(Functional(), strict=True).trace(torch.randn(2, 4))
+
+
+@dataclass
+class Result:
+    logits: torch.Tensor
+
+
+class InDataclass(Functional):
+    def forward(self, x):
+        return Result(super().forward(x))
+
+
+def test_uses_by_plain_python_are_found_behind_an_output_that_is_a_dataclass():
+    compiled, opt = make(InDataclass())
+    F.cross_entropy(compiled(X).logits, Y).backward()
+    opt.step()
+    reasons = {generic.name: generic.reason for generic in compiled.plan.generic}
+    assert set(reasons) == {"weight", "table.weight", "scale"}
+    assert all("in plain Python" in reason for reason in reasons.values())
 
 
 class Aside(nn.Module):
