@@ -14,8 +14,8 @@ from math import log2, prod
 
 from kfc_fx.kernels import cpu_im2col_gram, cpu_line_gram, cpu_structured_gram
 from kfc_fx.kernels.cpu_symmetric_product import upper_blocks
+from kfc_fx.kernels.geometry import ConvGeometry
 from kfc_fx.kernels.products import ProductPlan
-from kfc_fx.plan.geometry import ConvGeometry
 
 CALL = 30e3  # ns for one product of views, however small
 PATCH_CALL = 10e3  # ns for one product or copy

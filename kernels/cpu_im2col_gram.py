@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kfc_fx.kernels.cpu_buffers import Pass, one_pass
 from kfc_fx.kernels.cpu_symmetric_product import add_upper_gram, mirror_upper, upper_blocks
-from kfc_fx.plan.geometry import ConvGeometry
+from kfc_fx.kernels.geometry import ConvGeometry
 
 LEAST_ROWS = 512  # a shorter sum would spend its time on reading and writing Ω
 

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from kfc_fx.kernels.cpu_buffers import Pass, one_pass
 from kfc_fx.kernels.cpu_symmetric_product import add_product
+from kfc_fx.kernels.geometry import ConvGeometry
 from kfc_fx.kernels.products import (
     AxisProduct,
     ProductPlan,
     elementary_segments,
     segments_within,
 )
-from kfc_fx.plan.geometry import ConvGeometry
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from kfc_fx.kernels.cpu_assemble import assemble_slots, fill_bias, pack_slots, r
 from kfc_fx.kernels.cpu_cost import estimate
 from kfc_fx.kernels.cpu_im2col_gram import fill_im2col_gram
 from kfc_fx.kernels.cpu_row_gram import row_gram
+from kfc_fx.kernels.geometry import ConvGeometry
 from kfc_fx.kernels.products import ProductPlan, product_plan
-from kfc_fx.plan.geometry import ConvGeometry
 
 
 def patch_gram(x: Tensor, geometry: ConvGeometry, *, bias: bool, method: str) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kfc_fx.kernels.cpu_patch_gram import patch_gram
 from kfc_fx.kernels.cpu_symmetric_product import add_upper_gram, mirror_upper, upper_blocks
-from kfc_fx.plan.geometry import ConvGeometry
+from kfc_fx.kernels.geometry import ConvGeometry
 
 BUFFER_ELEMENTS = 2**20
 

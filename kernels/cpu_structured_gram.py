@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kfc_fx.kernels.cpu_buffers import Pass, one_pass
 from kfc_fx.kernels.cpu_symmetric_product import add_product
+from kfc_fx.kernels.geometry import ConvGeometry
 from kfc_fx.kernels.products import (
     AxisProduct,
     Product,
@@ -30,7 +31,6 @@ from kfc_fx.kernels.products import (
     elementary_segments,
     segments_within,
 )
-from kfc_fx.plan.geometry import ConvGeometry
 
 COMBINED_COLUMNS = 2**12
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
-from kfc_fx.plan.geometry import ConvGeometry
+from kfc_fx.kernels.geometry import ConvGeometry
 
 
 @dataclass(frozen=True, order=True)

@@ -2,7 +2,7 @@
 
 Only the ratios of the rates decide. Tiles count whole, with what overhangs the factor, since that
 is multiplied too. The rates below were fitted to 19 layers on an H100, the time of the device: that
-of the host differs less between the two. ``kfc_fx.tools.gpu_cost_fit`` fits them to a run of
+of the host differs less between the two. ``kfc_fx.tools.gpu.cost_fit`` fits them to a run of
 ``gpu_check``.
 """
 
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
+from kfc_fx.kernels.geometry import ConvGeometry
 from kfc_fx.kernels.products import product_plan
 from kfc_fx.kernels.triton_configs import default_rectangular, default_symmetric
 from kfc_fx.kernels.triton_product_jobs import job_plan, total_steps
-from kfc_fx.plan.geometry import ConvGeometry
 
 # Multiplications in the time that memory takes for a byte, by precision mode; an H100 moves
 # 2.9 TB/s. "ieee" is its datasheet's ratio, halved.

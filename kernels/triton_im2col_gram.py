@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from kfc_fx.kernels.geometry import ConvGeometry
 from kfc_fx.kernels.triton_case import KernelCase, argument_types, gram_cases
 from kfc_fx.kernels.triton_configs import (
     SYMMETRIC,
@@ -58,7 +59,6 @@ from kfc_fx.kernels.triton_symmetric import (
     lower_tile,
     multiply_add,
 )
-from kfc_fx.plan.geometry import ConvGeometry
 
 
 @triton.jit

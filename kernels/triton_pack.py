@@ -22,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from kfc_fx.kernels.geometry import ConvGeometry
 from kfc_fx.kernels.triton_case import KernelCase, argument_types
-from kfc_fx.plan.geometry import ConvGeometry
 
 BLOCK_POSITIONS = 64
 BLOCK_BATCH = 32

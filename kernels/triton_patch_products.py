@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kfc_fx.kernels.geometry import ConvGeometry
 from kfc_fx.kernels.products import ProductPlan
 from kfc_fx.kernels.triton_case import KernelCase, argument_types, gram_cases
 from kfc_fx.kernels.triton_configs import (
@@ -43,7 +44,6 @@ from kfc_fx.kernels.triton_product_jobs import (
     total_steps,
 )
 from kfc_fx.kernels.triton_symmetric import dot_precision, multiply_add
-from kfc_fx.plan.geometry import ConvGeometry
 
 ROWS = 16
 LEAST_STEPS = 16

@@ -18,8 +18,8 @@ from functools import lru_cache
 import triton
 import triton.language as tl
 
+from kfc_fx.kernels.geometry import ConvGeometry
 from kfc_fx.kernels.triton_pack import MAX_SPATIAL, Packed
-from kfc_fx.plan.geometry import ConvGeometry
 
 
 @triton.jit

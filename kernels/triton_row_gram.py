@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kfc_fx.kernels.geometry import LINEAR, conv_geometry
 from kfc_fx.kernels.triton_case import KernelCase, argument_types, gram_cases
 from kfc_fx.kernels.triton_configs import (
     SYMMETRIC,
@@ -45,7 +46,6 @@ from kfc_fx.kernels.triton_symmetric import (
     lower_tile,
     multiply_add,
 )
-from kfc_fx.plan.geometry import LINEAR, conv_geometry
 
 LEAST_PACKED_BATCH = 16
 ONE_AXIS = conv_geometry((1,))

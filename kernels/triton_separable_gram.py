@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kfc_fx.kernels.cpu_separable_gram import reach_counts
+from kfc_fx.kernels.geometry import ConvGeometry
 from kfc_fx.kernels.triton_case import KernelCase, argument_types
 from kfc_fx.kernels.triton_configs import precision_mode, processor
 from kfc_fx.kernels.triton_im2col_gram import im2col_gram, im2col_gram_reference, packed_gram
@@ -44,7 +45,6 @@ from kfc_fx.kernels.triton_pack import (
     round_to_tf32,
 )
 from kfc_fx.kernels.triton_row_gram import row_gram
-from kfc_fx.plan.geometry import ConvGeometry
 
 LEAST_LINE = 512  # places along K, so that the masked end of a line is a small part of it
 

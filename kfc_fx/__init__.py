@@ -1,8 +1,6 @@
 """KFC for PyTorch: compile an existing model so that it trains by approximate natural gradient."""
 
-from kfc_fx.compile import CompiledModel, compile
-from kfc_fx.curvature.factors import Factors
-from kfc_fx.curvature.likelihood import Bernoulli, Categorical, Gaussian
+from kfc_fx.engine.factors import Factors
 from kfc_fx.errors import (
     CaptureError,
     CoverageError,
@@ -13,8 +11,10 @@ from kfc_fx.errors import (
     StatisticsError,
     StepError,
 )
-from kfc_fx.optim import KFC
+from kfc_fx.install import CompiledModel, compile
+from kfc_fx.optim.kfc import KFC
 from kfc_fx.plan.spec import BlockSpec, CurvaturePlan, GenericSpec
+from kfc_fx.statistics.likelihood import Bernoulli, Categorical, Gaussian
 
 __version__ = "0.1.0"
 

@@ -15,7 +15,12 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 
 from tests import properties
-from tests.broken_programs import BrokenProgram, batches_for, broken_programs, factors_are_true
+from tests.capture.broken_programs import (
+    BrokenProgram,
+    batches_for,
+    broken_programs,
+    factors_are_true,
+)
 from tests.strategies import networks
 
 ROUND = 25

@@ -136,7 +136,7 @@ def assert_equal_state(found: nn.Module, expected: nn.Module) -> None:
 
 def count_calls_of_emitting_graphs(monkeypatch) -> list[int]:
     """A list that grows by one at every call of an emitting graph compiled from now on."""
-    module = sys.modules["kfc_fx.compilation"]
+    module = sys.modules["kfc_fx.compilation.compilation"]
     calls: list[int] = []
     own = module.compile_emitting
 

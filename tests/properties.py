@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import kfc_fx
 from kfc_fx.capture.canonicalise import canonicalise
 from kfc_fx.capture.graph import copy_graph
-from kfc_fx.compile import CompiledModel
+from kfc_fx.install import CompiledModel
 from kfc_fx.plan.forms import factor_forms
 from tests.oracle import layer_patches, output_rows
 from tests.strategies import CLASSES, DrawnNetwork

@@ -1,61 +1,98 @@
-"""Imports point one way through the folders, and need neither Triton nor a GPU."""
+"""Imports point one way through the folders and between files, and need neither Triton nor a GPU."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-MAY_IMPORT = {
+FOLDERS = {"kfc_fx": ROOT / "kfc_fx", "kernels": ROOT / "kernels", "tools": ROOT / "tools"}
+GEOMETRY, CPU_MATMUL = "kernels.geometry", "kernels.cpu_matmul"
+
+MAY_IMPORT: dict[str, set[str]] = {
+    "kernels": set(),
     "errors": set(),
     "artifacts": set(),
-    "plan": {"errors", "plan"},
-    "capture": {"errors", "plan", "capture"},
-    "ops": {"errors", "plan", "ops", "kernels"},
-    "rewrite": {"errors", "artifacts", "plan", "capture", "ops", "rewrite"},
-    "curvature": {"errors", "plan", "ops", "kernels", "curvature"},
-    "codegen": {"errors", "artifacts", "plan", "kernels", "curvature", "codegen"},
-    "compilation": {"errors", "plan", "capture", "rewrite", "curvature"},
-    "compile": {"errors", "plan", "capture", "curvature", "compilation"},
-    "optim_options": {"errors", "plan", "curvature", "codegen"},
-    "binding": {"errors", "plan", "codegen", "compile", "gradients", "optim_options"},
-    "gradients": {"errors"},
-    "exact_fisher": {"errors", "curvature", "compile", "optim_options"},
-    "optim": {
-        "errors",
-        "plan",
-        "curvature",
-        "codegen",
-        "compile",
-        "optim_options",
-        "binding",
-        "gradients",
-        "exact_fisher",
-    },
+    "notebook": set(),
+    "linalg": {"kernels"},
+    "ops": {"kernels"},
+    "capture": {"artifacts", "errors"},
+    "plan": {"capture", "errors", "notebook", GEOMETRY},
+    "statistics": {"capture", "errors", "ops", "plan", GEOMETRY},
+    "codegen": {"linalg", "plan", CPU_MATMUL},
+    "rewrite": {"capture", "plan", "statistics"},
+    "engine": {"artifacts", "codegen", "errors", "linalg", "statistics"},
+    "compilation": {"capture", "errors", "plan", "rewrite", "statistics"},
+    "install": {"capture", "compilation", "errors", "plan", "statistics"},
+    "optim": {"codegen", "engine", "errors", "install", "plan", "statistics"},
 }
-MAY_IMPORT["inspect"] = {*MAY_IMPORT, "kernels", "inspect"}  # and tools alone imports it
+"""What the files of a folder, or a file beside the folders, may import besides each other."""
+EVERYTHING = set(MAY_IMPORT)
+MAY_IMPORT["inspect"] = EVERYTHING
+MAY_IMPORT["tools"] = {*EVERYTHING, "inspect", "kfc_fx"}
 
 
-def imported_parts(path: Path) -> set[str]:
-    parts = set()
+def sources() -> dict[str, Path]:
+    """Every file by the name that it is imported under."""
+    found = {}
+    for folder in FOLDERS.values():
+        for path in folder.rglob("*.py"):
+            parts = list(path.relative_to(ROOT).with_suffix("").parts)
+            if parts[0] != "kfc_fx":
+                parts.insert(0, "kfc_fx")
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+SOURCES = sources()
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The project's modules that a file imports, those for type checkers alone included."""
     for node in ast.walk(ast.parse(path.read_text())):
-        names = []
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        parts |= {name.split(".")[1] for name in names if name.startswith("kfc_fx.")}
-    return parts
+        if isinstance(node, ast.Import):
+            yield from (a.name for a in node.names if a.name.split(".")[0] == "kfc_fx")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "kfc_fx":
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in SOURCES else str(node.module)
+
+
+def part_of(module: str) -> str:
+    """The folder of a module, or the module itself where it stands beside the folders."""
+    return module.split(".")[1] if "." in module else module
 
 
 def test_imports_point_one_way():
-    for part, allowed in MAY_IMPORT.items():
-        folder = ROOT / "kfc_fx" / part
-        files = folder.glob("**/*.py") if folder.is_dir() else [folder.with_suffix(".py")]
-        for path in files:
-            assert imported_parts(path) <= allowed, path
+    wrong = []
+    for module, path in SOURCES.items():
+        own = part_of(module)
+        if own == "kfc_fx":
+            continue  # the public names
+        allowed = {own, *MAY_IMPORT[own]}
+        wrong += [
+            f"{module} imports {name}"
+            for name in imported(path)
+            if part_of(name) not in allowed and name.removeprefix("kfc_fx.") not in allowed
+        ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_table_has_every_folder():
+    parts = {part_of(module) for module in SOURCES} - {"kfc_fx"}
+    assert parts == set(MAY_IMPORT)
+
+
+def test_every_folder_is_installed():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {module for module, path in SOURCES.items() if path.name == "__init__.py"}
+    assert set(listed) == folders
+    for module, path in SOURCES.items():
+        assert (path.parent / "__init__.py").exists(), module
 
 
 def test_import_needs_no_triton():

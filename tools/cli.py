@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from kfc_fx.tools.bench import app as bench
-from kfc_fx.tools.doctor import doctor
+from kfc_fx.tools.bench.command import app as bench
+from kfc_fx.tools.doctor.command import doctor
 from kfc_fx.tools.inspect_command import inspect
 from kfc_fx.tools.kernels_report import kernels
-from kfc_fx.tools.train import train
-from kfc_fx.tools.zoo import zoo
+from kfc_fx.tools.train.command import train
+from kfc_fx.tools.zoo.command import zoo
 
 app = typer.Typer(
     name="kfc-fx",

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from kfc_fx.codegen.options import Scaling
+from kfc_fx.codegen.spec import Scaling
 from kfc_fx.inspect.document import build_document, code_document
 from kfc_fx.inspect.dot import dot_text
 from kfc_fx.inspect.graph_view import diff_view, find_stage, graph_view, passes_view

@@ -1,1 +1,1 @@
-
+"""A module becomes fx graphs."""

@@ -12,7 +12,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from kfc_fx.capture.attention import expand_attention
-from kfc_fx.plan.regions import regions
+from kfc_fx.capture.regions import regions
 
 
 def _linear(input, weight, bias=None): ...  # type: ignore[no-untyped-def]

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from kfc_fx.capture.recomputation import run_by_op
+from kfc_fx.capture.checkpoints import run_by_op
 from kfc_fx.errors import KfcWarning, OptionError
 
 BACKENDS = ("eager", "aot_eager", "inductor")

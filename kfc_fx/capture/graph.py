@@ -1,15 +1,13 @@
-"""A captured graph and its stages: what every pass left behind."""
+"""Stages of a graph: what every pass left behind."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import fx
 
-from kfc_fx.plan.regions import regions
-from kfc_fx.plan.spec import GraphUses
+from kfc_fx.capture.regions import regions
 
 
 @dataclass(frozen=True)
@@ -27,108 +25,6 @@ class Stage:
     def code(self) -> str:
         """The stage as Python source."""
         return self.module.code
-
-
-@dataclass
-class GraphBinding:
-    """A captured graph with one assignment of the model's parameters, and of the numbers of its
-    layers, to its inputs.
-
-    Dynamo runs one graph for several modules, so that a graph has as many of these as there are
-    assignments.
-    """
-
-    canonical: fx.GraphModule
-    """The graph in its canonical form, with the numbers of its layers."""
-    parameters: Mapping[str, str]
-    """Node name to parameter name, for the nodes that hold a parameter."""
-    uses: GraphUses
-    without_examples: tuple[int, ...] = ()
-    """Positions of the outputs whose values do not depend on the examples."""
-    stages: list[Stage] = field(default_factory=list)
-    """What the passes of the emitting variant that ran last left behind."""
-    emitting: dict[object, Callable[..., object]] = field(default_factory=dict)
-    """Compiled emitting variants, by what they emit."""
-
-
-@dataclass(frozen=True)
-class BoundGraph:
-    """A captured graph under one of its bindings, for those who look at it."""
-
-    layer: str
-    """Path of the layer that was captured for itself; empty for a frame of the model."""
-    stages: tuple[Stage, ...]
-    parameters: Mapping[str, str]
-    """Node name to parameter name."""
-    uses: GraphUses
-
-
-@dataclass
-class CapturedGraph:
-    """One graph that was captured from the model, with each of its stages.
-
-    A model with graph breaks has several; so has one that runs in several modes.
-    """
-
-    index: int
-    layer: str
-    """Path of the layer that was captured for itself; empty for a frame of the model."""
-    captured: list[Stage]
-    """The graph as dynamo gave it, and in its canonical form."""
-    parameter_positions: tuple[int, ...]
-    """Which of the inputs hold parameters."""
-    number_positions: tuple[int, ...]
-    """Which of the inputs are numbers that layers are called with."""
-    run: Callable[..., object]
-    """The plain graph as the chosen backend compiled it."""
-    bindings: dict[object, GraphBinding] = field(default_factory=dict)
-    last: tuple[object, GraphBinding] | None = None
-    """The binding of the last run, and what it was found by."""
-
-    @property
-    def first(self) -> GraphBinding:
-        """The binding that the graph was captured with."""
-        return next(iter(self.bindings.values()))
-
-    @property
-    def bound(self) -> list[BoundGraph]:
-        """The graph under each of its bindings."""
-        return [
-            BoundGraph(self.layer, (*self.captured, *b.stages), b.parameters, b.uses)
-            for b in self.bindings.values()
-        ]
-
-    @property
-    def uses(self) -> GraphUses:
-        """Every use of every parameter, under all bindings."""
-        found = [binding.uses for binding in self.bindings.values()]
-        return GraphUses(
-            tuple(site for uses in found for site in uses.sites),
-            tuple(use for uses in found for use in uses.unmatched),
-        )
-
-    @property
-    def stages(self) -> list[Stage]:
-        """The graph after every pass, emitting under its first binding."""
-        return [*self.captured, *self.first.stages]
-
-    def stage(self, name: str) -> fx.GraphModule:
-        """The graph module of one stage.
-
-        Raises:
-            KeyError: no stage has that name; the message lists the names.
-        """
-        for stage in self.stages:
-            if stage.name == name:
-                return stage.module
-        raise KeyError(f"no stage {name!r}; stages: {', '.join(s.name for s in self.stages)}")
-
-    def __repr__(self) -> str:
-        names = ", ".join(stage.name for stage in self.stages)
-        what = f"layer {self.layer!r}, " if self.layer else ""
-        times = f", {len(self.bindings)} bindings" if len(self.bindings) > 1 else ""
-        sites = len(self.first.uses.sites)
-        return f"CapturedGraph({self.index}: {what}{sites} sites{times}; stages {names})"
 
 
 def copy_graph(module: fx.GraphModule) -> fx.GraphModule:

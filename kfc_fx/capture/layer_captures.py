@@ -23,7 +23,7 @@ from torch.nn.modules import module as module_globals
 
 from kfc_fx.capture.dynamo import mark_batch_dynamic
 from kfc_fx.capture.graph_breaks import Frame
-from kfc_fx.plan.regions import is_run_again
+from kfc_fx.capture.regions import is_run_again
 
 INSTALLED = "_compiled_call_impl"
 """What ``nn.Module.__call__`` runs in place of ``_call_impl``. Dynamo reads it only of a module

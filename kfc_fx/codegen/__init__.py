@@ -1,1 +1,1 @@
-
+"""A spec becomes the source of an update; nothing is run here."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from kfc_fx.codegen.accumulate import accumulate_graph
-from kfc_fx.codegen.apply import apply_graphs
-from kfc_fx.codegen.options import UpdateSpec
-from kfc_fx.codegen.products import choose_products
-from kfc_fx.codegen.refresh import refresh_graphs
-from kfc_fx.codegen.source import UpdateProgram, build_program
+from kfc_fx.codegen.functions.accumulate import accumulate_graph
+from kfc_fx.codegen.functions.apply import apply_graphs
+from kfc_fx.codegen.functions.refresh import refresh_graphs
+from kfc_fx.codegen.spec import UpdateSpec
+from kfc_fx.codegen.text.products import choose_products
+from kfc_fx.codegen.text.source import UpdateProgram, build_program
 
 
 def generate(spec: UpdateSpec) -> UpdateProgram:

@@ -1,1 +1,1 @@
-
+"""Read-only views of all that the compiler makes."""

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from kfc_fx.codegen.layout import StackSpec
-from kfc_fx.curvature.inputs import batch_size
+from kfc_fx.codegen.spec import StackSpec
 from kfc_fx.inspect.costs import SiteCost, site_costs
 from kfc_fx.inspect.inspection import Inspection
 from kfc_fx.inspect.methods import OpCall
 from kfc_fx.inspect.update_costs import factor_bytes, state_bytes
+from kfc_fx.kernels.geometry import ConvGeometry
 from kfc_fx.plan.forms import DENSE_LIMIT, FactorForms
-from kfc_fx.plan.geometry import ConvGeometry
 from kfc_fx.plan.spec import FACTOR_LIMIT, BlockSpec
+from kfc_fx.statistics.inputs import batch_size
 
 WITHOUT_OPS = {"embedding": "counts", "scale_shift": "moments"}
 """Method of kinds whose Ω takes no statistics op; those of diagonal factors are squares."""

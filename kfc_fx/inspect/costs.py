@@ -15,16 +15,16 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from kfc_fx.capture.graph import BoundGraph
+from kfc_fx.capture.regions import regions
+from kfc_fx.compilation.captured_graph import BoundGraph
 from kfc_fx.inspect.counting import Work, WorkCounter
 from kfc_fx.inspect.methods import OpCall, StatisticsObserver, counted_call
 from kfc_fx.inspect.nodes import example_of, shape_of
-from kfc_fx.ops.emission import EMISSIONS
-from kfc_fx.ops.input_factors import INPUT_FACTORS
-from kfc_fx.ops.part import WHOLE, Part
-from kfc_fx.ops.statistics_pass import fisher_pass, input_part
 from kfc_fx.plan.locations import concrete
-from kfc_fx.plan.regions import regions
+from kfc_fx.statistics.emission import EMISSIONS
+from kfc_fx.statistics.input_factors import INPUT_FACTORS
+from kfc_fx.statistics.running import fisher_pass, input_part
+from kfc_fx.statistics.share import WHOLE, Part
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import fx
 
-from kfc_fx.capture.graph import BoundGraph, Stage
+from kfc_fx.capture.graph import Stage
+from kfc_fx.capture.regions import Region, regions
+from kfc_fx.compilation.captured_graph import BoundGraph
 from kfc_fx.inspect.graph_text import print_graph
 from kfc_fx.inspect.inspection import Inspection, changed_nodes
 from kfc_fx.inspect.nodes import dtype_of, module_of, shape_of, source_of, target_name
-from kfc_fx.ops.emission import EMISSIONS
-from kfc_fx.ops.input_factors import INPUT_FACTORS
-from kfc_fx.plan.regions import Region, regions
+from kfc_fx.statistics.emission import EMISSIONS
+from kfc_fx.statistics.input_factors import INPUT_FACTORS
 
 
 def graph_entries(inspection: Inspection) -> list[dict[str, Any]]:

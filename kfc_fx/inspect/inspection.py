@@ -9,17 +9,18 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from kfc_fx.binding import Group, real_parameters, update_spec
-from kfc_fx.capture.graph import BoundGraph, Stage
-from kfc_fx.codegen.options import UpdateSpec
+from kfc_fx.capture.graph import Stage
+from kfc_fx.capture.graph_passes import without_passes
 from kfc_fx.codegen.program import generate
-from kfc_fx.compile import CompiledModel, compile
+from kfc_fx.codegen.spec import UpdateSpec
+from kfc_fx.compilation.captured_graph import BoundGraph
 from kfc_fx.errors import KfcError, TargetError
 from kfc_fx.inspect.inputs import InputSpec
 from kfc_fx.inspect.quiet import without_logs
-from kfc_fx.optim import KFC
+from kfc_fx.install import CompiledModel, compile
+from kfc_fx.optim.kfc import KFC
+from kfc_fx.optim.update_spec import Group, real_parameters, update_spec
 from kfc_fx.plan.spec import CurvaturePlan
-from kfc_fx.rewrite.pipeline import without_passes
 
 CAPTURES = ("dynamo", "symbolic")
 OPERATOR_ERROR = re.compile(r"""got \w+\(['"](.+)['"]\)""")

@@ -16,9 +16,9 @@ from torch import Tensor
 from kfc_fx.inspect.counting import Work, WorkCounter
 from kfc_fx.kernels import cpu_patch_gram, cpu_row_gram, cpu_separable_gram
 from kfc_fx.kernels.cpu_cost import Cost, estimate
+from kfc_fx.kernels.geometry import ConvGeometry
 from kfc_fx.kernels.products import product_plan
 from kfc_fx.ops.convolution import decoded
-from kfc_fx.plan.geometry import ConvGeometry
 
 ops = torch.ops.kfc_fx
 

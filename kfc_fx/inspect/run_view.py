@@ -11,10 +11,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from kfc_fx.curvature.run_report import VERSION
 from kfc_fx.errors import KfcError
 from kfc_fx.inspect.run_plots import PARTS, SERIES, run_figure
 from kfc_fx.inspect.summary_view import plain_table
+from kfc_fx.optim.run_report import VERSION
 
 
 def read_report(path: Path) -> dict[str, Any]:

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kfc_fx.binding import Group, learning_rates, option_arguments
-from kfc_fx.codegen.engine import UpdateEngine
-from kfc_fx.codegen.layout import StackSpec
-from kfc_fx.codegen.options import UpdateSpec
-from kfc_fx.codegen.state import SavedState, state_entries
-from kfc_fx.codegen.statistics import ScreenedStatistics
+from kfc_fx.codegen.spec import StackSpec, UpdateSpec
+from kfc_fx.engine.engine import UpdateEngine
+from kfc_fx.engine.screening import ScreenedStatistics
+from kfc_fx.engine.state import SavedState, state_entries
 from kfc_fx.inspect.counting import Work, WorkCounter
 from kfc_fx.inspect.methods import counted_call
-from kfc_fx.optim_options import KFCOptions
+from kfc_fx.optim.options import KFCOptions
+from kfc_fx.optim.rates import learning_rates, option_arguments
+from kfc_fx.optim.update_spec import Group
 
 
 @dataclass(frozen=True)

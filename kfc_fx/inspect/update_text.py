@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from kfc_fx.codegen.options import UpdateSpec
-from kfc_fx.codegen.source import UpdateProgram
+from kfc_fx.codegen.spec import UpdateSpec
+from kfc_fx.codegen.text.source import UpdateProgram
 from kfc_fx.errors import TargetError
 from kfc_fx.inspect.inspection import Inspection
 

@@ -1,4 +1,4 @@
-"""Statistics as functional ``torch.library`` ops; the only importer of ``kfc_fx.kernels``."""
+"""Statistics as functional ``torch.library`` ops."""
 
 from kfc_fx.ops import cuda_dispatch as cuda_dispatch  # registers the CUDA implementations
 from kfc_fx.ops.grouped_row_gram import grouped_row_gram

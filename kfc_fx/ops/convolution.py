@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kfc_fx.plan.geometry import ConvGeometry, IntOrInts, conv_geometry
+from kfc_fx.kernels.geometry import ConvGeometry, IntOrInts, conv_geometry
 
 Padding = str | int | Sequence[int] | Sequence[tuple[int, int]]
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from kfc_fx.kernels import cpu_patch_gram, cpu_separable_gram
 from kfc_fx.kernels.cpu_assemble import assemble_slots, pack_slots, reach_sums
+from kfc_fx.kernels.geometry import ConvGeometry
 from kfc_fx.kernels.products import product_plan
 from kfc_fx.ops.convolution import decoded
 from kfc_fx.ops.library import LIBRARY
-from kfc_fx.plan.geometry import ConvGeometry
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_CAPABILITY = (8, 0)

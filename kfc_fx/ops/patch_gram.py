@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from kfc_fx.kernels import cpu_patch_gram
+from kfc_fx.kernels.geometry import IntOrInts
 from kfc_fx.ops.convolution import Padding, checked_geometry, decoded, encoded
 from kfc_fx.ops.library import define, statistic_dtype
-from kfc_fx.plan.geometry import IntOrInts
 
 METHODS = ("auto", "structured", "im2col")
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from kfc_fx.kernels import cpu_patch_gram
 from kfc_fx.kernels.cpu_assemble import assemble_slots
+from kfc_fx.kernels.geometry import ConvGeometry, IntOrInts
 from kfc_fx.kernels.products import ProductPlan, product_plan
 from kfc_fx.ops.convolution import Padding, checked_geometry, decoded, encoded
 from kfc_fx.ops.library import define, statistic_dtype
-from kfc_fx.plan.geometry import ConvGeometry, IntOrInts
 
 
 def patch_products(

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from kfc_fx.plan.geometry import LINEAR, ConvGeometry, conv_geometry
+from kfc_fx.kernels.geometry import LINEAR, ConvGeometry, conv_geometry
 from kfc_fx.plan.spec import BatchSpec, BlockKind, NormSpec
 from kfc_fx.plan.weight_views import dimensions, shape_of, weight_view
 

@@ -9,10 +9,10 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
+from kfc_fx.capture.regions import REGION, Region, regions
 from kfc_fx.plan.batched_calls import batched_calls, entry_of
 from kfc_fx.plan.layer_calls import LayerCall, layer_call
 from kfc_fx.plan.locations import locations_of
-from kfc_fx.plan.regions import REGION, Region, regions
 from kfc_fx.plan.spec import GraphUses, SiteSpec, UnmatchedUse
 from kfc_fx.plan.weight_views import WeightView, dimensions, is_view, shape_of, weight_view
 

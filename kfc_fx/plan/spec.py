@@ -7,8 +7,8 @@ from math import prod
 from typing import Literal
 
 from kfc_fx.errors import KfcError
-from kfc_fx.plan.geometry import ConvGeometry
-from kfc_fx.plan.html import table_html
+from kfc_fx.kernels.geometry import ConvGeometry
+from kfc_fx.notebook import table_html
 
 BlockKind = Literal[
     "linear",

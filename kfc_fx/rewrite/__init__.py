@@ -1,1 +1,1 @@
-
+"""Blocks become graphs that emit statistics."""

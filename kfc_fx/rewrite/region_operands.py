@@ -10,7 +10,7 @@ import operator
 
 from torch import fx
 
-from kfc_fx.plan.regions import Region, regions
+from kfc_fx.capture.regions import Region, regions
 from kfc_fx.plan.spec import SiteSpec
 
 

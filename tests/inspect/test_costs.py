@@ -15,8 +15,8 @@ from kfc_fx.inspect.inputs import parse_input
 from kfc_fx.inspect.inspection import InspectionOptions, inspect_model
 from kfc_fx.inspect.methods import patch_method
 from kfc_fx.kernels.cpu_cost import estimate
+from kfc_fx.kernels.geometry import conv_geometry
 from kfc_fx.kernels.products import product_plan
-from kfc_fx.plan.geometry import conv_geometry
 from tests.inspect.small_networks import ConvNet
 
 N, INSIDE, HIDDEN, OUTSIDE = 6, 20, 30, 10

@@ -12,13 +12,13 @@ from rich.console import Console
 from torch import nn
 
 import kfc_fx
+from kfc_fx.capture.graph_passes import without_passes
 from kfc_fx.inspect.document import build_document, load_schema
 from kfc_fx.inspect.graph_view import graph_view
 from kfc_fx.inspect.inputs import parse_input
 from kfc_fx.inspect.inspection import InspectionOptions, inspect_model
 from kfc_fx.inspect.page import render
 from kfc_fx.inspect.plan_view import plan_view
-from kfc_fx.rewrite.pipeline import without_passes
 from tests.inspect.small_networks import (
     INPUTS,
     Broken,

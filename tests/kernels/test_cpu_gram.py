@@ -17,9 +17,9 @@ from kfc_fx.kernels import (
     cpu_structured_gram,
     cpu_symmetric_product,
 )
+from kfc_fx.kernels.geometry import conv_geometry
 from kfc_fx.kernels.products import elementary_segments, product_plan, segments_within
 from kfc_fx.ops import patch_gram
-from kfc_fx.plan.geometry import conv_geometry
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kfc_fx
-from kfc_fx.codegen import products
+from kfc_fx.codegen.text import products
 from kfc_fx.kernels import cpu_matmul, cpu_symmetric_product
 from kfc_fx.kernels.cpu_row_gram import row_gram
 from kfc_fx.kernels.cpu_symmetric_product import upper_blocks

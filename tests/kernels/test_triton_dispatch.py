@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfc_fx.kernels.cpu_assemble import pack_slots, reach_sums
+from kfc_fx.kernels.geometry import ConvGeometry, conv_geometry
 from kfc_fx.kernels.products import product_plan
 from kfc_fx.ops import cuda_dispatch
 from kfc_fx.ops.convolution import encoded
-from kfc_fx.plan.geometry import ConvGeometry, conv_geometry
 from tests.kernels.triton_oracle import (
     DEVICE,
     Convolution,

@@ -25,7 +25,7 @@ def tiny_network() -> nn.Module:
 
 
 def test_every_check_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from kfc_fx.tools.gpu_check import CHECKS, main
+    from kfc_fx.tools.gpu.check import CHECKS, main
 
     out = tmp_path / "gpu.json"
     status = main(["--device", "cpu", "--tiny", "--processes", "0", "--out", str(out)])
@@ -36,7 +36,7 @@ def test_every_check_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_check_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
-    from kfc_fx.tools.gpu_check import main
+    from kfc_fx.tools.gpu.check import main
 
     out = tmp_path / "gpu.json"
     command = ["--device", "cpu", "--tiny", "--only", "whitening", "--out", str(out)]
@@ -51,8 +51,8 @@ def test_a_check_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
 def test_a_failed_check_does_not_stop_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from kfc_fx.tools import gpu_check
-    from kfc_fx.tools.gpu_correctness import Check
+    from kfc_fx.tools.gpu import check as gpu_check
+    from kfc_fx.tools.gpu.correctness import Check
 
     def fail(device: torch.device, tiny: bool) -> str:
         raise AssertionError("bits differ")
@@ -66,7 +66,7 @@ def test_a_failed_check_does_not_stop_the_others(
 
 
 def test_every_shape_that_fails_is_named() -> None:
-    from kfc_fx.tools.gpu_accuracy import Comparison, Mode, summary
+    from kfc_fx.tools.gpu.accuracy import Comparison, Mode, summary
 
     half, full = Mode(torch.bfloat16, "high"), Mode(torch.float32, "highest")
     good = [Comparison((4, 2), full, 0.25), Comparison((4, 2), half, 0.5)]
@@ -86,7 +86,7 @@ def test_every_shape_that_fails_is_named() -> None:
 
 def test_the_bound_of_a_sum_sees_a_wrong_product(monkeypatch: pytest.MonkeyPatch) -> None:
     from kfc_fx.ops import cuda_dispatch
-    from kfc_fx.tools.gpu_accuracy import check_large_addresses, check_row_gram
+    from kfc_fx.tools.gpu.accuracy import check_large_addresses, check_row_gram
 
     def without_last_row(x: Tensor, bias: bool) -> Tensor:
         x = x.float()[:-1] if len(x) > 1 else x.float() * 1.01
@@ -102,7 +102,7 @@ def test_the_bound_of_a_sum_sees_a_wrong_product(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("factor", [0, 1])
 def test_a_trace_that_is_wrong_is_seen(factor: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from kfc_fx.ops import cuda_dispatch
-    from kfc_fx.tools.gpu_accuracy import check_separable_gram
+    from kfc_fx.tools.gpu.accuracy import check_separable_gram
 
     right = cuda_dispatch.separable_gram
 
@@ -120,7 +120,9 @@ def test_a_trace_that_is_wrong_is_seen(factor: int, monkeypatch: pytest.MonkeyPa
 def test_benchmarks_fill_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from kfc_fx.tools import gpu_check, gpu_clock, gpu_timing
+    from kfc_fx.tools.gpu import check as gpu_check
+    from kfc_fx.tools.gpu import clock as gpu_clock
+    from kfc_fx.tools.gpu import timing as gpu_timing
 
     def call_once(calls: Sequence[Callable[[], object]], device: torch.device) -> gpu_clock.Timing:
         for call in calls:
@@ -176,7 +178,7 @@ def test_benchmarks_fill_the_table(
 def results_of_a_gpu(launch: float, rates: dict[str, float]) -> dict[str, Any]:
     """What a GPU with exactly these rates would write."""
     from kfc_fx.kernels.triton_cost import estimate
-    from kfc_fx.tools.gpu_timing import LAYERS
+    from kfc_fx.tools.gpu.timing import LAYERS
 
     bandwidth, layers = 3e3, []
     for mode, rate in rates.items():
@@ -194,7 +196,7 @@ def results_of_a_gpu(launch: float, rates: dict[str, float]) -> dict[str, Any]:
 
 
 def test_the_cost_model_is_fitted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from kfc_fx.tools.gpu_cost_fit import fit_cost, main
+    from kfc_fx.tools.gpu.cost_fit import fit_cost, main
 
     results = results_of_a_gpu(7e7, {"half": 60.0, "tf32": 20.0})
     results["layers"].append({"layer": "failed", "error": "out of memory"})
@@ -209,7 +211,7 @@ def test_the_cost_model_is_fitted(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_what_cannot_be_fitted_is_refused() -> None:
-    from kfc_fx.tools.gpu_cost_fit import fit_cost
+    from kfc_fx.tools.gpu.cost_fit import fit_cost
 
     results = results_of_a_gpu(7e7, {"half": 60.0})
     with pytest.raises(ValueError, match="0 layers with times of the device"):
@@ -219,7 +221,7 @@ def test_what_cannot_be_fitted_is_refused() -> None:
 
 
 def test_inputs_in_turn_do_not_fit_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kfc_fx.tools.gpu_clock import MOST_COPIES, copies
+    from kfc_fx.tools.gpu.clock import MOST_COPIES, copies
 
     properties = SimpleNamespace(L2_cache_size=50 << 20)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
@@ -228,7 +230,7 @@ def test_inputs_in_turn_do_not_fit_in_the_cache(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_calls_are_timed_in_turn_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kfc_fx.tools import gpu_clock
+    from kfc_fx.tools.gpu import clock as gpu_clock
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
@@ -250,7 +252,7 @@ def test_calls_are_timed_in_turn_after_a_warm_up(monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_cannot_be_captured_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kfc_fx.tools import gpu_clock
+    from kfc_fx.tools.gpu import clock as gpu_clock
 
     def refuse(calls: object, device: object) -> None:
         raise RuntimeError("called a synchronizing CUDA operation\nat some line")

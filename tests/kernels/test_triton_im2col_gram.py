@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from kfc_fx.plan.geometry import ConvGeometry, conv_geometry
+from kfc_fx.kernels.geometry import ConvGeometry, conv_geometry
 from tests.kernels.triton_oracle import (
     DEVICE,
     DTYPES,

@@ -7,8 +7,8 @@ import torch
 from hypothesis import assume, given
 from torch import Tensor
 
+from kfc_fx.kernels.geometry import ConvGeometry, conv_geometry
 from kfc_fx.kernels.products import product_plan
-from kfc_fx.plan.geometry import ConvGeometry, conv_geometry
 from tests.kernels.triton_oracle import (
     DEVICE,
     DTYPES,

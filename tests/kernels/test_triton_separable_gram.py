@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kfc_fx.kernels.cpu_separable_gram import reach_counts
+from kfc_fx.kernels.geometry import ConvGeometry, conv_geometry
 from kfc_fx.ops import cuda_dispatch
 from kfc_fx.ops.convolution import encoded
-from kfc_fx.plan.geometry import ConvGeometry, conv_geometry
 from tests.kernels.triton_oracle import (
     DEVICE,
     DTYPES,

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch._dynamo.testing
 
+from kfc_fx.kernels.geometry import LINEAR, ConvGeometry
 from kfc_fx.ops import assemble, patch_gram, patch_products, row_gram, separable_gram
 from kfc_fx.ops.convolution import decoded, encoded
-from kfc_fx.plan.geometry import LINEAR, ConvGeometry
 
 GEOMETRY = encoded(ConvGeometry((3, 2), (1, 2), ((1, 1), (0, 1)), (1, 1), 2))
 

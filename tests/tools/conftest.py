@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kfc_fx.tools.data import DataSet, ImageSet
-from kfc_fx.tools.optimizers import OptimizerSpec
-from kfc_fx.tools.training_run import RunRecord
+from kfc_fx.tools.data.sets import DataSet, ImageSet
+from kfc_fx.tools.train.optimizers import OptimizerSpec
+from kfc_fx.tools.train.training_run import RunRecord
 
 SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kfc_fx.tools import bench_memory
+from kfc_fx.tools.bench import memory as bench_memory
 from kfc_fx.tools.cli import app
-from kfc_fx.tools.networks import digits_net
+from kfc_fx.tools.data.networks import digits_net
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from kfc_fx.tools import bench_kernels, bench_shapes
+from kfc_fx.tools.bench import kernels as bench_kernels
+from kfc_fx.tools.bench import shapes as bench_shapes
 from kfc_fx.tools.cli import app
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pytest
 
-from kfc_fx.tools.comparison import compare, smoothed, smoothing_half_window
-from kfc_fx.tools.training_run import RunRecord
+from kfc_fx.tools.train.comparison import compare, smoothed, smoothing_half_window
+from kfc_fx.tools.train.training_run import RunRecord
 
 MakeRecord = Callable[..., RunRecord]
 FALLING = [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from kfc_fx.tools import data as data_sets
-from kfc_fx.tools.data import DataSet, load, shuffled
+from kfc_fx.tools.data import sets as data_sets
+from kfc_fx.tools.data.files import read_npz
+from kfc_fx.tools.data.sets import DataSet, load, shuffled
 from kfc_fx.tools.failures import CommandError
-from kfc_fx.tools.image_files import read_npz
 
 
 def write_idx(folder: Path, suffix: str = "") -> None:

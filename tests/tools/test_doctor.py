@@ -7,8 +7,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from kfc_fx.tools import doctor, doctor_checks
 from kfc_fx.tools.cli import app
+from kfc_fx.tools.doctor import checks as doctor_checks
+from kfc_fx.tools.doctor import command as doctor
 
 OPS = {
     "row_gram",

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kfc_fx.tools.data.files import read_cifar_batches, read_idx_pair, read_npz
 from kfc_fx.tools.failures import CommandError
-from kfc_fx.tools.image_files import read_cifar_batches, read_idx_pair, read_npz
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (3, 5, 4), dtype=np.uint8)

@@ -8,8 +8,8 @@ from torch import nn
 
 from kfc_fx.errors import TargetError
 from kfc_fx.tools import failures
+from kfc_fx.tools.data.networks import NETWORKS, build
 from kfc_fx.tools.failures import CommandError
-from kfc_fx.tools.networks import NETWORKS, build
 
 OWN_NETWORKS = """
 import torch

@@ -6,7 +6,7 @@ from torch import nn
 
 import kfc_fx
 from kfc_fx.tools.failures import CommandError
-from kfc_fx.tools.optimizers import (
+from kfc_fx.tools.train.optimizers import (
     DIGITS_NET_RATES,
     LEARNING_RATES,
     OptimizerSpec,

@@ -13,15 +13,15 @@ from rich.console import Console
 from test_race_search import cost, result
 from typer.testing import CliRunner
 
-from kfc_fx.tools import race
 from kfc_fx.tools.cli import app
-from kfc_fx.tools.race import QUICK_SEARCH, chosen_cells, chosen_optimizers, run_all
-from kfc_fx.tools.race_optimizers import CENTRES
-from kfc_fx.tools.race_processes import workers
-from kfc_fx.tools.race_results import ResultsFile, RunResult, RunSpec
-from kfc_fx.tools.race_run import HUGE_PAGES
-from kfc_fx.tools.race_search import Entry, SearchSpec
-from kfc_fx.tools.race_tasks import TASKS, Examples, RaceData, TaskSpec
+from kfc_fx.tools.race import command as race
+from kfc_fx.tools.race.command import QUICK_SEARCH, chosen_cells, chosen_optimizers, run_all
+from kfc_fx.tools.race.optimizers import CENTRES
+from kfc_fx.tools.race.processes import workers
+from kfc_fx.tools.race.results import ResultsFile, RunResult, RunSpec
+from kfc_fx.tools.race.run import HUGE_PAGES
+from kfc_fx.tools.race.search import Entry, SearchSpec
+from kfc_fx.tools.race.tasks import TASKS, Examples, RaceData, TaskSpec
 
 ENTRIES = [Entry("gpt", 128, 12, name) for name in ("sgd", "kfc-adam")]
 QUIET = Console(quiet=True)

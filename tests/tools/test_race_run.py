@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from kfc_fx.tools import race_costs, race_run, race_tasks
-from kfc_fx.tools.data import DataSet, ImageSet
+from kfc_fx.tools.data.sets import DataSet, ImageSet
 from kfc_fx.tools.failures import CommandError
-from kfc_fx.tools.race_costs import measure_costs
-from kfc_fx.tools.race_networks import CharacterGPT, VisionTransformer, autoencoder, resnet20
-from kfc_fx.tools.race_optimizers import (
+from kfc_fx.tools.race import costs as race_costs
+from kfc_fx.tools.race import run as race_run
+from kfc_fx.tools.race import tasks as race_tasks
+from kfc_fx.tools.race.costs import measure_costs
+from kfc_fx.tools.race.networks import CharacterGPT, VisionTransformer, autoencoder, resnet20
+from kfc_fx.tools.race.optimizers import (
     CENTRES,
     ENTRANTS,
     MatrixMuon,
@@ -24,9 +26,9 @@ from kfc_fx.tools.race_optimizers import (
     check_installed,
     muon_weights,
 )
-from kfc_fx.tools.race_results import RunResult, RunSpec
-from kfc_fx.tools.race_run import batches, train
-from kfc_fx.tools.race_tasks import TASKS, CellSpec, Examples, RaceData, TaskSpec
+from kfc_fx.tools.race.results import RunResult, RunSpec
+from kfc_fx.tools.race.run import batches, train
+from kfc_fx.tools.race.tasks import TASKS, CellSpec, Examples, RaceData, TaskSpec
 
 STEPS = 14
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from kfc_fx.tools.failures import CommandError
-from kfc_fx.tools.race_results import CostResult, ResultsFile, RunResult, RunSpec
-from kfc_fx.tools.race_search import Entry, SearchSpec, best_rate, grid, next_runs
-from kfc_fx.tools.race_standings import cells, steps_to
+from kfc_fx.tools.race.results import CostResult, ResultsFile, RunResult, RunSpec
+from kfc_fx.tools.race.search import Entry, SearchSpec, best_rate, grid, next_runs
+from kfc_fx.tools.race.standings import cells, steps_to
 
 ENTRY = Entry("gpt", 128, 12, "sgd")
 SEARCH = SearchSpec()

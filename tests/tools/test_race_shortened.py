@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from test_race_search import cost, result
 
-from kfc_fx.tools.race import chosen_cells, entry_of
-from kfc_fx.tools.race_report import shortened
-from kfc_fx.tools.race_results import ResultsFile, RunResult, RunSpec
-from kfc_fx.tools.race_search import Entry, SearchSpec
-from kfc_fx.tools.race_shortened import lengths, next_shortened, shortest
-from kfc_fx.tools.race_standings import cells, rival_ends
+from kfc_fx.tools.race.command import chosen_cells, entry_of
+from kfc_fx.tools.race.report import shortened
+from kfc_fx.tools.race.results import ResultsFile, RunResult, RunSpec
+from kfc_fx.tools.race.search import Entry, SearchSpec
+from kfc_fx.tools.race.shortened import lengths, next_shortened, shortest
+from kfc_fx.tools.race.standings import cells, rival_ends
 
 ENTRY = Entry("gpt", 128, 60, "kfc-adam")
 SEARCH = SearchSpec(seeds=2)

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from kfc_fx.tools import report
-from kfc_fx.tools.comparison import Comparison, compare
-from kfc_fx.tools.training_run import RunRecord
+from kfc_fx.tools.train import report
+from kfc_fx.tools.train.comparison import Comparison, compare
+from kfc_fx.tools.train.training_run import RunRecord
 
 MakeRecord = Callable[..., RunRecord]
 

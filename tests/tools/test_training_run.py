@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kfc_fx.tools import training_run
-from kfc_fx.tools.data import DataSet
-from kfc_fx.tools.optimizers import OptimizerSpec
-from kfc_fx.tools.training_run import RunSpec, TrainingRun, learning_rate_scale
+from kfc_fx.tools.data.sets import DataSet
+from kfc_fx.tools.train import training_run
+from kfc_fx.tools.train.optimizers import OptimizerSpec
+from kfc_fx.tools.train.training_run import RunSpec, TrainingRun, learning_rate_scale
 
 SPEC = RunSpec(epochs=3, batch_size=16, seed=5)
 

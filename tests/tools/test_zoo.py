@@ -10,14 +10,15 @@ from torch import nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from kfc_fx.tools import zoo, zoo_process
 from kfc_fx.tools.cli import app
-from kfc_fx.tools.zoo_case import ModelCase
-from kfc_fx.tools.zoo_check import check_case, without_names
-from kfc_fx.tools.zoo_compare import CheckError, relative_difference
-from kfc_fx.tools.zoo_models import entries_of, find_entry
-from kfc_fx.tools.zoo_process import Limits, ZooRow
-from kfc_fx.tools.zoo_statistics import check_statistics, problem_of
+from kfc_fx.tools.zoo import command as zoo
+from kfc_fx.tools.zoo import process as zoo_process
+from kfc_fx.tools.zoo.case import ModelCase
+from kfc_fx.tools.zoo.check import check_case, without_names
+from kfc_fx.tools.zoo.compare import CheckError, relative_difference
+from kfc_fx.tools.zoo.models import entries_of, find_entry
+from kfc_fx.tools.zoo.process import Limits, ZooRow
+from kfc_fx.tools.zoo.statistics import check_statistics, problem_of
 
 
 class Wrong(nn.Module):
@@ -74,7 +75,7 @@ def test_a_model_compiled_wrongly_fails(wrong):
 
 
 def test_a_wrong_statistic_fails(monkeypatch):
-    from kfc_fx.curvature import passes
+    from kfc_fx.statistics import passes
 
     add = passes.add
     monkeypatch.setattr(
@@ -85,7 +86,7 @@ def test_a_wrong_statistic_fails(monkeypatch):
 
 
 def test_a_step_with_statistics_that_changes_the_gradients_fails(monkeypatch):
-    from kfc_fx.curvature.recorder import StatisticsRecorder
+    from kfc_fx.statistics.collector import StatisticsRecorder
 
     tap = StatisticsRecorder.tap
     monkeypatch.setattr(
@@ -134,7 +135,7 @@ def test_statistics_are_judged(statistic, problem):
 
 
 def test_wide_statistics_are_judged_too(monkeypatch):
-    from kfc_fx.tools import zoo_statistics
+    from kfc_fx.tools.zoo import statistics as zoo_statistics
 
     monkeypatch.setattr(zoo_statistics, "CHOLESKY_LIMIT", 4)
     rows = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,1 @@
+"""The functions of an update: accumulate, refresh, apply."""

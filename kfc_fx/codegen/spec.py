@@ -1,0 +1,180 @@
+"""What an update is generated from: stacks of blocks, and the options that shape its code.
+
+Everything else is an argument of the code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kfc_fx.plan.choices import Scaling
+from kfc_fx.plan.forms import FactorForms, statistic_shapes
+from kfc_fx.plan.spec import BlockSpec
+
+GenericRule = Literal["adamw", "sgd"]
+
+
+Clip = Literal["none", "factors", "exact", "model"]
+"""How the vectors v are scaled: not at all, by a bound on ν that is taken from the factors or from
+the exact Fisher matrix, or by the rates that the exact quadratic model is least at."""
+
+
+@dataclass(frozen=True)
+class StackSpec:
+    """Blocks of one shape, stacked along a leading dimension of size ``depth``.
+
+    A grouped convolution takes one entry per group. ``key`` names the stack in the state and
+    in the generated source: ``64x577`` has 64 rows and 577 columns; ``512x512x9`` has 512 rows,
+    512 channels and 9 offsets of a separable input factor (``b``: and a bias column); ``64x9000d``
+    has a diagonal input factor, ``9000dx64`` a diagonal output factor; ``1024p2x64`` has an output
+    factor in two parts.
+    """
+
+    key: str
+    scaling: Scaling
+    forms: FactorForms
+    blocks: tuple[BlockSpec, ...]
+    device: str
+    dtype: str
+    converts: bool
+    """Whether the parameters have another dtype than the state (half-precision weights)."""
+
+    @property
+    def first(self) -> BlockSpec:
+        """Any block of the stack, for what they have in common."""
+        return self.blocks[0]
+
+    @property
+    def depth(self) -> int:
+        """Entries of the stack."""
+        return sum(block.groups for block in self.blocks)
+
+    @property
+    def bias(self) -> bool:
+        """Whether the blocks have a bias column."""
+        return self.first.bias is not None
+
+    @property
+    def spans(self) -> dict[str, tuple[int, int]]:
+        """Block name to the entries ``[start, stop)`` that it occupies."""
+        spans, start = {}, 0
+        for block in self.blocks:
+            spans[block.name] = (start, start + block.groups)
+            start += block.groups
+        return spans
+
+    @property
+    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and stacked shape of each factor that is kept as an EMA; the parts of one that is
+        cut follow each other."""
+        shapes = statistic_shapes(self.first, self.forms)
+        parts = self.parts
+        return {name: (self.depth * parts[name], *shape[1:]) for name, shape in shapes.items()}
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Name of each factor and the diagonal blocks that it is cut into."""
+        shapes = statistic_shapes(self.first, self.forms)
+        return {name: shape[0] // self.first.groups for name, shape in shapes.items()}
+
+    @property
+    def basis_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The factors that have an eigenbasis: all but diagonal ones, whose basis is I."""
+        diagonal = {"omega"} if self.forms.input == "diagonal" else set()
+        diagonal |= {"gamma"} if self.forms.output == "diagonal" else set()
+        return {name: s for name, s in self.factor_shapes.items() if name not in diagonal}
+
+    @property
+    def has_bias_apart(self) -> bool:
+        """Whether Ω keeps the entry of the bias column, |T|, apart from its other factors."""
+        apart = self.forms.input == "separable" or self.forms.input_parts > 1
+        return apart and self.bias
+
+    @property
+    def counts_examples(self) -> bool:
+        """Whether the state has the number of examples that a gradient is the mean of."""
+        return self.scaling == "eigen"
+
+    @property
+    def matrix_shape(self) -> tuple[int, int, int]:
+        """Stacked shape of ``[W b]`` and of everything shaped like the gradient."""
+        return self.depth, self.first.rows, self.first.columns
+
+
+@dataclass(frozen=True)
+class StateEntry:
+    """Shape of one stacked state tensor and what it starts from."""
+
+    shape: tuple[int, ...]
+    initial: Literal["zeros", "ones", "identity"]
+
+
+@dataclass(frozen=True)
+class GenericParameter:
+    """A parameter that is updated without a block."""
+
+    name: str
+    shape: tuple[int, ...]
+    converts: bool
+    """Whether it is in half precision, where its moments are in single precision."""
+
+
+@dataclass(frozen=True)
+class UpdateSpec:
+    """All that the text of an update depends on."""
+
+    title: str
+    stacks: tuple[StackSpec, ...]
+    generic: tuple[GenericParameter, ...]
+    generic_rule: GenericRule
+    momentum: tuple[Scaling | Literal["generic"], ...]
+    """The scalings whose blocks keep a momentum, and whether generic parameters do."""
+    nesterov: tuple[Scaling, ...]
+    """The scalings whose momentum takes Nesterov's step ahead."""
+    orthogonalise: bool
+    """Whether "adam" moves what it has scaled towards its polar factor."""
+    weight_decay: bool
+    clip: Clip
+    average: bool
+    masters: tuple[str, ...]
+    """Parameters in half precision that are updated through a copy in single precision."""
+    partial: bool
+    """Whether some block has no gradient in this step, so that updates must be masked."""
+    orthogonal_iteration_from: int
+    """Sides at least this wide refresh their basis by orthogonal iteration, not ``eigh``."""
+    factors_in_basis: bool
+    """Whether the EMA of a factor that has an eigenbasis Q is kept as Q and the diagonal of
+    ``Qᵀ F Q``. Every statistic must be followed by a refresh then."""
+
+    @property
+    def pauses(self) -> bool:
+        """Whether a step has two functions, between which the exact Fisher matrix is asked."""
+        return self.clip in ("exact", "model")
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Every parameter the update changes, in the order of its lists."""
+        in_blocks = [p for stack in self.stacks for block in stack.blocks for p in block.parameters]
+        return (*in_blocks, *(g.name for g in self.generic))
+
+    @property
+    def scalings(self) -> tuple[Scaling, ...]:
+        """Those in use, in the order of their first stack."""
+        return tuple(dict.fromkeys(stack.scaling for stack in self.stacks))
+
+    def stacks_of(self, scaling: Scaling) -> list[StackSpec]:
+        """The stacks of one scaling."""
+        return [stack for stack in self.stacks if stack.scaling == scaling]
+
+    def factors_in_basis_of(self, stack: StackSpec) -> tuple[str, ...]:
+        """The factors of a stack whose EMA is kept in its eigenbasis; between a statistic and the
+        refresh after it they are written out."""
+        if not self.factors_in_basis or stack.scaling not in ("adam", "eigen"):
+            return ()
+        return tuple(stack.basis_shapes)
+
+    def option(self, name: str, scaling: Scaling) -> str:
+        """The argument that holds an option of a scaling: ``damping``, or where several scalings
+        are in use ``damping_spectral``."""
+        return name if len(self.scalings) == 1 else f"{name}_{scaling}"

@@ -1,0 +1,1 @@
+"""From graphs to the source that a person reads."""

@@ -1,0 +1,1 @@
+"""Runs a generated update and keeps its state."""

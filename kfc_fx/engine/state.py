@@ -1,0 +1,151 @@
+"""The update's state: stacked tensors while running, by name when saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfc_fx.codegen.pieces.bases import eigenvalue_entries
+from kfc_fx.codegen.scalings.rules import RULES
+from kfc_fx.codegen.spec import StackSpec, StateEntry, UpdateSpec
+from kfc_fx.linalg.eigenbasis import from_basis, in_basis
+
+OPTIONAL = ("m", "p", "examples")
+"""Entries that a saved block may lack: its momentum was zero, or the version an older one."""
+
+
+@dataclass
+class SavedState:
+    """State by name, independent of how blocks are stacked: what ``state_dict`` holds."""
+
+    blocks: dict[str, dict[str, Tensor]]
+    generic: dict[str, dict[str, Tensor]]
+    average: dict[str, Tensor]
+    masters: dict[str, Tensor]
+    started: bool = False
+
+    @classmethod
+    def empty(cls) -> SavedState:
+        """Nothing: where an optimizer starts."""
+        return cls({}, {}, {}, {})
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> SavedState:
+        """From what :func:`vars` of another returned."""
+        blocks, generic = (
+            {name: dict(entry) for name, entry in saved[part].items()}
+            for part in ("blocks", "generic")
+        )
+        average, masters = dict(saved["average"]), dict(saved["masters"])
+        return cls(blocks, generic, average, masters, saved["started"])
+
+
+def state_entries(spec: UpdateSpec, stack: StackSpec) -> dict[str, StateEntry]:
+    """State of a stack by name, without the stack's key."""
+    in_basis = spec.factors_in_basis_of(stack)
+    entries = {
+        name: StateEntry(shape, "zeros")
+        for name, shape in stack.factor_shapes.items()
+        if name not in in_basis
+    }
+    entries |= eigenvalue_entries(spec, stack)
+    entries["mass"] = StateEntry((stack.depth, 1, 1), "zeros")
+    if stack.has_bias_apart:
+        entries["locations"] = StateEntry((stack.depth, 1, 1), "zeros")
+    if stack.counts_examples:
+        entries["examples"] = StateEntry((stack.depth, 1, 1), "ones")
+    rule = RULES[stack.scaling]
+    return entries | rule.state_entries(stack, momentum=stack.scaling in spec.momentum)
+
+
+def fitting(
+    spec: UpdateSpec, saved: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, dict[str, Tensor]]:
+    """The saved blocks that have what the spec keeps of their factors and bases, in the same sizes.
+
+    Of another scaling or another form a part might fit, the count of statistics and the moments,
+    say: those would go with factors that they do not belong to.
+    """
+    whole = {block: _with_both_forms(entries) for block, entries in saved.items()}
+    found = {}
+    for stack in spec.stacks:
+        needed = {n: e.shape for n, e in state_entries(spec, stack).items() if n not in OPTIONAL}
+        for block, (start, stop) in stack.spans.items():
+            entries = whole.get(block, {})
+            sizes = {name: tuple(entries[name].shape) for name in needed if name in entries}
+            depth, count = stack.depth, stop - start
+            if sizes == {n: (s[0] * count // depth, *s[1:]) for n, s in needed.items()}:
+                found[block] = entries
+    return found
+
+
+def stacked_state(spec: UpdateSpec, saved: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Stacked tensors by ``"<name>_<key>"``, from saved blocks where there are any.
+
+    Args:
+        saved: block name to state name to tensor, as :func:`fitting` returns it.
+    """
+    state = {}
+    for stack in spec.stacks:
+        for name, entry in state_entries(spec, stack).items():
+            tensor = _initial(entry, stack)
+            parts = {
+                span: saved[block][name]
+                for block, span in stack.spans.items()
+                if name in saved.get(block, {})
+            }
+            if any(not part.is_contiguous() for part in parts.values()):
+                # Eigenvectors, in columns as LAPACK leaves them: a product rounds by the layout.
+                tensor = tensor.mT.contiguous().mT
+            for span, part in parts.items():
+                entries_of(tensor, stack, span).copy_(part)
+            state[f"{name}_{stack.key}"] = tensor
+    return state
+
+
+def state_by_block(spec: UpdateSpec, state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The inverse of :func:`stacked_state`: copies, block name to state name to tensor."""
+    return {
+        block: {
+            name: entries_of(state[f"{name}_{stack.key}"], stack, span).clone()
+            for name in state_entries(spec, stack)
+        }
+        for stack in spec.stacks
+        for block, span in stack.spans.items()
+    }
+
+
+def entries_of(tensor: Tensor, stack: StackSpec, span: tuple[int, int]) -> Tensor:
+    """Those of the entries ``[start, stop)`` of a stack, each of which may have several parts."""
+    parts = len(tensor) // stack.depth
+    return tensor[span[0] * parts : span[1] * parts]
+
+
+def _with_both_forms(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The saved entries of a block, and what they make of a factor in the other form: written out,
+    or as its eigenvalues. Intervals may change from a run to the one that goes on with it."""
+    found = dict(entries)
+    for name, basis in entries.items():
+        factor = name.removeprefix("q_")
+        values = f"eigenvalues_{factor}"
+        if factor == name:
+            continue
+        if factor in entries:
+            found[values] = in_basis(entries[factor], basis)
+        elif values in entries:
+            found[factor] = from_basis(basis, entries[values])
+    return found
+
+
+def _initial(entry: StateEntry, stack: StackSpec) -> Tensor:
+    dtype = getattr(torch, stack.dtype)
+    tensor = torch.zeros(entry.shape, dtype=dtype, device=stack.device)
+    if entry.initial == "ones":
+        tensor.fill_(1)
+    if entry.initial == "identity":
+        tensor.diagonal(dim1=1, dim2=2).fill_(1)
+    return tensor

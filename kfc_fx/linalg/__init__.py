@@ -1,0 +1,1 @@
+"""Numerics that generated code calls: tensors in, tensors out."""

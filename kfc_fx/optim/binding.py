@@ -1,0 +1,170 @@
+"""Bind an optimizer to a plan: which blocks it updates, how they stack, at which rate."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from kfc_fx.codegen.spec import UpdateSpec
+from kfc_fx.engine.engine import UpdateEngine
+from kfc_fx.engine.state import SavedState
+from kfc_fx.errors import KfcWarning, OptionError
+from kfc_fx.install import CompiledModel
+from kfc_fx.optim.options import KFCOptions
+from kfc_fx.optim.rates import learning_rates
+from kfc_fx.optim.update_spec import Group, real_parameters, update_spec
+
+
+class Binding:
+    """The engine that fits a compiled model's plan, its parameters and the groups as they are.
+
+    Methods take the optimizer's ``param_groups``, which belong to it and may change at any time.
+    """
+
+    def __init__(self, compiled: CompiledModel, options: KFCOptions) -> None:
+        self.names = {p: name for name, p in compiled.original.named_parameters()}
+        """Parameter to name."""
+        self._compiled = compiled
+        self._options = options
+        self._engine: UpdateEngine | None = None
+        self._key: object = None
+        self._loaded = SavedState.empty()
+        self._rates: tuple[object, dict[str, Any]] = (None, {})
+
+    def by_name(self, groups: Sequence[Group]) -> dict[str, Group]:
+        """Parameter group by parameter name."""
+        return {self.names[p]: group for group in groups for p in group["params"]}
+
+    def engine(self, groups: Sequence[Group]) -> UpdateEngine:
+        """The engine for the plan, devices and groups as they are now.
+
+        Raises:
+            OptionError: the plan has no block to precondition, a group splits a block, or a loaded
+                state does not fit.
+        """
+        parameters = real_parameters(self._compiled)
+        key = (
+            self._compiled.revision,
+            tuple((p.requires_grad, p.device, p.dtype) for p in parameters.values()),
+            tuple((len(g["params"]), g["weight_decay"] > 0) for g in groups),
+        )
+        if self._engine is None or self._key != key:
+            spec = update_spec(self._compiled, self._options, parameters, self.by_name(groups))
+            if self._engine is None or self._engine.spec != spec:
+                compiled, graph = self._options.compile_update, self._options.cuda_graph
+                _check_one_device(spec, parameters, compiled=compiled)
+                captured = _captures(spec, parameters, graph)
+                engine = UpdateEngine(
+                    spec, self.saved(), parameters, compiled=compiled, captured=captured
+                )
+                self._check_loaded(engine.anew)
+                self._tell_of_lost_blocks(spec)
+                self._engine, self._loaded = engine, SavedState.empty()
+            self._key = key
+        self._engine.parameters = parameters  # the real views of complex ones are new
+        return self._engine
+
+    @property
+    def current(self) -> UpdateEngine | None:
+        """The engine of the last step, if there was one."""
+        return self._engine
+
+    def learning_rates(self, engine: UpdateEngine, groups: Sequence[Group]) -> dict[str, Any]:
+        """Rates as the generated code takes them, rebuilt only when one has changed."""
+        key = (id(engine), tuple(float(group["lr"]) for group in groups))
+        if self._rates[0] != key:
+            ratio = self._options.generic_ratio
+            self._rates = (key, learning_rates(engine.spec, self.by_name(groups), ratio))
+        return self._rates[1]
+
+    def saved(self) -> SavedState:
+        """State of the engine; before there is one, the state that it will start from."""
+        return self._loaded if self._engine is None else self._engine.saved()
+
+    def load(self, state: SavedState) -> None:
+        """Start the next engine from ``state``."""
+        self._engine, self._loaded = None, state
+
+    def _check_loaded(self, anew: Sequence[str]) -> None:
+        """What the user might take for resumed.
+
+        Args:
+            anew: blocks that a loaded state, if there is one, has nothing for that fits.
+
+        Raises:
+            OptionError: what it has for one of them is of another kind.
+        """
+        if not (self._loaded.blocks and anew):
+            return
+        other = [name for name in anew if name in self._loaded.blocks]
+        if other:
+            raise OptionError(
+                f"the loaded state does not fit {len(other)} blocks ({_shown(other)}): it is of "
+                "another scaling, of factors in another form, or of another layer. Make KFC with "
+                "the options that it was saved with, or load the model's state alone"
+            )
+        warnings.warn(
+            f"{len(anew)} blocks begin anew ({_shown(anew)}): the loaded state has none of them",
+            KfcWarning,
+            stacklevel=5,
+        )
+
+    def _tell_of_lost_blocks(self, spec: UpdateSpec) -> None:
+        """Warn of blocks that have become generic while the model was trained."""
+        if self._engine is None:
+            return
+        reasons = {generic.name: generic.reason for generic in self._compiled.plan.generic}
+        kept = {block.weight for stack in spec.stacks for block in stack.blocks}
+        lost = [block for block in self._engine.blocks if block.weight not in kept]
+        lost = [block for block in lost if block.weight in reasons]
+        if lost:
+            first = lost[0]
+            warnings.warn(
+                f"{len(lost)} layers have no block any more ({_shown([b.name for b in lost])}) and "
+                f"are updated as generic parameters; {first.weight}: {reasons[first.weight]}",
+                KfcWarning,
+                stacklevel=5,
+            )
+
+    @property
+    def average(self) -> Mapping[str, Tensor]:
+        """Polyak-averaged parameters by name; empty where there are none."""
+        return (self._loaded if self._engine is None else self._engine).average
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+
+
+def _check_one_device(
+    spec: UpdateSpec, parameters: Mapping[str, Tensor], *, compiled: bool
+) -> None:
+    devices = {str(parameters[name].device) for name in spec.parameters}
+    if compiled and len(devices) > 1:
+        raise OptionError(
+            "compile_update needs all parameters on one device, and these are on "
+            f"{', '.join(sorted(devices))}; leave it out, or make a KFC for each device"
+        )
+
+
+def _captures(spec: UpdateSpec, parameters: Mapping[str, Tensor], wanted: bool | None) -> bool:
+    """Whether steps are replayed as a CUDA graph.
+
+    Raises:
+        OptionError: it is wanted, and cannot be.
+    """
+    kinds = {parameters[name].device for name in spec.parameters}
+    on_one_gpu = len(kinds) == 1 and next(iter(kinds)).type == "cuda"
+    possible = on_one_gpu and not spec.pauses
+    if wanted and not possible:
+        why = (
+            "the exact Fisher matrix is asked in the middle of a step (use clip_by='factors', and "
+            "no quadratic_model)"
+            if on_one_gpu
+            else f"the parameters are on {', '.join(sorted(map(str, kinds)))}, not on one GPU"
+        )
+        raise OptionError(f"cuda_graph=True: {why}")
+    return possible and wanted is not False

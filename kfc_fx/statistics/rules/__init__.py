@@ -1,0 +1,1 @@
+"""From the input and the cotangent of a layer to its statistics, by kind of layer."""

@@ -1,0 +1,70 @@
+"""Statistics of a scale and shift, ``y = w ⊙ x̂ + b``: the affine part of a norm layer.
+
+    F_c = (1/N) Σ_n u_n u_nᵀ,    u_n = (Σ_t g_nt x̂_nt, Σ_t g_nt)
+
+is per channel the exact Fisher matrix of ``(w, b)``; x̂ is computed again from the layer's input
+(``(y − b) / w`` would fail at ``w = 0``, where residual branches start).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kfc_fx.ops.library import statistic_dtype
+from kfc_fx.statistics.share import Part, scaled
+
+Norm = Literal["batch", "layer", "group", "rms", "none"]
+
+
+@dataclass(frozen=True)
+class ScaleShiftRule:
+    """One kind of norm. ``shape`` is that of the weight, ``groups`` and ``eps`` the norm's own.
+
+    A batch norm in evaluation mode reads its running mean and variance besides. Examples are
+    along the first dimension. The block is ``F_c ⊗ 1``, so that its Γ counts rows.
+    """
+
+    norm: Norm
+    shape: tuple[int, ...]
+    bias: bool
+    groups: int = 1
+    eps: float | None = None
+
+    def statistics(self, part: Part, x: Tensor, g: Tensor, *running: Tensor) -> tuple[Tensor, ...]:
+        """``[C, 2, 2]``, or ``[C, 1, 1]`` without a bias, and ``[C, 1, 1]``."""
+        dtype, scale = statistic_dtype(x), 1.0
+        if x.dim() == g.dim() and len(x) == len(g):  # else one x is broadcast over examples
+            (x, _), (g, scale) = part.cut(x), part.cut(g)
+        channels = prod(self.shape)
+        g = self._by_channel(g.to(dtype))
+        normalised = self._by_channel(self._normalised(x.to(dtype), x.dtype, running))
+        sums = [(g * normalised).sum(1)] + ([g.sum(1)] if self.bias else [])
+        u = torch.stack(sums, 2).transpose(0, 1)  # [C, N, 2]
+        return scaled((u.mT @ u, g.new_full((channels, 1, 1), g.numel() // channels)), scale)
+
+    def _by_channel(self, x: Tensor) -> Tensor:
+        """``[N, T, C]``."""
+        if self.norm in ("batch", "group"):
+            return x.flatten(2).mT if x.dim() > 2 else x.unsqueeze(1)
+        locations = prod(x.shape[1 : x.dim() - len(self.shape)])
+        batch = len(x) if x.dim() > len(self.shape) else 1
+        return x.reshape(batch, locations, prod(self.shape))
+
+    def _normalised(self, x: Tensor, dtype: torch.dtype, running: tuple[Tensor, ...]) -> Tensor:
+        if self.norm == "none":
+            return x.expand(torch.broadcast_shapes(x.shape, self.shape))
+        if self.norm == "batch":
+            mean, variance = (t.to(x.dtype) for t in running) if running else (None, None)
+            return F.batch_norm(x, mean, variance, training=not running, eps=self.eps or 0.0)
+        if self.norm == "group":
+            return F.group_norm(x, self.groups, eps=self.eps or 0.0)
+        if self.norm == "layer":
+            return F.layer_norm(x, self.shape, eps=self.eps or 0.0)
+        eps = torch.finfo(dtype).eps if self.eps is None else self.eps
+        return F.rms_norm(x, self.shape, eps=eps)

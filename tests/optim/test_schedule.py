@@ -1,0 +1,57 @@
+"""When statistics and refreshes are due, and how much each statistic counts."""
+
+import pytest
+
+from kfc_fx.optim.schedule import Schedule, averaging_rate, early_steps, schedule_for
+
+
+def due(schedule: Schedule, steps: int) -> list[int]:
+    return [step for step in range(steps) if schedule.statistics_due(step)]
+
+
+def test_intervals_grow_to_their_length_and_stay():
+    schedule = Schedule(factor_interval=10, inverse_interval=10)
+    assert due(schedule, 80) == [*range(9), 10, 12, 15, 18, 22, 27, 33, 40, 50, 60, 70]
+    assert schedule.early_phase == 40
+
+
+def test_statistics_and_refreshes_have_their_own_intervals():
+    schedule = Schedule(factor_interval=2, inverse_interval=10)
+    refreshes = [step for step in range(60) if schedule.refresh_due(step)]
+    assert due(schedule, 14) == [*range(9), 10, 12]
+    assert refreshes == due(Schedule(10, 10), 60)
+    assert schedule.early_phase == 40
+
+
+def test_a_long_interval_costs_few_early_steps():
+    assert len(early_steps(1000)) < 40
+    gaps = [b - a for a, b in zip(*[sorted(early_steps(1000))[i:] for i in (8, 9)], strict=False)]
+    assert all(
+        gap <= step / 4 for gap, step in zip(gaps, sorted(early_steps(1000))[8:], strict=False)
+    )
+
+
+@pytest.mark.parametrize("interval", [1, 2, 3])
+def test_short_intervals_are_kept(interval):
+    found = due(Schedule(interval, interval), 30)
+    assert set(range(0, 30, interval)) <= {*found, *range(4 * interval)}
+    assert found[-1] >= 30 - interval
+
+
+def test_inverse_begins_with_twenty_steps():
+    schedule = schedule_for(("adam", "inverse"), 10, 10)
+    assert due(schedule, 51) == [*range(20), 22, 27, 33, 40, 50]
+    assert all(schedule.refresh_due(step) for step in range(20))
+    assert schedule_for(("adam",), 1, 1).early_phase == 4
+    assert schedule_for(("inverse",), 1, 1).early_phase == 20
+
+
+def test_weights_of_few_statistics_grow_linearly():
+    weights = []
+    for count in range(12):
+        rate = averaging_rate(count, 0.95)
+        weights = [weight * (1 - rate) for weight in weights] + [rate]
+    assert weights == pytest.approx([2 * (n + 1) / (12 * 13) for n in range(12)])
+    assert averaging_rate(38, 0.95) == pytest.approx(0.05)
+    assert averaging_rate(1000, 0.95) == pytest.approx(0.05)
+    assert averaging_rate(0, 0.0) == averaging_rate(5, 0.0) == 1

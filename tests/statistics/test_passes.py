@@ -1,0 +1,238 @@
+"""The backward passes that statistics are taken in."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kfc_fx
+from kfc_fx.statistics import running as statistics_pass
+
+IMAGES, LABELS = torch.randn(12, 3, 6, 6), torch.randint(5, (12,))
+BACKENDS = pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3),
+        nn.Flatten(),
+        nn.Linear(64, 5),
+    )
+
+
+def make(backend: str = "eager", **options) -> tuple[kfc_fx.CompiledModel, kfc_fx.KFC]:
+    compiled = kfc_fx.compile(network(), backend=backend)
+    return compiled, kfc_fx.KFC(compiled, lr=0.01, factor_samples=None, **options)
+
+
+def factors(opt: kfc_fx.KFC) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    return {name: (own.omega, own.gamma) for name, own in opt.factors.items()}
+
+
+class Operators(TorchDispatchMode):
+    """Counts what is dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("fisher", "passes"), [("empirical", [2, 1]), ("sampled", [3, 2])])
+def test_empirical_statistics_take_no_backward_pass_of_their_own(fisher, passes):
+    compiled, opt = make(fisher=fisher)
+    loss = F.cross_entropy(compiled(IMAGES), LABELS)
+    with Operators() as operators:
+        loss.backward()
+    # One that goes to the sites alone ends at the first convolution.
+    names = ("convolution_backward", "native_batch_norm_backward")
+    assert [operators.counts[name] for name in names] == passes
+    opt.step()
+    assert set(opt.factors) == {"0", "1", "3", "5"}
+
+
+@BACKENDS
+def test_empirical_factors_are_of_the_gradients_of_the_loss(backend):
+    """Also where the loss is none of the likelihood's own: its scale alone is fitted."""
+    compiled, opt = make(backend, fisher="empirical")
+    compiled.original.eval()
+    weights = torch.rand(5) + 0.5
+    logits = compiled(IMAGES)
+    loss = 3 * F.cross_entropy(logits, LABELS, weight=weights, label_smoothing=0.1)
+    (own,) = torch.autograd.grad(
+        3
+        * F.cross_entropy(
+            z := logits.detach().requires_grad_(), LABELS, weights, label_smoothing=0.1
+        ),
+        z,
+    )
+    likely = logits.detach().softmax(1) - F.one_hot(LABELS, 5)
+    scale = (own * likely).sum() / own.square().sum()
+    rows = own * scale
+    loss.backward()
+    opt.step()
+    torch.testing.assert_close(opt.factors["5"].gamma, rows.T @ rows / len(IMAGES))
+    # Weights change its directions, and not only its scale.
+    assert not torch.allclose(opt.factors["5"].gamma, likely.T @ likely / len(IMAGES), rtol=0.02)
+
+
+def test_gradients_of_parameters_alone_give_the_same_statistics():
+    compiled, opt = make()
+    F.cross_entropy(compiled(IMAGES), LABELS).backward()
+    opt.step()
+    expected = factors(opt)
+    compiled, opt = make()
+    parameters = list(compiled.parameters())
+    loss = F.cross_entropy(compiled(IMAGES), LABELS)
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        parameter.grad = gradient
+    opt.step()
+    torch.testing.assert_close(factors(opt), expected, rtol=0, atol=0)
+
+
+def test_a_compiled_graph_needs_a_whole_backward_pass():
+    compiled, opt = make("aot_eager")
+    loss = F.cross_entropy(compiled(IMAGES), LABELS)
+    loss.backward(inputs=list(compiled.parameters()))
+    with pytest.raises(kfc_fx.StatisticsError, match=r"by loss.backward\(\), without inputs="):
+        opt.step()
+
+
+def test_a_backward_pass_that_is_differentiated_keeps_no_graph_of_statistics():
+    compiled, opt = make()
+    compiled.original.eval()
+    parameters = list(compiled.parameters())
+    loss = F.cross_entropy(compiled(IMAGES), LABELS)
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+    sums = compiled.recorder.statistics.sums
+    assert set(sums) == {"0", "1", "3", "5"}
+    assert not any(value.requires_grad for own in sums.values() for value in own.values())
+    before = {name: dict(own) for name, own in sums.items()}
+    (loss + sum(g.square().sum() for g in gradients)).backward()
+    for name, own in compiled.recorder.statistics.sums.items():  # not taken a second time
+        torch.testing.assert_close(own, before[name], rtol=0, atol=0)
+    opt.step()
+
+
+def test_micro_batches_add_up():
+    compiled, opt = make(fisher="empirical")
+    compiled.original.eval()
+    F.cross_entropy(compiled(IMAGES), LABELS).backward()
+    opt.step()
+    expected = factors(opt)
+    for together in (False, True):
+        compiled, opt = make(fisher="empirical")
+        compiled.original.eval()
+        parts = zip(IMAGES.split(4), LABELS.split(4), strict=True)
+        losses = [F.cross_entropy(compiled(x), y) / 3 for x, y in parts]
+        if together:
+            sum(losses).backward()
+        else:
+            for loss in losses:
+                loss.backward()
+        opt.step()
+        torch.testing.assert_close(factors(opt), expected, rtol=1e-4, atol=1e-4)
+
+
+@BACKENDS
+def test_a_backward_pass_that_fails_leaves_nothing_behind(backend):
+    compiled, opt = make(backend, fisher="empirical")
+    compiled.original.eval()
+
+    def fail(_: torch.Tensor) -> None:
+        raise RuntimeError("out of memory, say")
+
+    first = compiled.original[0].weight
+    handle = first.register_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        F.cross_entropy(compiled(IMAGES), LABELS).backward()
+    assert not statistics_pass._passes  # at once: another model may be next
+    handle.remove()
+    opt.zero_grad()
+    assert not statistics_pass._passes
+    assert not compiled.recorder.statistics.sums
+    F.cross_entropy(compiled(IMAGES), LABELS).backward()
+    assert not statistics_pass._passes
+    opt.step()
+    found = factors(opt)
+    compiled, opt = make(backend, fisher="empirical")
+    compiled.original.eval()
+    F.cross_entropy(compiled(IMAGES), LABELS).backward()
+    opt.step()
+    torch.testing.assert_close(found, factors(opt), rtol=0, atol=0)
+
+
+def test_a_loss_without_gradient_at_the_prediction_gives_zeros():
+    compiled, opt = make(fisher="empirical")
+    (0 * F.cross_entropy(compiled(IMAGES), LABELS)).backward()
+    opt.step()
+    assert opt.diagnostics.dropped_statistics == {}
+    assert not opt.factors["5"].gamma.any()
+    assert opt.factors["5"].omega.any()
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "options", "fisher"),
+    [
+        ("categorical", {}, "empirical"),
+        ("categorical", {"scaling": "spectral"}, "empirical"),
+        ("categorical", {"fisher": "sampled"}, "sampled"),
+        ("categorical", {"scaling": "eigen"}, "sampled"),
+        ("categorical", {"blocks": {"0": {"scaling": "inverse"}}}, "sampled"),
+        ("bernoulli", {}, "sampled"),
+        ("gaussian", {}, "sampled"),
+        (lambda z: z, {}, "sampled"),
+    ],
+)
+def test_by_default_gradients_of_the_loss_serve_where_only_directions_count(
+    likelihood, options, fisher
+):
+    compiled = kfc_fx.compile(network(), likelihood=likelihood)
+    kfc_fx.KFC(compiled, **options)
+    assert compiled.recorder.fisher == fisher
+
+
+class WithLoss(nn.Module):
+    """Computes its loss itself, as the models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.net(x)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+@BACKENDS
+def test_a_loss_that_the_model_computes_gives_the_same_statistics(backend):
+    compiled, opt = make(backend)
+    F.cross_entropy(compiled(IMAGES), LABELS).backward()
+    opt.step()
+    expected = factors(opt)
+    compiled = kfc_fx.compile(WithLoss(), backend=backend)
+    opt = kfc_fx.KFC(compiled, lr=0.01, factor_samples=None)
+    compiled(IMAGES, LABELS)["loss"].backward()
+    opt.step()
+    found = {name.removeprefix("net."): own for name, own in factors(opt).items()}
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_where_the_scale_matters_the_loss_must_be_seen():
+    compiled = kfc_fx.compile(WithLoss())
+    kfc_fx.KFC(compiled, lr=0.01, fisher="empirical", scaling="eigen")
+    with pytest.raises(kfc_fx.OutputError, match=r"loss was not computed from it.*sampled"):
+        compiled(IMAGES, LABELS)["loss"].backward()
+    assert not statistics_pass._passes

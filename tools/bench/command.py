@@ -1,0 +1,18 @@
+"""The command group ``kfc-fx bench``."""
+
+from __future__ import annotations
+
+import typer
+
+from kfc_fx.tools.bench.kernels import kernels
+from kfc_fx.tools.bench.memory import memory
+from kfc_fx.tools.bench.step import step
+from kfc_fx.tools.race.command import train
+
+app = typer.Typer(
+    help="Measure kernels, training steps and runs, and memory.", no_args_is_help=True
+)
+app.command()(kernels)
+app.command()(step)
+app.command()(train)
+app.command()(memory)
