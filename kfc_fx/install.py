@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import fields
 from html import escape
 from typing import Any
@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from kfc_fx.capture.dynamo import check_backend
 from kfc_fx.capture.graph_breaks import GraphBreak
-from kfc_fx.compilation import Compilation, CompileOptions, FormsOf
+from kfc_fx.compilation import Compilation, CompileOptions
 from kfc_fx.compilation.captured_graph import CapturedGraph
 from kfc_fx.plan.sharing import SharingOption, check_sharing
 from kfc_fx.plan.spec import CurvaturePlan
-from kfc_fx.statistics.collector import StatisticsRecorder
 from kfc_fx.statistics.likelihood import CotangentFunction, Likelihood, resolve_likelihood
 
 
@@ -123,19 +122,12 @@ class CompiledModel(nn.Module):
         """
         return self._compilation.trace_symbolic(*inputs)
 
-    def collect_statistics(self, *args: Any, **kwargs: Any) -> None:
-        """Add the statistics of one batch, with sampled targets, to those of the next step.
-
-        Buffers and random number generators are left as they were.
-        """
-        self._compilation.collect_statistics(*args, **kwargs)
-
     # -- what the compiler did -----------------------------------------------------------
 
     @property
-    def recorder(self) -> StatisticsRecorder:
-        """What keeps the statistics, and says whether a pass takes any."""
-        return self._compilation.recorder
+    def kfc(self) -> Compilation:
+        """What the compiler knows of the model."""
+        return self._compilation
 
     @property
     def graphs(self) -> tuple[CapturedGraph, ...]:
@@ -145,7 +137,7 @@ class CompiledModel(nn.Module):
     @property
     def breaks(self) -> tuple[GraphBreak, ...]:
         """Where Python runs between the graphs, and dynamo's reasons for it."""
-        return self._compilation.breaks.breaks
+        return self._compilation.breaks
 
     @property
     def plan(self) -> CurvaturePlan:
@@ -165,20 +157,6 @@ class CompiledModel(nn.Module):
     def backend(self) -> str:
         """What runs the captured graphs."""
         return self._compilation.options.backend
-
-    @property
-    def forms_of(self) -> FormsOf:
-        """The forms of a block's factors, None for a block that emits none; an optimizer sets
-        it."""
-        return self._compilation.forms_of
-
-    @forms_of.setter
-    def forms_of(self, choose: FormsOf) -> None:
-        self._compilation.forms_of = choose
-
-    def note_gradients(self, names: Iterable[str]) -> None:
-        """Let the plan say so of parameters that have gradients though no graph uses them."""
-        self._compilation.note_gradients(names)
 
     def refresh_names(self) -> None:
         """Take the parameters that the model holds now for its own, as an optimizer is made."""
@@ -224,7 +202,7 @@ class CompiledModel(nn.Module):
         return getattr(self.__dict__["original"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("training", "forms_of") or "_compilation" not in self.__dict__:
+        if name == "training" or "_compilation" not in self.__dict__:
             object.__setattr__(self, name, value)
         else:
             setattr(self.original, name, value)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfc_fx
+from kfc_fx.statistics.collector import Collector
 
 GENERATOR = torch.Generator().manual_seed(1)
 IMAGES = torch.randn(12, 2, 6, 6, generator=GENERATOR)
@@ -88,6 +89,12 @@ def losses(
         opt.zero_grad()
         seen.append(loss.item())
     return seen
+
+
+def collector_of(compiled: kfc_fx.CompiledModel) -> Collector:
+    """What takes the statistics of a model that has one optimizer."""
+    (collector,) = compiled.kfc.collectors
+    return collector
 
 
 def backward(model: nn.Module, x: Tensor = IMAGES, y: Tensor = LABELS) -> Tensor:

@@ -14,6 +14,8 @@ from kfc_fx.capture.canonicalise import canonicalise
 from kfc_fx.capture.graph import copy_graph
 from kfc_fx.install import CompiledModel
 from kfc_fx.plan.forms import factor_forms
+from kfc_fx.statistics.collector import Collector
+from kfc_fx.statistics.request import StatisticsRequest
 from tests.oracle import layer_patches, output_rows
 from tests.strategies import CLASSES, DrawnNetwork
 
@@ -27,13 +29,14 @@ def labels(count: int = EXAMPLES) -> Tensor:
     return torch.arange(count) % CLASSES
 
 
-def armed(net: nn.Module) -> CompiledModel:
-    """A compiled network whose next forward pass takes statistics of the true targets."""
+def armed(net: nn.Module) -> tuple[CompiledModel, Collector]:
+    """A compiled network whose forward passes take statistics of the true targets, and what sums
+    these."""
     compiled = kfc_fx.compile(net)
-    compiled.recorder.fisher = "empirical"
-    compiled.forms_of = lambda block: factor_forms(block, "dense")
-    compiled.recorder.armed = True
-    return compiled
+    request = StatisticsRequest(lambda block: factor_forms(block, "dense"), fisher="empirical")
+    collector = compiled.kfc.attach(request)
+    collector.arm()
+    return compiled, collector
 
 
 def loss_of(model: nn.Module, x: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
@@ -45,9 +48,10 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor, reduction: str = "mean") -> 
 def results_stay_the_same(drawn: DrawnNetwork) -> None:
     """Loss, gradients, buffers and random numbers of a step with statistics, bit for bit."""
     x, seen = drawn.example(EXAMPLES), []
-    for wrap in (lambda net: net, armed):
+    for wrap in (lambda net: (net, None), armed):
         net = drawn.build()
-        loss = loss_of(wrap(net), x, labels())
+        model, _collector = wrap(net)
+        loss = loss_of(model, x, labels())
         number = torch.rand(1)
         loss.backward()
         gradients = {name: p.grad for name, p in net.named_parameters()}
@@ -64,13 +68,13 @@ def results_stay_the_same(drawn: DrawnNetwork) -> None:
 def factors_equal_the_oracle(drawn: DrawnNetwork) -> None:
     """The statistics of every layer module, against a loop over examples."""
     net, x = drawn.build(), drawn.example(EXAMPLES)
-    compiled = armed(copy.deepcopy(net))
+    compiled, collector = armed(copy.deepcopy(net))
     loss_of(compiled, x, labels()).backward()
-    statistics = compiled.recorder.statistics
+    statistics = collector.sums
     assert statistics.examples == EXAMPLES
     expected = _sums_by_hooks(net, x)
     for name, (omega, gamma, rows) in expected.items():
-        found = statistics.sums[name]
+        found = statistics.blocks[name]
         block = compiled.plan.block(name)
         if found["omega"].shape != omega.shape:  # the diagonal of an embedding's
             omega = omega.diagonal(dim1=1, dim2=2).unsqueeze(1)
@@ -127,15 +131,15 @@ def _check_positive(value: Tensor, what: str) -> None:
 def batches_add_up(drawn: DrawnNetwork) -> None:
     """Statistics of two halves of a batch are those of the whole."""
     net, x, y = drawn.build(), drawn.example(EXAMPLES), labels()
-    whole, halves = armed(net), armed(net)
+    (whole, sums), (halves, added) = armed(net), armed(net)
     loss_of(whole, x, y, "sum").backward()
     for part in (slice(0, 1), slice(1, None)):
         loss_of(halves, x[part], y[part], "sum").backward()
-    for name, expected in whole.recorder.statistics.sums.items():
-        found = halves.recorder.statistics.sums[name]
+    for name, expected in sums.sums.blocks.items():
+        found = added.sums.blocks[name]
         for statistic, value in expected.items():
             torch.testing.assert_close(found[statistic], value)
-    assert halves.recorder.statistics.rows == whole.recorder.statistics.rows
+    assert added.sums.rows == sums.sums.rows
 
 
 def the_compiler_is_reproducible(drawn: DrawnNetwork) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kfc_fx
-from tests.networks import IMAGES, LABELS, backward, parameters, token_network
+from tests.networks import IMAGES, LABELS, backward, collector_of, parameters, token_network
 
 SIZES = (12, 7, 5)
 """Batch of each step: two with statistics, then a plain one."""
@@ -20,11 +20,11 @@ def run(backend: str) -> dict[str, object]:
     outputs, gradients, sums, armed = [], [], [], []
     for step, size in enumerate(SIZES):
         if step == 2:
-            compiled.recorder.armed = False
-        armed.append(compiled.recorder.armed)
+            collector_of(compiled).arm(False)
+        armed.append(collector_of(compiled).armed)
         outputs.append(backward(compiled, IMAGES[:size].double(), LABELS[:size]).detach())
         gradients.append([p.grad.clone() for p in net.parameters()])
-        sums.append({name: dict(s) for name, s in compiled.recorder.statistics.sums.items()})
+        sums.append({name: dict(s) for name, s in collector_of(compiled).sums.blocks.items()})
         if step < 2:
             opt.step()
         opt.zero_grad()

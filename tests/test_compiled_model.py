@@ -17,6 +17,7 @@ from tests.networks import (
     LABELS,
     assert_equal_state,
     backward,
+    collector_of,
     conv_network,
     count_calls_of_emitting_graphs,
     make,
@@ -32,7 +33,7 @@ def test_outputs_gradients_buffers_and_rng_are_bit_equal(armed, monkeypatch):
     emitted = count_calls_of_emitting_graphs(monkeypatch)
     net, reference = token_network(), token_network()
     compiled, _ = make(net)
-    compiled.recorder.armed = armed
+    collector_of(compiled).arm(armed)
     for _ in range(2):
         assert torch.equal(backward(compiled), backward(reference))
         after_compiled = backward(compiled), torch.get_rng_state()
@@ -41,7 +42,7 @@ def test_outputs_gradients_buffers_and_rng_are_bit_equal(armed, monkeypatch):
     for (name, p), q in zip(net.named_parameters(), reference.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad), name
     assert_equal_state(net, reference)
-    assert bool(compiled.recorder.statistics.sums) == armed
+    assert bool(collector_of(compiled).sums.blocks) == armed
     assert len(emitted) == 4 * armed
 
 
@@ -49,7 +50,7 @@ def test_outputs_gradients_buffers_and_rng_are_bit_equal(armed, monkeypatch):
 def test_dropout_draws_what_the_original_draws(armed):
     compiled, _ = make(token_network())
     reference = token_network()
-    compiled.recorder.armed = armed
+    collector_of(compiled).arm(armed)
     torch.manual_seed(5)
     found = [compiled(IMAGES) for _ in range(3)]
     torch.manual_seed(5)
@@ -73,7 +74,7 @@ class NumpyMask(nn.Module):
 @pytest.mark.parametrize("armed", [False, True])
 def test_numpys_random_numbers_are_those_of_the_original(armed):
     compiled, _ = make(NumpyMask())
-    compiled.recorder.armed = armed
+    collector_of(compiled).arm(armed)
     x = torch.randn(6, 4)
     np.random.seed(5)
     found = [compiled(x) for _ in range(2)]
@@ -195,7 +196,7 @@ def test_modes_and_no_grad_are_the_originals():
 def test_eval_mode_with_gradients_is_the_originals(armed):
     compiled, _ = make(token_network().eval())
     reference = token_network().eval()
-    compiled.recorder.armed = armed
+    collector_of(compiled).arm(armed)
     assert torch.equal(backward(compiled), backward(reference))
     compiled.train()
     reference.train()
@@ -213,7 +214,7 @@ def test_evaluation_without_gradients_collects_nothing(monkeypatch):
     with torch.no_grad():
         compiled(IMAGES)
     assert len(emitted) == 1
-    assert compiled.recorder.statistics.examples == len(IMAGES)
+    assert collector_of(compiled).sums.examples == len(IMAGES)
     opt.step()
 
 

@@ -87,12 +87,56 @@ def test_the_table_has_every_folder():
     assert parts == set(MAY_IMPORT)
 
 
+def test_files_import_each_other_in_no_circle():
+    graph = {module: {n for n in imported(path) if n != module} for module, path in SOURCES.items()}
+    # A folder that shows a name of its own files is no file that these import.
+    graph = {m: targets for m, targets in graph.items() if SOURCES[m].name != "__init__.py"}
+    done: set[str] = set()
+
+    def visit(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, " -> ".join([*above[above.index(module) :], module])
+        if module in done or module not in graph:
+            return
+        for target in graph[module]:
+            visit(target, (*above, module))
+        done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
 def test_every_folder_is_installed():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {module for module, path in SOURCES.items() if path.name == "__init__.py"}
     assert set(listed) == folders
     for module, path in SOURCES.items():
         assert (path.parent / "__init__.py").exists(), module
+
+
+def test_the_optimizer_writes_into_nothing_but_itself():
+    """What another folder has made is asked, by its methods, and never assigned to."""
+    wrong = []
+    for path in (ROOT / "kfc_fx" / "optim").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+            if not isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign):
+                continue
+            for target in targets:
+                for part in ast.walk(target) if target is not None else ():
+                    if not isinstance(part, ast.Attribute) or not isinstance(part.ctx, ast.Store):
+                        continue
+                    owner = ast.unparse(part.value)
+                    if owner.split("[")[0] in FOREIGN or owner in FOREIGN:
+                        wrong.append(f"{path.name}:{node.lineno}: {ast.unparse(target)}")
+    assert not wrong, "\n".join(wrong)
+
+
+FOREIGN = {
+    *("compiled", "self.compiled", "self._compiled", "compilation", "self._compilation"),
+    *("recorder", "self.recorder", "collector", "self._collector"),
+    *("compiled.recorder", "self.compiled.recorder", "self._compiled.recorder"),
+}
+"""What the optimizer calls objects of other folders that it was given."""
 
 
 def test_import_needs_no_triton():

@@ -1,5 +1,6 @@
 """What the compiler knows of one model: capture, plan, and the graphs that emit."""
 
-from kfc_fx.compilation.compilation import Compilation, CompileOptions, FormsOf
+from kfc_fx.compilation.compilation import Compilation
+from kfc_fx.compilation.options import CompileOptions
 
-__all__ = ["Compilation", "CompileOptions", "FormsOf"]
+__all__ = ["Compilation", "CompileOptions"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -23,50 +23,30 @@ from kfc_fx.capture.dynamo import (
     tensors_of_nodes,
 )
 from kfc_fx.capture.graph import Stage, copy_graph
-from kfc_fx.capture.graph_breaks import BreakLog, GraphBreak, frame_of
+from kfc_fx.capture.graph_breaks import BreakLog, GraphBreak
 from kfc_fx.capture.graph_passes import run_passes
 from kfc_fx.capture.layer_captures import LayerCaptures
 from kfc_fx.capture.parameter_names import ParameterNames
 from kfc_fx.capture.preserved_state import state_preserved
 from kfc_fx.capture.symbolic import refuse_to_run, symbolic_graph
+from kfc_fx.compilation.account import Account
+from kfc_fx.compilation.armed_pass import ArmedPass
 from kfc_fx.compilation.bindings import Call, binding_of, parameter_inputs
 from kfc_fx.compilation.captured_graph import CapturedGraph, GraphBinding
-from kfc_fx.compilation.uses_outside import next_number, use_outside, uses_outside
+from kfc_fx.compilation.options import CompileOptions
+from kfc_fx.compilation.owners import Owners
+from kfc_fx.compilation.uses_outside import next_number
 from kfc_fx.errors import CaptureError
-from kfc_fx.plan.coverage import NOT_USED, build_plan, refuse_generic_layers
 from kfc_fx.plan.forms import FactorForms, factor_forms, statistic_shapes
-from kfc_fx.plan.sharing import SharingOption
-from kfc_fx.plan.spec import (
-    BlockSpec,
-    BreakSpec,
-    CurvaturePlan,
-    GenericSpec,
-    GraphSpec,
-    GraphUses,
-    ParameterSpec,
-    UnmatchedUse,
-)
+from kfc_fx.plan.spec import BlockSpec, CurvaturePlan
 from kfc_fx.rewrite.emitting import Emitters, counts_of_spans, emission_order, emitting_stages
-from kfc_fx.statistics.collector import StatisticsRecorder
+from kfc_fx.statistics.collector import Collector
 from kfc_fx.statistics.fisher_pass import REENTRANT
 from kfc_fx.statistics.inputs import batch_size
-from kfc_fx.statistics.likelihood import Likelihood
-from kfc_fx.statistics.outputs import float_tensors
-from kfc_fx.statistics.sums import ForwardRecord
-
-FormsOf = Callable[[BlockSpec], FactorForms | None]
-
-
-@dataclass(frozen=True)
-class CompileOptions:
-    """How a model is compiled; see :func:`kfc_fx.compile`."""
-
-    likelihood: Likelihood
-    backend: str
-    strict: bool
-    norm_layers: bool
-    weight_sharing: SharingOption
-
+from kfc_fx.statistics.request import StatisticsRequest
+from kfc_fx.statistics.running import forward_shares
+from kfc_fx.statistics.sums import add
+from kfc_fx.statistics.tap import collect, tap
 
 STARTS_ANEW = (
     torch._dynamo.exc.RestartAnalysis,
@@ -85,22 +65,56 @@ class Compilation:
 
     def __init__(self, model: nn.Module, options: CompileOptions) -> None:
         self.model, self.options = model, options
-        self.recorder = StatisticsRecorder(options.likelihood)
         self.names = ParameterNames(model)
-        self.breaks = BreakLog()
-        self.layers = LayerCaptures(model, self._capture)
+        self._owners = Owners()
+        self._breaks = BreakLog()
+        self._layers = LayerCaptures(model, self._capture)
+        self._account = Account(model, options, self.names, self._breaks, self._layers)
         self._forward = self._capture(model)
-        self._graphs: list[CapturedGraph] = []
-        self._outside: dict[tuple[str, str], UnmatchedUse] = {}
-        self._with_gradient: dict[str, str] = {}
         self._called = False
-        self._plan: tuple[object, CurvaturePlan] | None = None
-        self._forms_of: FormsOf = factor_forms
-        self._chosen: tuple[object, Emitters] | None = None
+        self._passes: list[ArmedPass] = []
         self._call: Call | None = None
         self._interrupted: Call | None = None
         self._backward_passes = 0
         self._watching = ExitStack()
+
+    # -- for optimizers ----------------------------------------------------------------------
+
+    def attach(
+        self, request: StatisticsRequest, parameters: Iterable[str] | None = None
+    ) -> Collector:
+        """A new collector of statistics, for as long as the caller holds it.
+
+        Args:
+            request: what it asks for.
+            parameters: names of those whose blocks it is for; None for all of the model, those that
+                join it later too. An earlier collector takes no more statistics of these.
+        """
+        collector = Collector(self.options.likelihood, request)
+        self._owners.assign(collector, parameters)
+        return collector
+
+    def assign(self, collector: Collector, parameters: Iterable[str]) -> None:
+        """Give a collector the blocks of more parameters, by name."""
+        self._owners.assign(collector, parameters)
+
+    @property
+    def collectors(self) -> tuple[Collector, ...]:
+        """Those that take statistics of some parameter."""
+        return self._owners.collectors
+
+    def owner_of(self, parameter: str) -> Collector | None:
+        """The collector that takes the statistics of a parameter's block."""
+        return self._owners.owner_of(parameter)
+
+    def forms_of(self, block: BlockSpec) -> FactorForms | None:
+        """The forms of a block's factors, None where no statistics are asked of it."""
+        owner = self.owner_of(block.weight)
+        return factor_forms(block) if owner is None else owner.request.forms(block)
+
+    def note_gradients(self, names: Iterable[str]) -> None:
+        """Let the plan say so of parameters that have gradients though no graph uses them."""
+        self._account.note_gradients(names, self._missing)
 
     # -- calls -------------------------------------------------------------------------------
 
@@ -108,21 +122,16 @@ class Compilation:
         """The model's own forward pass; on an armed step with statistics."""
         if not torch.is_grad_enabled() and self.options.backend == "eager":
             return self.model(*args, **kwargs)  # nothing to capture for, nothing to compile
-        recorder = self.recorder
-        if recorder.keep_inputs:
-            recorder.last_inputs = (args, kwargs)
-        if not (recorder.armed and torch.is_grad_enabled()):
+        for collector in self.collectors:
+            collector.note_inputs((args, kwargs))
+        armed = [collector for collector in self.collectors if collector.armed]
+        if not (armed and torch.is_grad_enabled()):
             return self._run(args, kwargs, recording=False)
-        with recorder.forward_pass(batch_size((args, kwargs))) as record:
+        examples = batch_size((args, kwargs))
+        running = ArmedPass({collector: collector.begin(examples) for collector in armed})
+        with self._recording(running):
             output = self._run(args, kwargs, recording=True)
-        self._drop_changed(record)
-        if self.layers.watch.in_function and record.fisher == "sampled":
-            record.missing = REENTRANT
-        elif self.layers.watch.in_function:
-            record.again = self._again
-        elif record.graphs == 0:
-            record.missing = self._why_nothing_ran()
-        return recorder.tap(output, record)
+        return self._tapped(output, running)
 
     def trace(self, *args: Any, **kwargs: Any) -> CurvaturePlan:
         """Capture the model for example inputs; buffers and random numbers stay as they were.
@@ -143,27 +152,55 @@ class Compilation:
         self._forward = refuse_to_run
         return self.plan
 
-    def collect_statistics(self, *args: Any, **kwargs: Any) -> None:
-        """Add the statistics of one batch, with sampled targets, to those of the next step.
+    def collect_statistics(self, collector: Collector, *args: Any, **kwargs: Any) -> None:
+        """Add the statistics of one batch, with sampled targets, to the sums of a collector.
 
         Buffers and random number generators are left as they were.
         """
-        recorder = self.recorder
+        record = collector.begin(batch_size((args, kwargs)), fisher="sampled")
+        running = ArmedPass({collector: record})
         with state_preserved(self.model), torch.enable_grad():
-            with recorder.forward_pass(batch_size((args, kwargs)), fisher="sampled") as record:
+            with self._recording(running):
                 output = self._run(args, kwargs, recording=True)
-            self._drop_changed(record)
-            recorder.collect(output, record)
+            running.drop_changed(self._blocks)
+            collect(output, collector.setup(record))
+
+    @contextmanager
+    def _recording(self, running: ArmedPass) -> Iterator[None]:
+        """While it lasts, graphs that run emit for a pass: those of its forward pass, and of its
+        backward pass where a checkpoint is reentrant. Backward passes may end in any order."""
+        self._passes.append(running)
+        try:
+            with forward_shares(running.share_of):
+                yield
+        finally:
+            self._passes.remove(running)
+
+    def _tapped(self, output: Any, running: ArmedPass) -> Any:
+        """The output of an armed pass, through which its statistics are taken."""
+        running.drop_changed(self._blocks)
+        in_function = self._layers.watch.in_function
+        for collector, record in running.records.items():
+            if in_function and record.fisher == "sampled":
+                record.missing = REENTRANT
+            elif in_function:
+                record.again = partial(self._again, running)
+            elif running.graphs == 0:
+                record.missing = self._why_nothing_ran()
+            if record.missing:
+                collector.note_missing(record.missing)
+        setups = [c.setup(record) for c, record in running.records.items() if not record.missing]
+        return tap(output, setups) if setups else output
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, recording: bool) -> Any:
         mark_batch_dynamic(args, kwargs)
-        outer, call = self._call, Call(len(self._graphs), next_number())
-        self._call, known = call, self.breaks.breaks
+        outer, call = self._call, Call(len(self._account.graphs), next_number())
+        self._call, known = call, self._breaks.breaks
         try:
             with (
                 dynamo_settings(),
-                self.breaks.watching(),
-                self.layers.installed(recording=recording),
+                self._breaks.watching(),
+                self._layers.installed(recording=recording),
             ):
                 output = self._forward(*args, **kwargs)
         except Exception as error:
@@ -176,9 +213,9 @@ class Compilation:
         if call.failure is not None:
             raise call.failure
         self._called = self._called or torch.is_grad_enabled()
-        grown = len(self._graphs) > call.first_graph
-        if recording or (grown and not self.layers.watch.passed_by):
-            self._account(output, call)
+        grown = len(self._account.graphs) > call.first_graph
+        if recording or (grown and not self._layers.watch.passed_by):
+            self._account.note_call(output, call)
         return output
 
     def _take_back(self, known: tuple[GraphBreak, ...], traceback: TracebackType | None) -> None:
@@ -188,27 +225,18 @@ class Compilation:
             known: the breaks from before the call.
             traceback: of the error, which holds the frames that failed.
         """
-        if self.breaks.breaks == known:
+        if self._breaks.breaks == known:
             return
-        self.breaks.forget_all_but(known)
+        self._breaks.forget_all_but(known)
         forget_frames(traceback)
         self._forward = self._capture(self.model)
-        self.layers.capture_anew()
-
-    def _account(self, output: Any, call: Call) -> None:
-        """Look for what plain Python did in a call, where there was any between the graphs."""
-        if self.breaks.breaks or self.layers.alone or not self._graphs:
-            forwards = (frame_of(module) for module in self.model.modules())
-            self.breaks.recall(filter(None, forwards))
-            self._note_uses_outside(output, call)
-        if self._plan is not None and self._plan[1].breaks != self._break_specs():
-            self._plan = None
+        self._layers.capture_anew()
 
     @contextmanager
-    def _again(self, record: ForwardRecord) -> Iterator[None]:
-        """While it lasts, layers that are called within the backward pass emit for a record, as
+    def _again(self, running: ArmedPass) -> Iterator[None]:
+        """While it lasts, layers that are called within the backward pass emit for a pass, as
         those do whose checkpoint is reentrant."""
-        with self.recorder.continued(record), self._within_backward():
+        with self._recording(running), self._within_backward():
             yield
 
     @contextmanager
@@ -216,8 +244,11 @@ class Compilation:
         """Watch layers in a backward pass, or in several that overlap."""
         if not self._backward_passes:
             self._watching.enter_context(dynamo_settings())
-            self._watching.enter_context(self.layers.installed(recording=True))
-            self._interrupted, self._call = self._call, Call(len(self._graphs), next_number())
+            self._watching.enter_context(self._layers.installed(recording=True))
+            self._interrupted, self._call = (
+                self._call,
+                Call(len(self._account.graphs), next_number()),
+            )
         self._backward_passes += 1
         try:
             yield
@@ -229,42 +260,16 @@ class Compilation:
                 if ended is not None and ended.failure is not None:
                     raise ended.failure
 
-    def _drop_changed(self, record: ForwardRecord) -> None:
-        """Drop the statistics of blocks that a later graph of the pass has made others."""
-        now = {block.name: replace(block, uses=0) for block in self._plan_if_any()}
-        for name, (block, _) in list(record.emitted.items()):
-            if now.get(name) != replace(block, uses=0):
-                record.drop(name)
-
-    def _plan_if_any(self) -> tuple[BlockSpec, ...]:
-        return self.plan.blocks if self._graphs else ()
-
-    def _note_uses_outside(self, output: Any, call: Call) -> None:
-        """Take note of the parameters that plain Python used, where no graph held the use."""
-        tensors = float_tensors(output)  # of dataclasses too, which are no pytrees
-        for parameter, node in uses_outside(tensors, call.first_node, call.graphs):
-            if name := self.names.name_of(parameter):
-                self._note_outside(name, node)
-
-    def note_gradients(self, names: Iterable[str]) -> None:
-        """Correct the account of parameters that have a gradient, though no graph uses them and the
-        model's output does not show the use, as long as that is so."""
-        self.names.refresh_if_changed()
-        unused = {g.name for g in self.plan.generic if g.reason == NOT_USED}
-        if found := unused.intersection(names):
-            self._with_gradient |= dict.fromkeys(found, self.recorder.missing)
-            self._plan = None
-
-    def _note_outside(self, name: str, node: str) -> None:
-        if (name, node) not in self._outside:
-            self._outside[name, node] = use_outside(name, node, self.breaks.breaks)
-            self._plan = None
+    @property
+    def _missing(self) -> str:
+        """Why the last armed forward pass gave no statistics, where that is known."""
+        return next((c.missing for c in self.collectors if c.missing), "")
 
     def _why_nothing_ran(self) -> str:
         """The reasons for which the forward pass ran outside of all graphs."""
-        if self.recorder.missing:
-            return self.recorder.missing
-        found = "; ".join(str(b) for b in self.breaks.breaks if b.skipped)
+        if self._missing:
+            return self._missing
+        found = "; ".join(str(b) for b in self._breaks.breaks if b.skipped)
         return (
             "the forward pass ran outside the captured graphs, so no statistics can be taken: "
             + (found or "dynamo captured nothing (is it disabled, by TORCHDYNAMO_DISABLE=1?)")
@@ -275,20 +280,26 @@ class Compilation:
     @property
     def graphs(self) -> tuple[CapturedGraph, ...]:
         """Captured graphs in the order of their capture, each with its stages."""
-        for graph in self._graphs:
+        emitters = self._all_emitters()
+        for graph in self._account.graphs:
             for binding in graph.bindings.values():
-                self._emitting(graph, binding)
-        return tuple(self._graphs)
+                self._emitting(graph, binding, emitters)
+        return tuple(self._account.graphs)
+
+    @property
+    def breaks(self) -> tuple[GraphBreak, ...]:
+        """Where Python runs between the graphs, and dynamo's reasons for it."""
+        return self._breaks.breaks
 
     @property
     def captured(self) -> bool:
         """Whether there is a graph."""
-        return bool(self._graphs)
+        return bool(self._account.graphs)
 
     @property
     def revision(self) -> int:
         """Grows with every graph, binding and use that is found; the plan may change then."""
-        return len(self._outside) + sum(1 + len(graph.bindings) for graph in self._graphs)
+        return self._account.revision
 
     @property
     def plan(self) -> CurvaturePlan:
@@ -297,56 +308,13 @@ class Compilation:
         Raises:
             CaptureError: nothing was captured yet.
         """
-        if not self._graphs:
+        if not self.captured:
             raise CaptureError(self._why_nothing_captured())
-        parameters = self.parameter_specs()
-        if self._plan is None or self._plan[0] != parameters:
-            uses = self._uses()
-            plan = build_plan(
-                parameters,
-                uses,
-                norm_layers=self.options.norm_layers,
-                weight_sharing=self.options.weight_sharing,
-            )
-            if self.options.strict:
-                refuse_generic_layers(plan, uses)
-            generic = tuple(map(self._explained, plan.generic))
-            plan = replace(
-                plan, generic=generic, graphs=self._graph_specs(), breaks=self._break_specs()
-            )
-            self._plan = (parameters, plan)
-        return self._plan[1]
+        return self._account.plan
 
-    def _explained(self, generic: GenericSpec) -> GenericSpec:
-        """The account of a parameter that no graph uses and that has had a gradient."""
-        if generic.reason != NOT_USED or generic.name not in self._with_gradient:
-            return generic
-        missing = self._with_gradient[generic.name]
-        use = use_outside(generic.name, "", self.breaks.breaks)
-        return replace(generic, reason=missing or f"used by {use}")
-
-    def _graph_specs(self) -> tuple[GraphSpec, ...]:
-        return tuple(
-            GraphSpec(graph.layer, len(graph.bindings), len(graph.first.uses.sites))
-            for graph in self._graphs
-        )
-
-    def _break_specs(self) -> tuple[BreakSpec, ...]:
-        alone = self.layers.alone
-        return tuple(
-            BreakSpec(
-                place=found.place,
-                function=found.function,
-                skipped=found.skipped,
-                reason=found.reason,
-                alone=tuple(path for path, frame in alone.items() if frame == found.frame),
-            )
-            for found in self.breaks.breaks
-        )
-
-    def _uses(self) -> list[GraphUses]:
-        uses = [b.uses for graph in self._graphs for b in graph.bindings.values()]
-        return [*uses, GraphUses((), tuple(self._outside.values()))]
+    @property
+    def _blocks(self) -> tuple[BlockSpec, ...]:
+        return self._account.plan.blocks if self.captured else ()
 
     def _why_nothing_captured(self) -> str:
         if self._called:
@@ -359,31 +327,10 @@ class Compilation:
             "compiled.trace(*example_inputs)"
         )
 
-    @property
-    def forms_of(self) -> FormsOf:
-        """The forms of a block's factors, None for a block that emits none."""
-        return self._forms_of
-
-    @forms_of.setter
-    def forms_of(self, choose: FormsOf) -> None:
-        self._forms_of, self._chosen = choose, None
-
-    def parameter_specs(self) -> list[ParameterSpec]:
-        """All parameters of the model as they are now."""
-        return [
-            ParameterSpec(name, tuple(p.shape), p.requires_grad, p.is_complex())
-            for name, p in self.model.named_parameters()
-        ]
-
-    def _emitters(self) -> Emitters:
-        """Blocks that emit, by the name of their weight; within a pass computed once."""
-        passes = self.recorder.passes if self.recorder.recording else None
-        key = (passes, self.revision)
-        if passes is None or self._chosen is None or self._chosen[0] != key:
-            chosen = ((block, self._forms_of(block)) for block in self.plan.blocks)
-            found = {b.weight: (b, forms) for b, forms in chosen if forms is not None}
-            self._chosen = (key, found)
-        return self._chosen[1]
+    def _all_emitters(self) -> Emitters:
+        """Every block that emits when all collectors are armed, by the name of its weight."""
+        chosen = ((block, self.forms_of(block)) for block in self._blocks)
+        return {block.weight: (block, forms) for block, forms in chosen if forms is not None}
 
     # -- graphs ------------------------------------------------------------------------------
 
@@ -394,13 +341,13 @@ class Compilation:
         compiler's.
         """
         captured = compile_forward(forward, self._handle)
-        self.breaks.stands_for(captured.__name__, forward)
+        self._breaks.stands_for(captured.__name__, forward)
         return captured
 
     def _handle(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Backend of dynamo, which may swallow what it raises: that is kept, to be raised later."""
         try:
-            return self._handle_graph(self.layers.watch.layer, module, example_inputs)
+            return self._handle_graph(self._layers.watch.layer, module, example_inputs)
         except STARTS_ANEW:
             raise
         except Exception as error:
@@ -412,7 +359,7 @@ class Compilation:
         self, layer: str, module: fx.GraphModule, example_inputs: Sequence[Any]
     ) -> Callable[..., Any]:
         """Backend of dynamo: keep the graph, and return what runs in its place."""
-        self.breaks.note_graph(module)
+        self._breaks.note_graph(module)
         captured = Stage("captured", copy_graph(module))
         canonical = run_passes(captured.module, [("canonical", canonicalise)])
         positions = parameter_inputs(example_inputs, self.names)
@@ -420,7 +367,7 @@ class Compilation:
         nodes = list(given)
         holding = {*held, *(nodes[position] for position in positions)}
         graph = CapturedGraph(
-            index=len(self._graphs),
+            index=len(self._account.graphs),
             layer=layer,
             captured=[captured, *canonical],
             parameter_positions=positions,
@@ -428,8 +375,8 @@ class Compilation:
             run=compile_plain(self._backend(layer), module, example_inputs),
         )
         self._binding(graph, tuple(example_inputs))
-        self._graphs.append(graph)
-        self._plan = None
+        self._account.graphs.append(graph)
+        self._account.note_change()
         return lambda *inputs: self._run_graph(graph, inputs)
 
     def _backend(self, layer: str) -> str:
@@ -442,7 +389,7 @@ class Compilation:
         known = len(graph.bindings)
         binding = binding_of(graph, inputs, self.names, constants)
         if len(graph.bindings) > known:
-            self._plan = None
+            self._account.note_change()
         return binding
 
     def _run_graph(self, graph: CapturedGraph, inputs: tuple[Any, ...]) -> Any:
@@ -457,35 +404,38 @@ class Compilation:
     def _run_binding(
         self, graph: CapturedGraph, binding: GraphBinding, inputs: tuple[Any, ...]
     ) -> Any:
-        record = self.recorder.recording
-        if record is None or not torch.is_grad_enabled():
+        running = self._passes[-1] if self._passes else None
+        if running is None or not torch.is_grad_enabled():
             return graph.run(*inputs)
-        record.graphs += 1
-        emitters = self._emitters()
+        running.graphs += 1
+        emitters = running.emitters(self.plan.blocks, self.owner_of, self.revision)
         order = emission_order(binding.uses.sites, emitters)
         if not order:
             return graph.run(*inputs)
-        gated = self._backend(graph.layer) != "eager"
         probes: list[Tensor] = []
         for weight in order:
-            record.emitted[emitters[weight][0].name] = emitters[weight]
-            if emitters[weight][1].output == "absent":
-                continue
-            parameter = self.model.get_parameter(weight)
-            probes += self.recorder.probes_for(*emitters[weight], parameter, gated=gated)
-        outputs, rows, *returned = self._emitting(graph, binding)(*inputs, *probes)
+            block, forms = emitters[weight]
+            record, collector = running.record_of(block.name), self.owner_of(weight)
+            record.emitted[block.name] = (block, forms)
+            if forms.output != "absent" and collector is not None:
+                parameter = self.model.get_parameter(weight)
+                probes += collector.probes_for(record, block, forms, parameter)
+        outputs, rows, *returned = self._emitting(graph, binding, emitters)(*inputs, *probes)
         sites = [site for site in binding.uses.sites if site.weight in emitters]
         blocks = [emitters[site.weight][0] for site in sites]
         spans = [block.span(site) for block, site in zip(blocks, sites, strict=True)]
-        self.recorder.note_rows(*counts_of_spans(blocks, spans, rows))
+        for block, span, count in zip(*counts_of_spans(blocks, spans, rows), strict=True):
+            running.record_of(block.name).note_rows(block, span, count)
         alone = [emitters[s.weight] for s in sites if emitters[s.weight][1].output == "absent"]
         for (block, forms), values in zip(alone, *returned or [()], strict=True):
             names = statistic_shapes(block, forms)
-            self.recorder.note_inputs(block, dict(zip(names, values, strict=True)))
+            taken = dict(zip(names, values, strict=True))
+            add(running.record_of(block.name).inputs, block.name, taken)
         return outputs
 
-    def _emitting(self, graph: CapturedGraph, binding: GraphBinding) -> Callable[..., Any]:
-        emitters = self._emitters()
+    def _emitting(
+        self, graph: CapturedGraph, binding: GraphBinding, emitters: Emitters
+    ) -> Callable[..., Any]:
         key = tuple(emitters[w] for w in emission_order(binding.uses.sites, emitters))
         if key not in binding.emitting:
             binding.stages = emitting_stages(binding.canonical, binding.uses.sites, emitters)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kfc_fx.codegen.spec import StackSpec
 from kfc_fx.engine.host_numbers import stack_columns
-from kfc_fx.statistics.sums import Statistics
+from kfc_fx.statistics.sums import Sums
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ScreenedStatistics:
     dropped: Sequence[str]
 
 
-def screen(statistics: Statistics, stacks: Sequence[StackSpec], rate: float) -> ScreenedStatistics:
+def screen(statistics: Sums, stacks: Sequence[StackSpec], rate: float) -> ScreenedStatistics:
     """Fill in absent blocks, drop blocks with a statistic that is not finite.
 
     Args:
@@ -43,7 +43,7 @@ def screen(statistics: Statistics, stacks: Sequence[StackSpec], rate: float) -> 
             counts = statistics.rows.get(block.name, [0] * block.groups)
             live = finite.get(block.name, False) and any(counts)
             for factor, shape in stack.factor_shapes.items():
-                value = statistics.sums[block.name][factor] if live else None
+                value = statistics.blocks[block.name][factor] if live else None
                 count = block.groups * stack.parts[factor]
                 sums[f"{block.name}.{factor}"] = _or_zeros(value, count, shape, stack)
             row_counts += [float(max(count, 1)) for count in counts]
@@ -58,12 +58,12 @@ def screen(statistics: Statistics, stacks: Sequence[StackSpec], rate: float) -> 
     )
 
 
-def _finite_blocks(statistics: Statistics) -> dict[str, bool]:
+def _finite_blocks(statistics: Sums) -> dict[str, bool]:
     """Whether all sums of each block are finite; one synchronisation for all of them."""
-    names = list(statistics.sums)
+    names = list(statistics.blocks)
     if not names:
         return {}
-    traces = [sum(_trace(value) for value in sums.values()) for sums in statistics.sums.values()]
+    traces = [sum(_trace(value) for value in sums.values()) for sums in statistics.blocks.values()]
     flags = torch.stack([trace.to(traces[0].device) for trace in traces]).isfinite().tolist()  # type: ignore[union-attr]
     return dict(zip(names, flags, strict=True))
 

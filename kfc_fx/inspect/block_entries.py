@@ -24,9 +24,8 @@ WITHOUT_OPS = {"embedding": "counts", "scale_shift": "moments"}
 def block_entries(inspection: Inspection) -> list[dict[str, Any]]:
     """One entry for each block, in the order of the plan."""
     inputs = tuple(torch.empty(spec.shape, device="meta") for spec in inspection.inputs)
-    recorder = inspection.compiled.recorder
-    part = recorder.part(batch_size((inputs, {})), recorder.fisher)
-    costs = [cost for graph in inspection.graphs for cost in site_costs(graph, part)]
+    share = inspection.request.share(batch_size((inputs, {})))
+    costs = [cost for graph in inspection.graphs for cost in site_costs(graph, share)]
     stacks = {b.name: stack for stack in _stacks(inspection) for b in stack.blocks}
     return [
         _entry(

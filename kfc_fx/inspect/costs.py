@@ -23,8 +23,9 @@ from kfc_fx.inspect.nodes import example_of, shape_of
 from kfc_fx.plan.locations import concrete
 from kfc_fx.statistics.emission import EMISSIONS
 from kfc_fx.statistics.input_factors import INPUT_FACTORS
-from kfc_fx.statistics.running import fisher_pass, input_part
-from kfc_fx.statistics.share import WHOLE, Part
+from kfc_fx.statistics.record import Destination, ForwardRecord, probe_for
+from kfc_fx.statistics.running import forward_shares
+from kfc_fx.statistics.share import WHOLE, BatchShare
 
 
 @dataclass(frozen=True)
@@ -45,37 +46,42 @@ class PassWork:
     uncounted: frozenset[str]
 
 
-def site_costs(graph: BoundGraph, part: Part = WHOLE) -> list[SiteCost]:
+def site_costs(graph: BoundGraph, share: BatchShare = WHOLE) -> list[SiteCost]:
     """The work of every emission of a graph, and of every input statistic, each run by itself.
 
     Args:
-        part: of the batch, that statistics are estimated from.
+        share: of the batch, that statistics are estimated from.
     """
     module = graph.stages[-1].module
     bodies = [region.body for region in regions(module.graph)]
     nodes = [node for own in (module, *bodies) for node in own.graph.nodes]
-    costs: dict[Any, Callable[[fx.Node, Part], SiteCost]] = dict.fromkeys(EMISSIONS, _site_cost)
+    costs: dict[Any, Callable[[fx.Node, BatchShare], SiteCost]] = dict.fromkeys(
+        EMISSIONS, _site_cost
+    )
     costs |= dict.fromkeys(INPUT_FACTORS.values(), _input_cost)
-    return [costs[node.target](node, part) for node in nodes if node.target in costs]
+    return [costs[node.target](node, share) for node in nodes if node.target in costs]
 
 
-def _input_cost(node: fx.Node, part: Part) -> SiteCost:
+def _input_cost(node: fx.Node, share: BatchShare) -> SiteCost:
     observer = StatisticsObserver()
     inputs = [_without_data(argument) for argument in node.args]
-    with input_part(part):
+    with forward_shares(lambda _: share):
         work = counted_call(observer.counter, lambda: node.target(*inputs, **node.kwargs))  # type: ignore[operator]
     return SiteCost(node.meta["kfc_block"], work, tuple(observer.calls))
 
 
-def _site_cost(node: fx.Node, part: Part) -> SiteCost:
+def _site_cost(node: fx.Node, share: BatchShare) -> SiteCost:
     observer = StatisticsObserver()
     y, *others = (_without_data(argument) for argument in node.args)
-    probes = [o for a, o in zip(node.args[1:], others, strict=True) if _is_probe(a)]
-    output = node.target(y.requires_grad_(), *others, **node.kwargs)  # type: ignore[operator]
+    leaves = [o for a, o in zip(node.args[1:], others, strict=True) if _is_probe(a)]
+    to = Destination(ForwardRecord("sampled", share, running=True), "", "", quadratic=False)
+    given = [
+        probe_for(o, to) if _is_probe(a) else o for a, o in zip(node.args[1:], others, strict=True)
+    ]
+    output = node.target(y.requires_grad_(), *given, **node.kwargs)  # type: ignore[operator]
 
     def backward() -> None:
-        with fisher_pass(part):
-            torch.autograd.grad(output, probes, torch.empty_like(output))
+        torch.autograd.grad(output, leaves, torch.empty_like(output))
 
     work = counted_call(observer.counter, backward)
     return SiteCost(node.meta["kfc_block"], work, tuple(observer.calls))
@@ -126,7 +132,7 @@ def _passes(module: fx.GraphModule, wanted: Callable[[Any, fx.Node | None], bool
             if isinstance(value, Tensor) and value.is_floating_point():
                 value.requires_grad_(any(value is leaf for leaf in leaves))
         outputs: list[Any] = []
-        with torch.enable_grad(), fisher_pass():
+        with torch.enable_grad():
             run = _Interpreter(module, attributes).run
             forward = counted_call(counter, lambda: outputs.append(run(*inputs)))
             backward = counted_call(counter, lambda: _backward(outputs, leaves))

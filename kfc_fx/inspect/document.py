@@ -146,7 +146,7 @@ def _step_costs(
     try:
         passes = [gradient_work(graph) for graph in inspection.graphs]
         fisher = Work()
-        if inspection.compiled.recorder.fisher == "sampled":
+        if inspection.request.fisher == "sampled":
             fisher = sum((fisher_work(graph) for graph in inspection.graphs), fisher)
     except Exception as error:  # an operator without a fake implementation, or that needs data
         first_line = str(error).strip().partition("\n")[0]

@@ -21,6 +21,7 @@ from kfc_fx.install import CompiledModel, compile
 from kfc_fx.optim.kfc import KFC
 from kfc_fx.optim.update_spec import Group, real_parameters, update_spec
 from kfc_fx.plan.spec import CurvaturePlan
+from kfc_fx.statistics.request import StatisticsRequest
 
 CAPTURES = ("dynamo", "symbolic")
 OPERATOR_ERROR = re.compile(r"""got \w+\(['"](.+)['"]\)""")
@@ -70,6 +71,11 @@ class Inspection:
     def plan(self) -> CurvaturePlan:
         """The account of every parameter."""
         return self.compiled.plan
+
+    @property
+    def request(self) -> StatisticsRequest:
+        """The statistics that the optimizer asks for."""
+        return self.compiled.kfc.collectors[0].request
 
     @property
     def parameters(self) -> dict[str, Tensor]:

@@ -15,15 +15,21 @@ from kfc_fx.optim.exact.fisher_vector import fisher_gram
 from kfc_fx.optim.exact.quadratic_model import best_combination, inner_products, predicted_change
 from kfc_fx.optim.exact.trial import Trial, adapted_damping
 from kfc_fx.optim.options import KFCOptions
+from kfc_fx.statistics.collector import Collector
 
 
 class ExactFisher:
     """Products with the Fisher matrix of the last batch, and what follows from them."""
 
     def __init__(
-        self, compiled: CompiledModel, options: KFCOptions, diagnostics: Diagnostics
+        self,
+        compiled: CompiledModel,
+        collector: Collector,
+        options: KFCOptions,
+        diagnostics: Diagnostics,
     ) -> None:
-        self._compiled, self._options, self._diagnostics = compiled, options, diagnostics
+        self._compiled, self._collector = compiled, collector
+        self._options, self._diagnostics = options, diagnostics
 
     @property
     def inverse_damping(self) -> float:
@@ -87,7 +93,7 @@ class ExactFisher:
         with trial.repeated():
             fisher = self._gram([moved], trial.parameters).double()
         predicted = predicted_change(fisher, square, slope, self._damping)
-        self._compiled.recorder.armed = False  # what the closure computes is no statistic
+        self._collector.arm(False)  # what the closure computes is no statistic
         with trial.repeated(), torch.enable_grad():
             after = torch.as_tensor(closure()).detach()
         gained = after.double() - torch.as_tensor(loss).detach().double()
@@ -105,15 +111,14 @@ class ExactFisher:
         self, vectors: Sequence[Mapping[str, Tensor]], at: Mapping[str, Tensor] | None = None
     ) -> Tensor:
         """``vᵢᵀ F vⱼ`` on the last batch."""
-        recorder = self._compiled.recorder
-        inputs, samples = recorder.last_inputs, self._options.clip_samples
+        inputs, samples = self._collector.last_inputs, self._options.clip_samples
         if inputs is None:
             raise StepError(
                 "the exact Fisher matrix needs a forward pass through the compiled model"
             )
         return fisher_gram(
             self._compiled.original,
-            recorder.likelihood,
+            self._collector.likelihood,
             inputs,
             vectors,
             samples=samples,

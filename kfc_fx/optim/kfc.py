@@ -29,6 +29,7 @@ from kfc_fx.optim.run_report import Progress, append_entry
 from kfc_fx.optim.schedule import averaging_rate, schedule_for
 from kfc_fx.optim.update_spec import real_parameters
 from kfc_fx.statistics.inputs import inputs_of
+from kfc_fx.statistics.request import StatisticsRequest
 
 DROPPED = "has a statistic that is not finite: it is dropped, the last good factor stays"
 UNDECOMPOSED = "has a factor that cannot be decomposed: the identity takes its place"
@@ -211,28 +212,32 @@ class KFC(torch.optim.Optimizer):
                 "of all parameters, and some of the model's are complex: leave them out"
             )
         self.compiled = compiled
-        compiled.refresh_names()
+        compilation = compiled.kfc
+        compilation.names.refresh_if_changed()
         self._binding = Binding(compiled, self.options)
         chosen = list(compiled.original.parameters() if params is None else params)
         if not chosen:
             raise OptionError("there is nothing to optimize: the model has no parameters")
+        request = StatisticsRequest(
+            forms=self.options.forms_of,
+            fisher=self.options.fisher_for(compilation.options.likelihood),
+            scale_free=self.options.scale_free,
+            samples=self.options.factor_samples if partly else None,
+            keep_inputs=self.options.needs_inputs,
+            seed=seed,
+        )
+        self._collector = compilation.attach(request, ())
+        self._made = False  # it takes no parameters of others before all of it is checked
         super().__init__(chosen, {"lr": lr, "weight_decay": weight_decay})
         self.schedule = schedule_for(self.options.scalings, factor_interval, inverse_interval)
         self._diagnostics = Diagnostics(damping=self.options.damping_of(self.options.scaling))
-        self._exact = ExactFisher(compiled, self.options, self._diagnostics)
         self._last_step_ended: float | None = None
         self._reported = Progress(0, {})
         self._warned: set[str] = set()
-        self._token = object()
-        recorder = compiled.recorder
-        recorder.owner, recorder.seed = self._token, seed
-        recorder.fisher = self.options.fisher_for(recorder.likelihood)
-        recorder.scale_free = self.options.scale_free
-        recorder.samples = self.options.factor_samples if partly else None
-        recorder.take()
-        recorder.keep_inputs = self.options.needs_inputs
-        compiled.forms_of = self.options.forms_of
-        recorder.armed = self.schedule.statistics_due(0)
+        self._made = True
+        compilation.assign(self._collector, self._binding.by_name(self.param_groups))
+        self._exact = ExactFisher(compiled, self._collector, self.options, self._diagnostics)
+        self._arm()
 
     # -- torch.optim.Optimizer -------------------------------------------------------------
 
@@ -254,6 +259,8 @@ class KFC(torch.optim.Optimizer):
                     "model; KFC updates the parameters of the model it was made with"
                 )
         super().add_param_group({**param_group, "params": params})
+        if self._made:
+            self.compiled.kfc.assign(self._collector, self._binding.by_name(self.param_groups[-1:]))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -277,12 +284,12 @@ class KFC(torch.optim.Optimizer):
             raise StepError("adapt_damping needs a closure that returns the loss; it returned None")
         self._check_owner()
         gradients = named_gradients(self.param_groups, self._binding.names)
-        if self.compiled.recorder.armed:
-            self.compiled.note_gradients(gradients)
+        if self._collector.armed:
+            self.compiled.kfc.note_gradients(gradients)
         engine, diagnostics = self._bound_engine(), self._diagnostics
         if not engine.guards(gradients) and not all_finite(gradients.values()):
             self._note_skipped(1)
-            self.compiled.recorder.take()
+            self._collector.take()
             return loss
         before: list[Tensor] | None = None
         if self.schedule.refresh_due(diagnostics.steps):  # a refresh waits for the device anyway
@@ -302,7 +309,7 @@ class KFC(torch.optim.Optimizer):
         diagnostics.steps += 1
         if trial is not None and closure is not None:
             self._exact.adapt_damping(trial, closure, loss, gradients)
-        self.compiled.recorder.take()
+        self._collector.take()
         self._arm()
         self._last_step_ended = time.perf_counter()
         return loss
@@ -310,7 +317,7 @@ class KFC(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and the statistics that belong to them."""
         super().zero_grad(set_to_none)
-        self.compiled.recorder.take()
+        self._collector.take()
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """Parameter groups, and under ``"kfc"`` the state by block and parameter name."""
@@ -319,7 +326,7 @@ class KFC(torch.optim.Optimizer):
             "kfc": {
                 **vars(self._binding.saved()),
                 "counters": self.diagnostics.counters(),
-                "generators": self.compiled.recorder.generator_states(),
+                "generators": self._collector.generator_states(),
             },
         }
 
@@ -339,8 +346,8 @@ class KFC(torch.optim.Optimizer):
         super().load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
         self._binding.load(saved)
         self.diagnostics.restore(kfc["counters"])
-        self.compiled.recorder.set_generator_states(kfc["generators"])
-        self.compiled.recorder.take()
+        self._collector.set_generator_states(kfc["generators"])
+        self._collector.take()
         self._arm()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -422,22 +429,25 @@ class KFC(torch.optim.Optimizer):
         Raises:
             StatisticsError: there was no batch.
         """
-        recorder = self.compiled.recorder
-        recorder.take()
+        self._collector.take()
         for batch in batches:
             args, kwargs = inputs_of(batch)
-            self.compiled.collect_statistics(*args, **kwargs)
-        if not recorder.statistics.sums:
+            self.compiled.kfc.collect_statistics(self._collector, *args, **kwargs)
+        if not self._collector.sums.blocks:
             raise StatisticsError("initialise got no batch with statistics; pass at least one")
         with torch.no_grad():
             self._use_statistics(self._bound_engine())
-        recorder.take()
+        self._collector.take()
 
     # -- one step ------------------------------------------------------------------------
 
     def _check_owner(self) -> None:
-        if self.compiled.recorder.owner is not self._token:
-            raise StepError("another KFC was made for this compiled model; step that one")
+        owner_of = self.compiled.kfc.owner_of
+        for name in self._binding.by_name(self.param_groups):
+            if owner_of(name) is not self._collector:
+                raise StepError(
+                    f"another KFC was made for {name} of this compiled model; step that one"
+                )
 
     def _settle(self, engine: UpdateEngine) -> int:
         """Count the steps that the device did not take as skipped; returns how many."""
@@ -461,18 +471,17 @@ class KFC(torch.optim.Optimizer):
     def _use_statistics(self, engine: UpdateEngine) -> None:
         """Statistics into factors, and factors into inverses or bases, where they are due."""
         step, diagnostics = self._diagnostics.steps, self._diagnostics
-        recorder = self.compiled.recorder
-        statistics = recorder.statistics
-        if statistics.sums:
+        statistics = self._collector.sums
+        if statistics.blocks:
             rate = averaging_rate(diagnostics.statistics_steps, self.options.ema_decay)
             screened = screen(statistics, engine.spec.stacks, rate)
             diagnostics.count("dropped_statistics", screened.dropped, DROPPED)
             with diagnostics.timed("statistics"):
                 engine.accumulate(screened)
             diagnostics.statistics_steps += 1
-        if self.compiled.recorder.armed and (not statistics.sums or recorder.missing):
+        if self._collector.armed and (not statistics.blocks or self._collector.missing):
             self._note_missed(step)
-        at_once = engine.spec.factors_in_basis and bool(statistics.sums)
+        at_once = engine.spec.factors_in_basis and bool(statistics.blocks)
         due = not engine.started or at_once or self.schedule.refresh_due(step)
         if due and not engine.waiting:  # there is nothing to make a basis of for some blocks
             with diagnostics.timed("refresh"):
@@ -482,8 +491,7 @@ class KFC(torch.optim.Optimizer):
 
     def _note_gradient_time(self) -> None:
         """Share the time since the last step between the gradient and the statistics in it."""
-        recorder, seconds = self.compiled.recorder, self._diagnostics.seconds
-        statistics, recorder.seconds = recorder.seconds, 0.0
+        seconds, statistics = self._diagnostics.seconds, self._collector.take_seconds()
         seconds["statistics"] += statistics  # type: ignore[assignment]
         if self._last_step_ended is not None:
             between = time.perf_counter() - self._last_step_ended
@@ -495,17 +503,16 @@ class KFC(torch.optim.Optimizer):
         Raises:
             StatisticsError: no step has had any yet, so that there are no factors to go on with.
         """
-        recorder = self.compiled.recorder
-        reason, recorder.missing = recorder.missing, ""
+        reason, some = self._collector.take_missing(), bool(self._collector.sums.blocks)
         if not reason:
             reason = (
                 "call the compiled model (not the original) with gradients enabled, after KFC was "
                 "made, and compute the loss from what it returns"
             )
-            if self.compiled.backend != "eager" and recorder.fisher == "empirical":
+            if self.compiled.backend != "eager" and self._collector.request.fisher == "empirical":
                 reason += "; of a compiled graph by loss.backward(), without inputs="
-        whose = "a backward pass" if recorder.statistics.sums else "no backward pass"
-        verb = "gave none" if recorder.statistics.sums else "gave any"
+        whose = "a backward pass" if some else "no backward pass"
+        verb = "gave none" if some else "gave any"
         text = f"factor statistics are due at step {step} and {whose} {verb}: {reason}"
         if self._diagnostics.statistics_steps == 0:
             raise StatisticsError(text)
@@ -542,7 +549,7 @@ class KFC(torch.optim.Optimizer):
         engine = self._binding.current
         waiting = engine is not None and engine.waiting
         due = self.schedule.statistics_due(self._diagnostics.steps)
-        self.compiled.recorder.armed = due or waiting
+        self._collector.arm(due or waiting)
 
 
 def refuse_several_processes() -> None:

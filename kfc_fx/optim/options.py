@@ -21,9 +21,8 @@ from kfc_fx.plan.forms import (
     takes_matrix_step,
 )
 from kfc_fx.plan.spec import BlockSpec, CurvaturePlan
-from kfc_fx.statistics.collector import Samples
 from kfc_fx.statistics.likelihood import Categorical, Likelihood
-from kfc_fx.statistics.sums import Fisher
+from kfc_fx.statistics.request import Fisher, Samples
 
 GENERIC_MOMENTUM = 0.9
 """Of generic parameters, unless a momentum is given: torch.optim.AdamW's default."""

@@ -20,6 +20,7 @@ from torch._guards import detect_fake_mode
 
 from kfc_fx.capture.regions import is_run_again
 from kfc_fx.kernels.geometry import ConvGeometry
+from kfc_fx.statistics.record import Destination, ForwardRecord, destinations_of
 from kfc_fx.statistics.rules.batched_linear import Axes, BatchedLinearRule
 from kfc_fx.statistics.rules.matrices import (
     ConvRule,
@@ -30,8 +31,7 @@ from kfc_fx.statistics.rules.matrices import (
     MatrixRule,
 )
 from kfc_fx.statistics.rules.scale_shift import Norm, ScaleShiftRule
-from kfc_fx.statistics.running import forward_part, running_pass, taken_by
-from kfc_fx.statistics.share import WHOLE, Part
+from kfc_fx.statistics.share import WHOLE, BatchShare
 
 Pads = Sequence[tuple[int, int]]
 
@@ -259,11 +259,13 @@ def _emit(
     *inputs: Tensor,
 ) -> Tensor:
     inputs = tuple(map(_dense, inputs))
+    to = destinations_of(probes)
     if not recomputed and _are_hooked(y):
         if is_run_again():
             return y  # it has emitted when it ran first
-        return _Emission.apply(y, Kept.of(rule, inputs), block, len(probes), *probes)
-    return _Emission.apply(y, rule, block, len(probes), *probes, *inputs)
+        kept = Kept.of(rule, inputs, to[0].record.share if to else WHOLE)
+        return _Emission.apply(y, kept, block, to, len(probes), *probes)
+    return _Emission.apply(y, rule, block, to, len(probes), *probes, *inputs)
 
 
 @dataclass(frozen=True)
@@ -280,19 +282,19 @@ class Kept:
     input_statistics: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, rule: EmissionRule, inputs: tuple[Tensor, ...]) -> Kept:
+    def of(cls, rule: EmissionRule, inputs: tuple[Tensor, ...], share: BatchShare) -> Kept:
         """What is to be kept of a layer's inputs."""
         inputs = tuple(tensor.detach() for tensor in inputs)
         if not isinstance(rule, MatrixRule):
             return cls(rule, inputs, ())
-        statistics = rule.input_statistics(forward_part(), *inputs)
+        statistics = rule.input_statistics(share, *inputs)
         return cls(rule, rule.kept(*inputs), statistics)
 
-    def statistics(self, part: Part, g: Tensor) -> tuple[Tensor, ...]:
+    def statistics(self, share: BatchShare, g: Tensor) -> tuple[Tensor, ...]:
         """See :class:`EmissionRule`."""
         if not isinstance(self.rule, MatrixRule):
-            return self.rule.statistics(part, *self.inputs[:1], g, *self.inputs[1:])
-        return (*self.input_statistics, *self.rule.output_statistics(part, g, *self.inputs))
+            return self.rule.statistics(share, *self.inputs[:1], g, *self.inputs[1:])
+        return (*self.input_statistics, *self.rule.output_statistics(share, g, *self.inputs))
 
 
 def _are_hooked(y: Tensor) -> bool:
@@ -304,34 +306,47 @@ def _are_hooked(y: Tensor) -> bool:
 class _Emission(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, y: Tensor, rule: EmissionRule | Kept, block: str, probes: int, *tensors: Tensor
+        ctx: Any,
+        y: Tensor,
+        rule: EmissionRule | Kept,
+        block: str,
+        destinations: tuple[Destination, ...],
+        probes: int,
+        *tensors: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(*tensors[probes:])
-        ctx.rule, ctx.block = rule, block
+        ctx.rule, ctx.block, ctx.destinations = rule, block, destinations
         ctx.probes, ctx.others = probes, len(tensors) - probes
-        ctx.takes = [take for probe in tensors[:probes] if (take := taken_by(probe)) is not None]
         # An alias, not a view: no copy, and an in-place op may follow. `mark_dirty` would do
         # the same but for an output that is itself a view, as F.linear's on a 3-d input is.
         return y.detach()
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        statistics: tuple[Tensor | None, ...]
         if _is_traced(cotangent):
             statistics = _statistics(ctx, cotangent, WHOLE)
-        elif (running := running_pass()) is not None:
-            start = time.perf_counter()
-            # The loss's backward pass may be one that is differentiated itself.
-            with torch.no_grad(), profiler_range(ctx.block, cotangent):
-                statistics = _statistics(ctx, cotangent, running.part)
-            running.seconds += time.perf_counter() - start
-            if ctx.takes:
-                # At once: where gradients of parameters alone are asked for, none goes to a probe.
-                for take, statistic in zip(ctx.takes, statistics, strict=True):
-                    take(statistic)
-                statistics = (None,) * ctx.probes
+        elif ctx.destinations and ctx.destinations[0].record.running:
+            statistics = _taken(ctx, cotangent, ctx.destinations[0].record)
         else:
             statistics = (None,) * ctx.probes
-        return cotangent, None, None, None, *statistics, *(None,) * ctx.others
+        return cotangent, None, None, None, None, *statistics, *(None,) * ctx.others
+
+
+def _taken(ctx: Any, cotangent: Tensor, record: ForwardRecord) -> tuple[Tensor | None, ...]:
+    """Gradients of the probes: the statistics, in a pass that asks for these gradients. In the
+    loss's own pass they go to the record at once, because it may ask for those of parameters
+    alone."""
+    start = time.perf_counter()
+    # The loss's backward pass may be one that is differentiated itself.
+    with torch.no_grad(), profiler_range(ctx.block, cotangent):
+        statistics = _statistics(ctx, cotangent, record.share)
+    record.seconds += time.perf_counter() - start
+    if record.fisher == "sampled":
+        return statistics
+    for destination, statistic in zip(ctx.destinations, statistics, strict=True):
+        destination.take(statistic)
+    return (None,) * ctx.probes
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -339,13 +354,13 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor.contiguous().values() if tensor.is_nested else tensor
 
 
-def _statistics(ctx: Any, cotangent: Tensor, part: Part) -> tuple[Tensor | None, ...]:
+def _statistics(ctx: Any, cotangent: Tensor, share: BatchShare) -> tuple[Tensor, ...]:
     """What an emission returns for its probes."""
     cotangent = _dense(cotangent)
     if isinstance(ctx.rule, Kept):
-        return ctx.rule.statistics(part, cotangent)
+        return ctx.rule.statistics(share, cotangent)
     x, *others = ctx.saved_tensors
-    return ctx.rule.statistics(part, x, cotangent, *others)  # type: ignore[no-any-return]
+    return ctx.rule.statistics(share, x, cotangent, *others)  # type: ignore[no-any-return]
 
 
 def _is_traced(cotangent: Tensor) -> bool:

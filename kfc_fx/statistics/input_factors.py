@@ -24,7 +24,7 @@ from kfc_fx.statistics.emission import (
 )
 from kfc_fx.statistics.rules.batched_linear import Axes, BatchedLinearRule
 from kfc_fx.statistics.rules.matrices import ConvRule, ConvTransposeRule, LinearRule, MatrixRule
-from kfc_fx.statistics.running import forward_part
+from kfc_fx.statistics.running import forward_share
 
 
 def linear_input_factors(
@@ -112,7 +112,7 @@ def _taken(block: str, rule: MatrixRule, x: Tensor, *others: Tensor) -> tuple[Te
     x = x.detach()
     x = x.contiguous().values() if x.is_nested else x
     with profiler_range(block, x):
-        return rule.input_statistics(forward_part(), x, *others)
+        return rule.input_statistics(forward_share(block), x, *others)
 
 
 for _function in INPUT_FACTORS.values():

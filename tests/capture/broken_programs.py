@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import kfc_fx
 from kfc_fx.plan.forms import factor_forms
+from kfc_fx.statistics.request import StatisticsRequest
 from kfc_fx.tools.zoo.layer_truth import LayerTruth, problems, watching_layers
 
 WIDTH, CLASSES = 6, 3
@@ -212,9 +213,9 @@ def factors_are_true(
     """
     reference = copy.deepcopy(net)
     compiled = kfc_fx.compile(net, backend=backend)
-    recorder = compiled.recorder
-    recorder.fisher, recorder.seed, recorder.armed = fisher, SEED, True
-    compiled.forms_of = lambda block: factor_forms(block, "dense")
+    forms_of = lambda block: factor_forms(block, "dense")  # noqa: E731
+    collector = compiled.kfc.attach(StatisticsRequest(forms_of, fisher=fisher, seed=SEED))
+    collector.arm()
     generator = torch.Generator().manual_seed(SEED)
     for x, y in batches:
         truth, expected = _pass(reference, x, y)
@@ -225,13 +226,13 @@ def factors_are_true(
         torch.testing.assert_close(output, expected["output"], rtol=0, atol=0)
         _same_gradients(net, reference, exact=backend == "eager")
         if fisher == "sampled":
-            onehot = compiled.recorder.likelihood
+            onehot = compiled.kfc.options.likelihood
             cotangent = onehot.sampled_cotangent(expected["output"].double(), generator)
             truth, _ = _pass(expected["before"], x, y, cotangent)
-        statistics = recorder.take()
+        statistics = collector.take()
         scale = 1.0 if fisher == "sampled" else float(len(x)) ** 2
         found, _, compared = problems(
-            compiled.plan, statistics.sums, truth, scale, tolerance, rows=statistics.rows
+            compiled.plan, statistics.blocks, truth, scale, tolerance, rows=statistics.rows
         )
         assert not found, "\n".join(found)
         assert compared

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import kfc_fx
 from kfc_fx.plan.forms import factor_forms
+from kfc_fx.statistics.request import StatisticsRequest
 from kfc_fx.tools.zoo.layer_truth import problems, watching_layers
 from tests.capture.broken_programs import SEED
 from tests.capture.test_broken_programs import Mixed, Net, Unrolled, WithoutGradients, build
@@ -33,11 +34,11 @@ def check(kind: type, fisher: str, rank: int) -> None:
     for module in [*parts, net]:
         fully_shard(module, mesh=mesh)
     compiled = kfc_fx.compile(net)
-    recorder = compiled.recorder
-    recorder.armed, recorder.fisher, recorder.seed = True, fisher, SEED
-    compiled.forms_of = lambda block: factor_forms(block, "dense")
+    forms_of = lambda block: factor_forms(block, "dense")  # noqa: E731
+    collector = compiled.kfc.attach(StatisticsRequest(forms_of, fisher=fisher, seed=SEED))
+    collector.arm()
     for number in range(2):
-        recorder.take()
+        collector.take()
         torch.manual_seed(number)
         F.cross_entropy(compiled(x), y).backward()
     generator = torch.Generator().manual_seed(SEED)
@@ -46,15 +47,15 @@ def check(kind: type, fisher: str, rank: int) -> None:
             truth.calls.clear()
             torch.manual_seed(number)
             output = reference(x)
-            cotangent = recorder.likelihood.sampled_cotangent(output.detach(), generator)
+            cotangent = collector.likelihood.sampled_cotangent(output.detach(), generator)
             if fisher == "sampled":
                 output.backward(cotangent)
             else:
                 F.cross_entropy(output, y).backward()
     scale = 1.0 if fisher == "sampled" else 64.0
-    statistics = recorder.take()
+    statistics = collector.take()
     found, _, compared = problems(
-        compiled.plan, statistics.sums, truth, scale, 1e-9, rows=statistics.rows
+        compiled.plan, statistics.blocks, truth, scale, 1e-9, rows=statistics.rows
     )
     assert not found, found
     assert compared

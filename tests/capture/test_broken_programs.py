@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import kfc_fx
 from kfc_fx.plan.coverage import NOT_USED
 from tests.capture.broken_programs import batches, batches_for, broken_programs, factors_are_true
+from tests.networks import collector_of
 from tests.test_properties import FIXED
 
 WIDTH = 5
@@ -330,17 +331,17 @@ def test_tensors_that_are_no_parameters_now_give_no_statistics():
     opt = kfc_fx.KFC(compiled, lr=0.0, fisher="empirical")
     (x, y), *_ = batches()
     F.cross_entropy(compiled(x), y).backward()
-    before = copy.deepcopy(compiled.recorder.statistics)
+    before = copy.deepcopy(collector_of(compiled).sums)
     for make in (lambda p: (1.1 * p).detach().requires_grad_(), nn.Parameter):
         fast = {name: make(p.detach() * 2) for name, p in compiled.named_parameters()}
         output = torch.func.functional_call(compiled, fast, (x,))
         F.cross_entropy(output, y).backward()
         assert all(p.grad is not None for p in fast.values())
-    after = compiled.recorder.statistics
+    after = collector_of(compiled).sums
     assert after.rows == before.rows
-    for block, sums in before.sums.items():
+    for block, sums in before.blocks.items():
         for name, value in sums.items():
-            assert torch.equal(after.sums[block][name], value)
+            assert torch.equal(after.blocks[block][name], value)
     opt.step()
     assert len(opt.factors) == 8
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import kfc_fx
 from kfc_fx.plan.coverage import NOT_USED
 from tests.capture.test_broken_programs import EarlyExit, Net, Printing, Whole, build
+from tests.networks import collector_of
 
 X, Y = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)).double(), torch.arange(8) % 3
 
@@ -312,7 +313,7 @@ def test_a_due_step_without_statistics_is_counted_and_warned_of_once_for_each_re
         warnings.simplefilter("always")
         for _ in range(3):
             step(compiled.original, opt)  # not through the compiled model
-        compiled.recorder.missing = "another reason"
+        collector_of(compiled).note_missing("another reason")
         step(compiled.original, opt)
         step(compiled.original, opt)
     assert opt.diagnostics.missed_statistics == 5

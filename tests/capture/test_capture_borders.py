@@ -23,6 +23,7 @@ from tests.capture.test_broken_programs import (
     Whole,
     build,
 )
+from tests.networks import collector_of
 
 (X, Y), (X2, Y2), *_ = batches((6, 4))
 
@@ -50,12 +51,12 @@ def test_backward_passes_of_several_forward_passes_leave_nothing_behind():
     inside = compiled._compilation
     settings = {n: getattr(torch._dynamo.config, n) for n in ("suppress_errors", "allow_rnn")}
     (F.cross_entropy(compiled(X), Y) + F.cross_entropy(compiled(X2), Y2)).backward()
-    assert compiled.recorder.recording is None
+    assert not inside._passes
     assert inside._call is None
-    assert not inside.layers.watch.recording
+    assert not inside._layers.watch.recording
     assert {n: getattr(torch._dynamo.config, n) for n in settings} == settings
     assert all("_compiled_call_impl" not in vars(module) for module in compiled.modules())
-    statistics = compiled.recorder.statistics
+    statistics = collector_of(compiled).sums
     assert statistics.examples == 10
     assert statistics.rows["blocks.0.first"] == [10]
     opt.step()
@@ -128,10 +129,9 @@ def test_the_last_pass_is_not_kept():
     compiled, opt = make(build(Net))
     compiled.trace(X)
     kept = []
-    own = compiled.recorder.tap
-    compiled.recorder.tap = lambda output, record: (
-        kept.append(weakref.ref(record)) or own(output, record)
-    )
+    collector = collector_of(compiled)
+    own = collector.setup
+    collector.setup = lambda record: kept.append(weakref.ref(record)) or own(record)
     F.cross_entropy(compiled(X), Y).backward()
     opt.step()
     gc.collect()
@@ -250,7 +250,7 @@ def test_a_micro_batch_without_statistics_is_said_and_not_counted():
     F.cross_entropy(compiled(X), Y).backward()
     net.again = True
     F.cross_entropy(compiled(X2), Y2).backward()
-    assert compiled.recorder.statistics.examples == len(X)
+    assert collector_of(compiled).sums.examples == len(X)
     with pytest.warns(kfc_fx.KfcWarning, match="use_reentrant=False"):
         opt.step()
     assert opt.diagnostics.statistics_steps == 2

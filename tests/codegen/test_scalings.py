@@ -13,7 +13,16 @@ import kfc_fx
 from kfc_fx.linalg.polar import COEFFICIENTS, SAFETY
 from kfc_fx.statistics import emission
 from kfc_fx.statistics.input_factors import INPUT_FACTORS
-from tests.networks import IMAGES, LABELS, assert_equal, conv_network, make, parameters, train
+from tests.networks import (
+    IMAGES,
+    LABELS,
+    assert_equal,
+    collector_of,
+    conv_network,
+    make,
+    parameters,
+    train,
+)
 from tests.written_out import (
     LAYERS,
     WrittenOut,
@@ -239,9 +248,9 @@ def test_statistics_wait_for_the_backward_pass():
     compiled(IMAGES)
     output = compiled(IMAGES)
     opt.zero_grad()
-    assert not compiled.recorder.statistics.sums
+    assert not collector_of(compiled).sums.blocks
     F.cross_entropy(output, LABELS).backward()
-    assert compiled.recorder.statistics.examples == len(IMAGES)
+    assert collector_of(compiled).sums.examples == len(IMAGES)
     opt.step()
 
 

@@ -15,6 +15,7 @@ import kfc_fx
 from kfc_fx.engine import static_step
 from kfc_fx.errors import KfcWarning, OptionError
 from kfc_fx.optim import binding
+from tests.networks import collector_of
 
 SCALINGS = ("adam", "spectral", "eigen", "inverse")
 
@@ -172,7 +173,7 @@ def test_parameters_that_never_have_a_gradient_are_left_out_of_the_graph(recorde
     assert len(recorded) == 1
     assert_equal(model, plain)
     opt.diagnostics.steps = 23  # neither statistics nor a refresh are due
-    opt.compiled.recorder.armed = False
+    collector_of(opt.compiled).arm(False)
     backward(model, 9, scale=float("nan"))
     before = parameters(model)
     opt.step()

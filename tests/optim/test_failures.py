@@ -17,6 +17,7 @@ from tests.networks import (
     assert_equal,
     assert_same_state,
     backward,
+    collector_of,
     conv_network,
     make,
     parameters,
@@ -67,7 +68,7 @@ def test_skipped_steps_leave_everything_warn_once_and_training_goes_on(scaling, 
 
     for name, buffer in compiled.named_buffers():
         buffer.copy_(buffers[name])
-    compiled.recorder.set_generator_states(generators)
+    collector_of(compiled).set_generator_states(generators)
     train(compiled, opt, 3)
     train(reference, plain, 3)
     assert_equal(parameters(compiled), parameters(reference))
@@ -140,7 +141,7 @@ def test_one_bad_layer_does_not_take_the_others_along(statistic, bad):
     train(compiled, opt, 1)
     before = opt.factors
     backward(compiled)
-    compiled.recorder.statistics.sums["3"][statistic][0, 1, 1] = bad
+    collector_of(compiled).sums.blocks["3"][statistic][0, 1, 1] = bad
     with pytest.warns(kfc_fx.KfcWarning, match="layer '3' has a statistic") as caught:
         opt.step()
     assert len(caught) == 1
@@ -202,7 +203,7 @@ def test_a_factor_that_is_not_positive_definite_is_inverted_as_the_identity():
     compiled, opt = make(scaling="inverse", factor_interval=1, inverse_interval=1)
     train(compiled, opt, 1)
     backward(compiled)
-    compiled.recorder.statistics.sums["3"]["omega"] = -1e9 * torch.eye(37)[None]
+    collector_of(compiled).sums.blocks["3"]["omega"] = -1e9 * torch.eye(37)[None]
     with pytest.warns(kfc_fx.KfcWarning, match="layer '3' .* identity takes its place") as caught:
         opt.step()
     assert len(caught) == 1
@@ -233,7 +234,7 @@ def test_a_non_finite_statistic_is_dropped_and_the_last_good_factor_stays():
     good = opt.factors["3"]
     for times in (1, 2):
         F.cross_entropy(compiled(IMAGES), LABELS).backward()
-        compiled.recorder.statistics.sums["3"]["omega"][0, 0, 0] = float("nan")
+        collector_of(compiled).sums.blocks["3"]["omega"][0, 0, 0] = float("nan")
         if times == 1:
             with pytest.warns(kfc_fx.KfcWarning, match="layer '3' has a statistic"):
                 opt.step()

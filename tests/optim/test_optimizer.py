@@ -14,6 +14,7 @@ from tests.networks import (
     IMAGES,
     LABELS,
     assert_equal,
+    collector_of,
     conv_network,
     make,
     parameters,
@@ -26,7 +27,7 @@ def test_statistics_do_not_depend_on_the_loss_scale(scale):
     def sums(loss_of):
         compiled, _ = make(fisher="empirical")
         loss_of(compiled(IMAGES)).backward()
-        return compiled.recorder.statistics.sums
+        return collector_of(compiled).sums.blocks
 
     losses = {
         "mean": lambda z: F.cross_entropy(z, LABELS),
@@ -61,9 +62,9 @@ def test_ordinary_steps_run_the_plain_graph():
     compiled, opt = make(factor_interval=1000, inverse_interval=1000)
     armed = []
     for _ in range(40):
-        armed.append(compiled.recorder.armed)
+        armed.append(collector_of(compiled).armed)
         F.cross_entropy(compiled(IMAGES), LABELS).backward()
-        assert bool(compiled.recorder.statistics.sums) == armed[-1]
+        assert bool(collector_of(compiled).sums.blocks) == armed[-1]
         opt.step()
         opt.zero_grad()
     early = [*range(9), 10, 12, 15, 18, 22, 27, 33]
@@ -75,10 +76,10 @@ def test_a_second_backward_pass_collects_nothing_more():
     compiled, _ = make(fisher="empirical")
     loss = F.cross_entropy(compiled(IMAGES), LABELS)
     loss.backward(retain_graph=True)
-    before = copy.deepcopy(compiled.recorder.statistics.sums)
+    before = copy.deepcopy(collector_of(compiled).sums.blocks)
     loss.backward()
-    torch.testing.assert_close(compiled.recorder.statistics.sums, before, rtol=0, atol=0)
-    assert compiled.recorder.statistics.examples == 12
+    torch.testing.assert_close(collector_of(compiled).sums.blocks, before, rtol=0, atol=0)
+    assert collector_of(compiled).sums.examples == 12
 
 
 def test_frozen_parameters_stay_and_can_be_unfrozen():
@@ -196,7 +197,7 @@ def test_zero_grad_clears_gradients_and_their_statistics(set_to_none):
     compiled, opt = make()
     F.cross_entropy(compiled(IMAGES), LABELS).backward()
     opt.zero_grad(set_to_none)
-    assert not compiled.recorder.statistics.sums
+    assert not collector_of(compiled).sums.blocks
     assert all(p.grad is None or not p.grad.any() for p in compiled.parameters())
 
 

@@ -16,6 +16,7 @@ from tests.networks import (
     LABELS,
     assert_equal,
     backward,
+    collector_of,
     conv_network,
     make,
     parameters,
@@ -230,7 +231,7 @@ def test_a_gradient_scaler_skips_an_overflow_and_backs_off():
     assert_equal(parameters(compiled), before)
     assert opt.diagnostics.steps == 0
     assert scaler.get_scale() == 2.0**126
-    assert compiled.recorder.armed
+    assert collector_of(compiled).armed
     train(compiled, opt, 1)
 
 

@@ -141,7 +141,7 @@ def test_steps_are_where_the_model_is_least(likelihood):
         old = dict(before.named_parameters())
         moved = {n: (p - old[n]).detach() for n, p in model.original.named_parameters()}
         along = [moved] if previous is None else [moved, previous]
-        kind = opt.compiled.recorder.likelihood
+        kind = opt.compiled.kfc.options.likelihood
         fisher = fisher_gram(before, kind, ((x,), {}), along).double()
         for row, vector in enumerate(along):
             slope = sum((gradient[n] * vector[n]).sum() for n in names)

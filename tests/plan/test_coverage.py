@@ -59,7 +59,7 @@ def test_strict_names_the_use_that_was_not_matched():
 def test_a_corrupted_matcher_is_refused():
     compiled = traced()
     uses = compiled.graphs[0].uses
-    parameters = compiled._compilation.parameter_specs()
+    parameters = compiled.kfc._account._parameter_specs()
     forgetful = replace(uses, unmatched=())
     plan = build_plan(parameters, [forgetful])
     with pytest.raises(kfc_fx.CoverageError, match="statistics miss its use"):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import kfc_fx
 from kfc_fx.plan.forms import parts_of
+from tests.networks import collector_of
 from tests.oracle import categorical_cotangent, exact_factors
 
 
@@ -95,7 +96,7 @@ def test_steps_are_those_of_factors_with_zeros_beside_the_blocks(case, scaling):
         for model, opt in zip(models, optimizers, strict=True):
             F.cross_entropy(model(x), y).backward()
             if model is models[1]:
-                sums = model.recorder.statistics.sums
+                sums = collector_of(model).sums.blocks
                 channels = sums["0"]["omega"].shape[1] - (layer.bias is not None)
                 for index in range(groups):
                     omega, gamma = sums["0"]["omega"], sums["0"]["gamma"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfc_fx
+from tests.networks import collector_of
 
 GENERATOR = torch.Generator().manual_seed(1)
 X = torch.randn(8, 4, generator=GENERATOR).double()
@@ -141,7 +142,7 @@ def test_a_loss_from_several_outputs_collects_once():
     compiled, opt = make(FORMS["tuple"][0])
     scores, hidden, loss = compiled(X)
     (loss + scores.sum() + hidden.sum()).backward()
-    assert compiled.recorder.statistics.examples == len(X)
+    assert collector_of(compiled).sums.examples == len(X)
     torch.testing.assert_close(factors_of(compiled, opt), expected_factors())
 
 
@@ -181,7 +182,7 @@ def test_an_output_without_a_prediction_is_refused_with_what_to_return(form, mes
         compiled(X)
     with torch.no_grad():
         compiled(X)  # only statistics need a prediction
-    compiled.recorder.armed = False
+    collector_of(compiled).arm(False)
     compiled(X)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kfc_fx
-from kfc_fx.statistics import running as statistics_pass
+from kfc_fx.statistics.request import StatisticsRequest
+from kfc_fx.statistics.sums import Sums
+from tests.networks import collector_of
 
 IMAGES, LABELS = torch.randn(12, 3, 6, 6), torch.randint(5, (12,))
 BACKENDS = pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -116,12 +120,12 @@ def test_a_backward_pass_that_is_differentiated_keeps_no_graph_of_statistics():
     parameters = list(compiled.parameters())
     loss = F.cross_entropy(compiled(IMAGES), LABELS)
     gradients = torch.autograd.grad(loss, parameters, create_graph=True)
-    sums = compiled.recorder.statistics.sums
+    sums = collector_of(compiled).sums.blocks
     assert set(sums) == {"0", "1", "3", "5"}
     assert not any(value.requires_grad for own in sums.values() for value in own.values())
     before = {name: dict(own) for name, own in sums.items()}
     (loss + sum(g.square().sum() for g in gradients)).backward()
-    for name, own in compiled.recorder.statistics.sums.items():  # not taken a second time
+    for name, own in collector_of(compiled).sums.blocks.items():  # not taken a second time
         torch.testing.assert_close(own, before[name], rtol=0, atol=0)
     opt.step()
 
@@ -158,13 +162,13 @@ def test_a_backward_pass_that_fails_leaves_nothing_behind(backend):
     handle = first.register_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         F.cross_entropy(compiled(IMAGES), LABELS).backward()
-    assert not statistics_pass._passes  # at once: another model may be next
+    assert not collector_of(compiled).taking  # at once: another model may be next
     handle.remove()
     opt.zero_grad()
-    assert not statistics_pass._passes
-    assert not compiled.recorder.statistics.sums
+    assert not collector_of(compiled).taking
+    assert not collector_of(compiled).sums.blocks
     F.cross_entropy(compiled(IMAGES), LABELS).backward()
-    assert not statistics_pass._passes
+    assert not collector_of(compiled).taking
     opt.step()
     found = factors(opt)
     compiled, opt = make(backend, fisher="empirical")
@@ -200,8 +204,8 @@ def test_by_default_gradients_of_the_loss_serve_where_only_directions_count(
     likelihood, options, fisher
 ):
     compiled = kfc_fx.compile(network(), likelihood=likelihood)
-    kfc_fx.KFC(compiled, **options)
-    assert compiled.recorder.fisher == fisher
+    _opt = kfc_fx.KFC(compiled, **options)
+    assert collector_of(compiled).request.fisher == fisher
 
 
 class WithLoss(nn.Module):
@@ -232,7 +236,86 @@ def test_a_loss_that_the_model_computes_gives_the_same_statistics(backend):
 
 def test_where_the_scale_matters_the_loss_must_be_seen():
     compiled = kfc_fx.compile(WithLoss())
-    kfc_fx.KFC(compiled, lr=0.01, fisher="empirical", scaling="eigen")
+    opt = kfc_fx.KFC(compiled, lr=0.01, fisher="empirical", scaling="eigen")
     with pytest.raises(kfc_fx.OutputError, match=r"loss was not computed from it.*sampled"):
         compiled(IMAGES, LABELS)["loss"].backward()
-    assert not statistics_pass._passes
+    assert not collector_of(compiled).taking
+    assert opt.diagnostics.steps == 0
+
+
+# -- passes beside each other ----------------------------------------------------------------
+
+
+def collected(fisher: str, batches: list[slice], losses_of: Callable[..., None]) -> Sums:
+    """The statistics of a share of each of some batches."""
+    compiled = kfc_fx.compile(network().double().eval())
+    collector = compiled.kfc.attach(StatisticsRequest(fisher=fisher, samples=3, seed=0))
+    collector.arm()
+    losses_of([lambda own=own: loss_of(compiled, own) for own in batches])
+    return collector.take()
+
+
+def loss_of(model: nn.Module, batch: slice) -> torch.Tensor:
+    return F.cross_entropy(model(IMAGES[batch].double()), LABELS[batch], reduction="sum")
+
+
+def one_by_one(losses: list[Callable[[], torch.Tensor]]) -> None:
+    for loss in losses:
+        loss().backward()
+
+
+def summed(losses: list[Callable[[], torch.Tensor]]) -> None:
+    sum(loss() for loss in losses).backward()
+
+
+def one_within_the_other(losses: list[Callable[[], torch.Tensor]]) -> None:
+    first, *others = losses
+    loss = first()
+    loss.register_hook(lambda _: one_by_one(others))
+    loss.backward()
+
+
+def in_threads(losses: list[Callable[[], torch.Tensor]]) -> None:
+    """The forward passes one after the other, the backward passes at once."""
+    threads = [threading.Thread(target=loss.backward) for loss in [loss() for loss in losses]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+@pytest.mark.parametrize("together", [summed, one_within_the_other, in_threads])
+def test_each_forward_pass_has_the_share_of_its_own_batch(together):
+    """However backward passes meet, statistics are of the first three examples of each batch, and
+    scaled by the size of each batch."""
+    batches = [slice(0, 4), slice(4, 12)]
+    expected = collected("empirical", batches, one_by_one)
+    found = collected("empirical", batches, together)
+    assert found.examples == expected.examples
+    assert found.rows == expected.rows
+    torch.testing.assert_close(found.blocks, expected.blocks)
+
+
+def test_models_that_train_in_threads_do_not_meet():
+    """One takes statistics all the time, the other never: neither sees the other's passes."""
+
+    def train(armed: bool) -> None:
+        compiled = kfc_fx.compile(network().double().eval())
+        compiled.kfc.trace(IMAGES.double())
+        collector = compiled.kfc.attach(StatisticsRequest(fisher="empirical", seed=0))
+        collector.arm(armed)
+        barrier.wait()
+        for _ in range(20):
+            loss_of(compiled, slice(0, 4)).backward()
+            sums[armed].append(collector.take())
+
+    barrier, sums = threading.Barrier(2), {True: [], False: []}
+    threads = [threading.Thread(target=train, args=(armed,)) for armed in (True, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [own.examples for own in sums[True]] == [4] * 20
+    for own in sums[True]:
+        torch.testing.assert_close(own.blocks, sums[True][0].blocks)
+    assert not any(own.blocks for own in sums[False])

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import kfc_fx
-from kfc_fx.statistics.collector import LEAST_EXAMPLES, ROWS
-from kfc_fx.statistics.share import WHOLE, Part
+from kfc_fx.statistics.request import LEAST_EXAMPLES, ROWS, StatisticsRequest
+from kfc_fx.statistics.share import WHOLE, BatchShare
 from tests.oracle import categorical_cotangent, exact_factors
 
 
@@ -177,7 +177,9 @@ def test_an_input_that_leads_with_time_is_not_limited_by_rows():
 )
 def test_a_part_is_within_its_bounds(count, share, rows, least, locations, side, leads):
     x = torch.arange(count)[:, None]
-    kept, scale = Part(share, count if leads else 2 * count, rows, least).cut(x, locations, side)
+    kept, scale = BatchShare(share, count if leads else 2 * count, rows, least).cut(
+        x, locations, side
+    )
     most = max(1, round(share * count))
     assert torch.equal(kept, x[: len(kept)])
     assert scale == count / len(kept)
@@ -193,17 +195,16 @@ def test_a_part_is_within_its_bounds(count, share, rows, least, locations, side,
 
 
 def test_a_large_batch_gives_a_sixteenth_of_it_at_least():
-    recorder = kfc_fx.compile(nn.Linear(2, 2)).recorder
-    recorder.samples = "auto"
+    request = StatisticsRequest(fisher="empirical", samples="auto")
     x = torch.zeros(4096, 1)
     for examples, kept in ((4096, 256), (512, 32), (128, 8), (32, 8), (6, 6)):
-        part = recorder.part(examples, "empirical")
+        part = request.share(examples)
         assert len(part.cut(x[:examples], 1024, 9)[0]) == kept
         assert len(part.cut(x[:examples], 4, 1000)[0]) == max(min(32, examples), examples // 4)
 
 
 def test_vectors_and_empty_batches_stay_whole():
-    part = Part(0.1, 100, ROWS, LEAST_EXAMPLES)
+    part = BatchShare(0.1, 100, ROWS, LEAST_EXAMPLES)
     for x in (torch.zeros(100), torch.zeros(0, 3), torch.tensor(1.0)):
         assert part.cut(x, 4, 1) == (x, 1.0)
     assert WHOLE.cut(torch.zeros(5, 2))[1] == 1.0

@@ -29,6 +29,7 @@ from kfc_fx.tools.race.optimizers import (
 from kfc_fx.tools.race.results import RunResult, RunSpec
 from kfc_fx.tools.race.run import batches, train
 from kfc_fx.tools.race.tasks import TASKS, CellSpec, Examples, RaceData, TaskSpec
+from tests.networks import collector_of
 
 STEPS = 14
 
@@ -236,7 +237,7 @@ def test_costs_cover_whole_intervals_in_turns(
     def turn(racer: race_costs.Racer, steps: int) -> float:
         turns.append((racer.name, steps))
         for _ in range(steps):
-            if racer.kfc is not None and len(turns) > 3 and racer.kfc.compiled.recorder.armed:
+            if racer.kfc is not None and len(turns) > 3 and collector_of(racer.kfc.compiled).armed:
                 due.append(steps == 1)
             racer.step()
         return seconds[racer.name] * (5 if steps == 1 else 1)

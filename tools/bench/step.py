@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kfc_fx
+from kfc_fx.statistics.request import StatisticsRequest
 from kfc_fx.tools.data.networks import kfc_cifar
 
 Step = Callable[[], None]
@@ -87,13 +88,14 @@ def statistics_step(compiled: kfc_fx.CompiledModel, size: int) -> Step:
     """An SGD step that takes every statistic of the whole batch besides: the Fisher pass and all
     factors, unnormalised, as a curvature step of the optimizer does before its update."""
     plain = sgd_step(compiled, compiled.original, size)
+    collector = compiled.kfc.attach(StatisticsRequest())
 
     def step() -> None:
-        compiled.recorder.armed = True
+        collector.arm()
         plain()
-        compiled.recorder.armed = False
-        taken = compiled.recorder.take()
-        assert taken.sums
+        collector.arm(False)
+        taken = collector.take()
+        assert taken.blocks
 
     return step
 

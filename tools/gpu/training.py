@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import kfc_fx
 from kfc_fx.linalg.whitening import cholesky_whitening, newton_schulz_whitening
+from kfc_fx.statistics.request import StatisticsRequest
 from kfc_fx.tools.gpu.accuracy import matmul_precision
 
 EXAMPLES = 256  # enough that no factor has eigenvalues so close that its basis is arbitrary
@@ -172,11 +173,12 @@ def _statistics(device: torch.device, backend: str) -> dict[str, Tensor]:
     x, y = batch(device)
     with _full_precision():
         model = kfc_fx.compile(small_network().to(device), likelihood="bernoulli", backend=backend)
-        kfc_fx.KFC(model, lr=0.1, scaling="inverse", fisher="empirical")
+        collector = model.kfc.attach(StatisticsRequest(fisher="empirical"))
+        collector.arm()
         F.binary_cross_entropy_with_logits(model(x), y).backward()
     return {
         f"{block} {name}": value
-        for block, sums in model.recorder.statistics.sums.items()
+        for block, sums in collector.sums.blocks.items()
         for name, value in sums.items()
     }
 

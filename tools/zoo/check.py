@@ -15,7 +15,8 @@ import kfc_fx
 from kfc_fx.errors import OutputError
 from kfc_fx.install import CompiledModel
 from kfc_fx.statistics.outputs import find_prediction
-from kfc_fx.statistics.sums import Fisher, Sums
+from kfc_fx.statistics.request import Fisher, StatisticsRequest
+from kfc_fx.statistics.sums import BlockSums
 from kfc_fx.tools.zoo.case import ModelCase
 from kfc_fx.tools.zoo.compare import (
     SEED,
@@ -108,7 +109,7 @@ FISHERS: tuple[Fisher, ...] = ("sampled", "empirical")
 class ArmedStep:
     """What passes with statistics left behind."""
 
-    sums: Sums
+    sums: BlockSums
     difference: float
     """The largest from the plain pass."""
     compared: int
@@ -123,7 +124,6 @@ def _armed_step(
 ) -> ArmedStep:
     """Passes with statistics of sampled targets, and of the loss's own gradient where the targets
     can be read off that: of classes."""
-    compiled.recorder.scale_free = True  # the loss may be of any output
     passes: dict[Fisher, ArmedStep] = {}
     for fisher in FISHERS if case.likelihood == "categorical" else FISHERS[:1]:
         known = passes["sampled"].sums if passes else None
@@ -147,18 +147,20 @@ def _armed_pass(
     reset: Callable[[], None],
     plain: Observation,
     fisher: Fisher,
-    known: Sums | None,
+    known: BlockSums | None,
 ) -> ArmedStep:
-    recorder = compiled.recorder
-    recorder.armed, recorder.seed, recorder.fisher = True, SEED, fisher
+    # The loss may be of any output.
+    request = StatisticsRequest(fisher=fisher, scale_free=True, seed=SEED)
+    collector = compiled.kfc.attach(request)
+    collector.arm()
     try:
         observed = observe(compiled, case, reset)
     except OutputError as error:
         raise CheckError(f"no prediction in the output: {error}") from error
     finally:
-        recorder.armed = False
+        collector.arm(False)
     worst = compare(plain, observed, "the step with statistics")
-    sums = recorder.take().sums
+    sums = collector.take().blocks
     wrong = list(check_statistics(sums))
     if wrong:
         raise CheckError(f"{len(wrong)} statistics are wrong: {'; '.join(wrong[:3])}")
@@ -185,7 +187,7 @@ def _truth(
             prediction = find_prediction(output)
             generator = torch.Generator(prediction.device).manual_seed(SEED)
             values = prediction.detach().to(torch.promote_types(prediction.dtype, torch.float32))
-            cotangent = compiled.recorder.likelihood.sampled_cotangent(values, generator)
+            cotangent = compiled.kfc.options.likelihood.sampled_cotangent(values, generator)
             prediction.backward(cotangent.to(prediction.dtype))
     reset()
     return truth

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from kfc_fx.ops.grouped_row_gram import grouped_row_gram
 from kfc_fx.ops.row_gram import row_gram
-from kfc_fx.statistics.share import Part
+from kfc_fx.statistics.share import BatchShare
 
 Axes = tuple[int | None, int]
 
@@ -33,21 +33,23 @@ class BatchedLinearRule:
     stop: int
     total: int
 
-    def statistics(self, part: Part, x: Tensor, g: Tensor, *ends: Tensor) -> tuple[Tensor, ...]:
+    def statistics(
+        self, share: BatchShare, x: Tensor, g: Tensor, *ends: Tensor
+    ) -> tuple[Tensor, ...]:
         """Of the whole batch: where examples stand in it is not known here. Of rows that stand one
         entry after the other, ``ends`` is where each entry's end."""
-        return *self.input_statistics(part, x, *ends), *self.output_statistics(part, g, *ends)
+        return *self.input_statistics(share, x, *ends), *self.output_statistics(share, g, *ends)
 
     def kept(self, _: Tensor, *ends: Tensor) -> tuple[Tensor, ...]:
         """The ends of the entries' rows, where the input has them."""
         return ends
 
-    def output_statistics(self, _: Part, g: Tensor, *ends: Tensor) -> tuple[Tensor, ...]:
+    def output_statistics(self, _: BatchShare, g: Tensor, *ends: Tensor) -> tuple[Tensor, ...]:
         """Γ of every entry."""
         gamma = grouped_row_gram(g, ends[0]) if ends else _grams(g, self.outputs, False)
         return (self._placed(gamma),)
 
-    def input_statistics(self, _: Part, x: Tensor, *ends: Tensor) -> tuple[Tensor, ...]:
+    def input_statistics(self, _: BatchShare, x: Tensor, *ends: Tensor) -> tuple[Tensor, ...]:
         """Ω of every entry."""
         if ends:
             return (self._placed(grouped_row_gram(x, ends[0], bias=self.bias)),)

@@ -20,13 +20,15 @@ from kfc_fx.ops.library import statistic_dtype
 from kfc_fx.ops.patch_gram import patch_gram
 from kfc_fx.ops.row_gram import row_gram
 from kfc_fx.ops.separable_gram import separable_gram
-from kfc_fx.statistics.share import Part, scaled
+from kfc_fx.statistics.share import BatchShare, scaled
 
 
 class EmissionRule(Protocol):
     """The statistics of one kind of layer."""
 
-    def statistics(self, part: Part, x: Tensor, g: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    def statistics(
+        self, share: BatchShare, x: Tensor, g: Tensor, *others: Tensor
+    ) -> tuple[Tensor, ...]:
         """From the layer's input, the cotangent of its output, and other tensors it read."""
 
 
@@ -34,10 +36,10 @@ class EmissionRule(Protocol):
 class MatrixRule(EmissionRule, Protocol):
     """A layer whose weight is a matrix, the statistics of whose input and output stand alone."""
 
-    def input_statistics(self, part: Part, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    def input_statistics(self, share: BatchShare, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """Those that need no cotangent: Ω, or its two partial traces."""
 
-    def output_statistics(self, part: Part, g: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
+    def output_statistics(self, share: BatchShare, g: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
         """Γ, from the cotangent and what is :meth:`kept` of the inputs."""
 
     def kept(self, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
@@ -61,17 +63,17 @@ class LinearRule:
     input_parts: int = 1
     output_parts: int = 1
 
-    def statistics(self, part: Part, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+    def statistics(self, share: BatchShare, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`EmissionRule`."""
-        return *self.input_statistics(part, x), *self.output_statistics(part, g)
+        return *self.input_statistics(share, x), *self.output_statistics(share, g)
 
     def kept(self, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`MatrixRule`."""
         return ()
 
-    def output_statistics(self, part: Part, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+    def output_statistics(self, share: BatchShare, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`MatrixRule`."""
-        g, scale = part.cut(g)
+        g, scale = share.cut(g)
         if self.reduce and g.dim() > 2:
             g = g.sum(tuple(range(1, g.dim() - 1)))
         columns = g.tensor_split((self.stop - self.start) * self.output_parts, dim=-1)
@@ -81,9 +83,9 @@ class LinearRule:
             gamma = torch.stack([row_gram(own) for own in columns])
         return scaled((self._placed(gamma, self.output_parts),), scale)
 
-    def input_statistics(self, part: Part, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+    def input_statistics(self, share: BatchShare, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`MatrixRule`."""
-        x, scale = part.cut(x, self._rows(x), x.shape[-1] // self.input_parts)
+        x, scale = share.cut(x, self._rows(x), x.shape[-1] // self.input_parts)
         if self.reduce and x.dim() > 2:
             x = x.mean(tuple(range(1, x.dim() - 1)))
         if self.diagonal_input:
@@ -118,28 +120,28 @@ class ConvRule:
     input_parts: int = 1
     output_parts: int = 1
 
-    def statistics(self, part: Part, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+    def statistics(self, share: BatchShare, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`EmissionRule`."""
-        return *self.input_statistics(part, x), *self.output_statistics(part, g)
+        return *self.input_statistics(share, x), *self.output_statistics(share, g)
 
     def kept(self, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`MatrixRule`."""
         return ()
 
-    def output_statistics(self, part: Part, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+    def output_statistics(self, share: BatchShare, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`MatrixRule`."""
-        g, scale = part.cut(_batched(g, self.geometry))
+        g, scale = share.cut(_batched(g, self.geometry))
         return scaled((_pixel_gram(g, self.geometry.groups * self.output_parts),), scale)
 
-    def input_statistics(self, part: Part, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+    def input_statistics(self, share: BatchShare, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`MatrixRule`."""
         x = _batched(x, self.geometry)
         locations = prod(self.geometry.output_size(x.shape[2:]))
         channels = x.shape[1] // (self.geometry.groups * self.input_parts)
         if self.separable:
-            x, scale = part.cut(x, locations, max(channels, self.geometry.offsets))
+            x, scale = share.cut(x, locations, max(channels, self.geometry.offsets))
             return scaled(separable_gram(x, **_options(self.geometry)), scale)
-        x, scale = part.cut(x, locations, channels * self.geometry.offsets)
+        x, scale = share.cut(x, locations, channels * self.geometry.offsets)
         if self.input_parts > 1:  # of one offset: parts are groups of channels
             groups = self.geometry.groups * self.input_parts
             omega = _patch_gram(x, replace(self.geometry, groups=groups), bias=False)
@@ -158,25 +160,25 @@ class ConvTransposeRule:
 
     geometry: ConvGeometry
 
-    def statistics(self, part: Part, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+    def statistics(self, share: BatchShare, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`EmissionRule`."""
-        return *self.input_statistics(part, x), *self.output_statistics(part, g, *self.kept(x))
+        return *self.input_statistics(share, x), *self.output_statistics(share, g, *self.kept(x))
 
     def kept(self, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """An empty tensor of the input's spatial size. See :class:`MatrixRule`."""
         return (x.new_empty(0, *_batched(x, self.geometry).shape[2:]),)
 
-    def output_statistics(self, part: Part, g: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
+    def output_statistics(self, share: BatchShare, g: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
         """See :class:`MatrixRule`."""
-        g, scale = part.cut(_batched(g, self.geometry))
+        g, scale = share.cut(_batched(g, self.geometry))
         gamma = _patch_gram(*_covered(g, kept[0].shape[1:], self.geometry), bias=False)
         return scaled((gamma,), scale)
 
-    def input_statistics(self, part: Part, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+    def input_statistics(self, share: BatchShare, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`MatrixRule`."""
         x = _batched(x, self.geometry)
         groups = self.geometry.groups
-        x, scale = part.cut(x, prod(x.shape[2:]), x.shape[1] // groups)
+        x, scale = share.cut(x, prod(x.shape[2:]), x.shape[1] // groups)
         return scaled((_pixel_gram(x, groups),), scale)
 
 
@@ -188,7 +190,7 @@ class EmbeddingRule:
     padding_idx: int | None = None
     output_parts: int = 1
 
-    def statistics(self, part: Part, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+    def statistics(self, share: BatchShare, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """``x`` holds indices; those of ``padding_idx`` count as empty rows. All are counted: that
         costs nothing, and rare tokens are in few examples."""
         indices = x.flatten().long()
@@ -196,7 +198,7 @@ class EmbeddingRule:
         ones = torch.ones_like(indices, dtype=counts.dtype)
         if self.padding_idx is not None:
             ones = (indices != self.padding_idx % self.tokens).to(counts.dtype)
-        g, scale = part.cut(g)
+        g, scale = share.cut(g)
         gammas = torch.stack([row_gram(own) for own in g.tensor_split(self.output_parts, -1)])
         return counts.scatter_add(0, indices, ones)[None, None], *scaled((gammas,), scale)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kfc_fx.ops.library import statistic_dtype
-from kfc_fx.statistics.share import Part, scaled
+from kfc_fx.statistics.share import BatchShare, scaled
 
 Norm = Literal["batch", "layer", "group", "rms", "none"]
 
@@ -36,11 +36,13 @@ class ScaleShiftRule:
     groups: int = 1
     eps: float | None = None
 
-    def statistics(self, part: Part, x: Tensor, g: Tensor, *running: Tensor) -> tuple[Tensor, ...]:
+    def statistics(
+        self, share: BatchShare, x: Tensor, g: Tensor, *running: Tensor
+    ) -> tuple[Tensor, ...]:
         """``[C, 2, 2]``, or ``[C, 1, 1]`` without a bias, and ``[C, 1, 1]``."""
         dtype, scale = statistic_dtype(x), 1.0
         if x.dim() == g.dim() and len(x) == len(g):  # else one x is broadcast over examples
-            (x, _), (g, scale) = part.cut(x), part.cut(g)
+            (x, _), (g, scale) = share.cut(x), share.cut(g)
         channels = prod(self.shape)
         g = self._by_channel(g.to(dtype))
         normalised = self._by_channel(self._normalised(x.to(dtype), x.dtype, running))

@@ -1,0 +1,67 @@
+"""One armed call of a model: what its graphs emit, and for whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from kfc_fx.plan.forms import FactorForms
+from kfc_fx.plan.spec import BlockSpec
+from kfc_fx.rewrite.emitting import Emitters
+from kfc_fx.statistics.collector import Collector
+from kfc_fx.statistics.record import ForwardRecord
+from kfc_fx.statistics.share import WHOLE, BatchShare
+
+OwnerOf = Callable[[str], Collector | None]
+"""Parameter name to the collector that its statistics are for."""
+
+
+@dataclass(eq=False)
+class ArmedPass:
+    """The records of one forward pass, one for each collector that is armed."""
+
+    records: Mapping[Collector, ForwardRecord]
+    graphs: int = 0
+    """Runs of captured graphs in it."""
+    _owners: dict[str, ForwardRecord] = field(default_factory=dict)
+    _chosen: tuple[int, Emitters] | None = None
+
+    def emitters(self, blocks: tuple[BlockSpec, ...], owner_of: OwnerOf, revision: int) -> Emitters:
+        """Blocks that emit in this pass, by the name of their weight.
+
+        Args:
+            blocks: of the plan as it is now.
+            revision: of the plan; the choice is made once for each.
+        """
+        if self._chosen is None or self._chosen[0] != revision:
+            found: dict[str, tuple[BlockSpec, FactorForms]] = {}
+            for block in blocks:
+                owner = owner_of(block.weight)
+                if owner is None or owner not in self.records:
+                    continue
+                forms = owner.request.forms(block)
+                if forms is not None:
+                    found[block.weight] = (block, forms)
+                    self._owners[block.name] = self.records[owner]
+            self._chosen = (revision, found)
+        return self._chosen[1]
+
+    def record_of(self, block: str) -> ForwardRecord:
+        """The record that takes the statistics of a block."""
+        return self._owners[block]
+
+    def share_of(self, block: str) -> BatchShare:
+        """The share of the batch that the statistics of a block are of."""
+        return self._owners[block].share if block in self._owners else WHOLE
+
+    def drop_changed(self, blocks: tuple[BlockSpec, ...]) -> None:
+        """Drop the statistics of blocks that a later graph of the pass has made others.
+
+        Args:
+            blocks: of the plan as it is after the pass.
+        """
+        now = {block.name: replace(block, uses=0) for block in blocks}
+        for record in self.records.values():
+            for name, (block, _) in list(record.emitted.items()):
+                if now.get(name) != replace(block, uses=0):
+                    record.drop(name)

@@ -1,0 +1,73 @@
+"""What an optimizer wants to know of every batch of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from kfc_fx.plan.forms import FactorForms, factor_forms
+from kfc_fx.plan.spec import BlockSpec
+from kfc_fx.statistics.share import WHOLE, BatchShare
+
+Fisher = Literal["sampled", "empirical"]
+"""What Γ is estimated from: targets of the model's own distribution, or the loss's gradient."""
+
+Samples = int | Literal["auto"] | None
+"""Examples of a batch that statistics are estimated from; None for all."""
+
+FormsOf = Callable[[BlockSpec], FactorForms | None]
+"""Block to the forms of its factors; None for a block that needs no statistics."""
+
+SHARES: dict[Fisher, tuple[float, int]] = {"sampled": (0.5, 128), "empirical": (0.25, 32)}
+"""With "auto": the fraction of a batch, and the least number of examples. Sampled targets are
+noise of their own, and their backward pass costs more than a smaller share would spare."""
+
+ROWS = 8
+"""With "auto" and the loss's own cotangents: Ω takes no more rows than ROWS times its side, which
+determine it as well as its moving average needs."""
+
+LEAST_EXAMPLES, LEAST_FRACTION = 8, 1 / 16
+"""The bound by ROWS leaves so many examples, because the rows of one example are much alike, and
+such a fraction of the batch, because a large batch pays for good statistics."""
+
+
+@dataclass(frozen=True)
+class StatisticsRequest:
+    """Which statistics are taken of a batch, and of how much of it.
+
+    Attributes:
+        forms: which blocks emit, in which form.
+        fisher: what Γ is estimated from.
+        scale_free: whether only the directions of Γ count. The cotangent of a loss that the model
+            computes inside is then taken for that of a mean over the examples.
+        samples: examples of a batch that count.
+        keep_inputs: whether the inputs of the last batch are kept, for the exact Fisher matrix.
+        seed: of the sampled targets; torch's initial seed for None.
+    """
+
+    forms: FormsOf = factor_forms
+    fisher: Fisher = "sampled"
+    scale_free: bool = False
+    samples: Samples = None
+    keep_inputs: bool = False
+    seed: int | None = None
+
+    def share(self, examples: int, fisher: Fisher | None = None) -> BatchShare:
+        """The share of a batch that statistics are estimated from.
+
+        Args:
+            examples: of the batch; 0 where that is not known.
+            fisher: of this batch, if not the request's.
+        """
+        fisher = fisher or self.fisher
+        if self.samples is None or not examples:
+            return WHOLE
+        if self.samples != "auto":
+            return BatchShare(min(1.0, self.samples / examples))
+        fraction, least = SHARES[fisher]
+        own = min(1.0, max(least, fraction * examples) / examples)
+        if fisher == "sampled":
+            return BatchShare(own)
+        least = max(LEAST_EXAMPLES, round(LEAST_FRACTION * examples))
+        return BatchShare(own, examples, ROWS, least)
