@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from kfc_fx.kernels.dtypes import statistic_dtype
 from kfc_fx.kernels.products import Product, ProductPlan
 
 CHUNK_ELEMENTS = 2**17
@@ -29,7 +30,7 @@ def pack_slots(products: Tensor, sums: Tensor | None, patches: int) -> Tensor:
 
 def reach_sums(x: Tensor, plan: ProductPlan, stride: tuple[int, ...], groups: int) -> Tensor:
     """Sums of ``x``: ``[N, C, *spatial]`` over the images and each reach: ``[G, B, C/G]``."""
-    total = x.sum(0, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    total = x.sum(0, dtype=statistic_dtype(x))
     sums = [
         _box(total, plan.slots[slot], stride)
         .flatten(1)

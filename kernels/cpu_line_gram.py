@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kfc_fx.kernels.cpu_buffers import Pass, one_pass
 from kfc_fx.kernels.cpu_symmetric_product import add_product
+from kfc_fx.kernels.dtypes import statistic_dtype
 from kfc_fx.kernels.geometry import ConvGeometry
 from kfc_fx.kernels.products import (
     AxisProduct,
@@ -81,7 +82,7 @@ def line_products(x: Tensor, plan: ProductPlan, geometry: ConvGeometry, images: 
 
     ``images`` are laid out at a time.
     """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = statistic_dtype(x)
     groups, channels = geometry.groups, x.shape[1] // geometry.groups
     inner = prod(geometry.kernel_size[1:])
     work = line_schedule(plan, inner)

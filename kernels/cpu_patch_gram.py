@@ -13,6 +13,7 @@ from kfc_fx.kernels.cpu_assemble import assemble_slots, fill_bias, pack_slots, r
 from kfc_fx.kernels.cpu_cost import estimate
 from kfc_fx.kernels.cpu_im2col_gram import fill_im2col_gram
 from kfc_fx.kernels.cpu_row_gram import row_gram
+from kfc_fx.kernels.dtypes import statistic_dtype
 from kfc_fx.kernels.geometry import ConvGeometry
 from kfc_fx.kernels.products import ProductPlan, product_plan
 
@@ -33,7 +34,7 @@ def patch_gram(x: Tensor, geometry: ConvGeometry, *, bias: bool, method: str) ->
 
 def _im2col(x: Tensor, plan: ProductPlan, geometry: ConvGeometry, bias: bool) -> Tensor:
     side = x.shape[1] // geometry.groups * geometry.offsets
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = statistic_dtype(x)
     omega = x.new_empty((geometry.groups, side + bias, side + bias), dtype=dtype)
     fill_im2col_gram(omega[:, :side, :side], x, geometry)
     if bias:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kfc_fx.kernels.cpu_symmetric_product import add_upper_gram, mirror_upper, upper_blocks
+from kfc_fx.kernels.dtypes import statistic_dtype
 
 BUFFER_ELEMENTS = 2**20
 WIDEST_BATCH = 256
@@ -22,7 +23,7 @@ NARROW = 128  # BLAS packs rows twice as fast as columns; below this side it sho
 
 def row_gram(x: Tensor, *, bias: bool) -> Tensor:
     """``x``: ``[..., C]`` -> ``[C + bias, C + bias]``."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = statistic_dtype(x)
     side, length = x.shape[-1], prod(x.shape[:-1])
     gram = x.new_empty((side + bias, side + bias), dtype=dtype)
     _fill(gram[:side, :side].unsqueeze(0), x, length)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kfc_fx.kernels.cpu_patch_gram import patch_gram
 from kfc_fx.kernels.cpu_symmetric_product import add_upper_gram, mirror_upper, upper_blocks
+from kfc_fx.kernels.dtypes import statistic_dtype
 from kfc_fx.kernels.geometry import ConvGeometry
 
 BUFFER_ELEMENTS = 2**20
@@ -35,7 +36,7 @@ def offset_gram(x: Tensor, geometry: ConvGeometry) -> Tensor:
 
 def channel_gram(x: Tensor, geometry: ConvGeometry) -> Tensor:
     """The trace over offsets: ``[G, C/G, C/G]``."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = statistic_dtype(x)
     groups, channels = geometry.groups, x.shape[1] // geometry.groups
     x, root = _reached_pixels(x, geometry, dtype)
     gram = x.new_empty((groups, channels, channels), dtype=dtype)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kfc_fx.kernels.cpu_buffers import Pass, one_pass
 from kfc_fx.kernels.cpu_symmetric_product import add_product
+from kfc_fx.kernels.dtypes import statistic_dtype
 from kfc_fx.kernels.geometry import ConvGeometry
 from kfc_fx.kernels.products import (
     AxisProduct,
@@ -146,7 +147,7 @@ def structured_products(
 
     ``images`` are laid out at a time.
     """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = statistic_dtype(x)
     channels = x.shape[1] // groups
     spatial = tuple(x.shape[2:])
     layout = buffer_layout(plan, stride, spatial)

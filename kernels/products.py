@@ -56,10 +56,6 @@ class ProductPlan:
     reach_of_offset: tuple[int, ...]
     locations: int
 
-    def numbers(self, channels: int, bias: bool) -> int:
-        """How many numbers the slots hold per group, for ``channels`` per group."""
-        return len(self.slots) * channels**2 + (len(self.reaches) * channels + 1 if bias else 0)
-
 
 @lru_cache(maxsize=512)
 def product_plan(geometry: ConvGeometry, spatial: tuple[int, ...]) -> ProductPlan:

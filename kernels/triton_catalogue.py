@@ -5,7 +5,6 @@ from __future__ import annotations
 from kfc_fx.kernels import (
     triton_assemble,
     triton_im2col_gram,
-    triton_multi_tensor,
     triton_pack,
     triton_patch_products,
     triton_row_gram,
@@ -17,7 +16,6 @@ from kfc_fx.kernels.triton_case import KernelCase
 KERNEL_MODULES = (
     triton_assemble,
     triton_im2col_gram,
-    triton_multi_tensor,
     triton_pack,
     triton_patch_products,
     triton_row_gram,

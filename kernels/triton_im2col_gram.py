@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Gram matrix of a convolution's patches, which are never formed: an implicit-im2col SYRK.
 
-    Ω[g] = scale · Σ_n Σ_t [[a]]_{n,t} [[a]]_{n,t}ᵀ,     Ω: [G, C/G·|Δ| + bias, C/G·|Δ| + bias]
+    Ω[g] = Σ_n Σ_t [[a]]_{n,t} [[a]]_{n,t}ᵀ,     Ω: [G, C/G·|Δ| + bias, C/G·|Δ| + bias]
 
 It takes every geometry; the structured kernel takes fewer products where it applies. ``a`` is
 packed with the batch innermost (``triton_pack``). Entry ``(c, δ)`` of the patch at location ``t``
@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from kfc_fx.kernels.dtypes import statistic_dtype
 from kfc_fx.kernels.geometry import ConvGeometry
 from kfc_fx.kernels.triton_case import KernelCase, argument_types, gram_cases
 from kfc_fx.kernels.triton_configs import (
@@ -136,7 +137,6 @@ def im2col_gram(
     geometry: ConvGeometry,
     *,
     bias: bool = False,
-    scale: float = 1.0,
     config: GramConfig | None = None,
 ) -> Tensor:
     """Gram matrix of the patches of ``x``, in float32.
@@ -145,7 +145,6 @@ def im2col_gram(
         x: ``[N, C, *spatial]`` in float32, bfloat16 or float16, any strides.
         geometry: of the convolution.
         bias: give every patch a last entry of one.
-        scale: factor of the result.
         config: tile sizes; by default chosen for the shape.
 
     Returns:
@@ -158,10 +157,9 @@ def im2col_gram(
     side = x.shape[1] // geometry.groups * geometry.offsets
     locations = x.shape[0] * prod(geometry.output_size(x.shape[2:]))
     if x.numel() == 0 or locations == 0:
-        return _without_products(x, geometry.groups, side, locations, bias, scale)
+        return _without_products(x, geometry.groups, side, locations, bias)
     packed = pack(x, geometry, round_tf32=mode == "tf32")
-    corner = scale * locations
-    return packed_gram(packed, geometry, mode, bias=bias, scale=scale, corner=corner, config=config)
+    return packed_gram(packed, geometry, mode, bias=bias, corner=float(locations), config=config)
 
 
 def packed_gram(
@@ -183,8 +181,9 @@ def packed_gram(
         mode: of ``precision_mode``.
         results: the Gram matrices of ``groups / results`` groups after each other are added up;
             by default none are.
-        bias, scale, config: as for :func:`im2col_gram`.
-        corner: the last entry with a bias: ``scale`` times the number of patches.
+        bias, config: as for :func:`im2col_gram`.
+        scale: factor of the result, but for its last entry with a bias.
+        corner: that last entry: ``scale`` times the number of patches.
 
     Returns:
         ``[results, D, D]``.
@@ -235,21 +234,17 @@ def _launch(
     )  # fmt: skip
 
 
-def _without_products(
-    x: Tensor, groups: int, side: int, locations: int, bias: bool, scale: float
-) -> Tensor:
+def _without_products(x: Tensor, groups: int, side: int, locations: int, bias: bool) -> Tensor:
     result = x.new_zeros((groups, side + bias, side + bias), dtype=torch.float32)
     if bias:
-        result[:, -1, -1] = scale * locations
+        result[:, -1, -1] = locations
     return result
 
 
-def im2col_gram_reference(
-    x: Tensor, geometry: ConvGeometry, *, bias: bool = False, scale: float = 1.0
-) -> Tensor:
+def im2col_gram_reference(x: Tensor, geometry: ConvGeometry, *, bias: bool = False) -> Tensor:
     """The same in plain torch with the patches formed, in the dtype of ``x`` or float32."""
     pads = [pad for pair in reversed(geometry.padding) for pad in pair]
-    padded = F.pad(x.to(torch.promote_types(x.dtype, torch.float32)), pads)
+    padded = F.pad(x.to(statistic_dtype(x)), pads)
     out = geometry.output_size(x.shape[2:])
     views = [
         padded[_reached(offset, out, geometry)]
@@ -262,7 +257,7 @@ def im2col_gram_reference(
     rows = patches.reshape(geometry.groups, x.shape[0] * prod(out), side)
     if bias:
         rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
-    return scale * (rows.mT @ rows)
+    return rows.mT @ rows
 
 
 def _reached(

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kfc_fx.kernels.dtypes import statistic_dtype
 from kfc_fx.kernels.geometry import ConvGeometry
 from kfc_fx.kernels.products import ProductPlan
 from kfc_fx.kernels.triton_case import KernelCase, argument_types, gram_cases
@@ -277,7 +278,7 @@ def patch_products_reference(
     x: Tensor, plan: ProductPlan, stride: tuple[int, ...], groups: int
 ) -> Tensor:
     """The same in plain torch, in the dtype of ``x`` or float32, whichever is wider."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (groups, -1))
+    wide = x.to(statistic_dtype(x)).unflatten(1, (groups, -1))
     slots = wide.new_zeros((len(plan.slots), groups, wide.shape[2], wide.shape[2]))
     for slot, axes in zip(slots, plan.slots, strict=True):
         here, there = [], []

@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Gram matrix of rows on the tensor cores.
 
-    G = scale · Xᵀ X,    X: [B·R, C], or [B·R, C + 1] with a last column of ones
+    G = Xᵀ X,    X: [B·R, C], or [B·R, C + 1] with a last column of ones
 
 ``X`` is read where it lies, as ``[B, R, C]`` with any strides: the rows of a linear layer's input,
 or the locations of an ``NCHW`` gradient, without a copy; but for TF32, which must be rounded.
@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kfc_fx.kernels.dtypes import statistic_dtype
 from kfc_fx.kernels.geometry import LINEAR, conv_geometry
 from kfc_fx.kernels.triton_case import KernelCase, argument_types, gram_cases
 from kfc_fx.kernels.triton_configs import (
@@ -54,7 +55,7 @@ ONE_AXIS = conv_geometry((1,))
 @triton.jit
 def row_gram_kernel(
     x, target, sums, rows, side, leading, tiles, steps, steps_per_part, steps_per_batch,
-    stride_batch, stride_row, stride_column, padded_side, scale, corner,
+    stride_batch, stride_row, stride_column, padded_side, corner,
     HAS_BIAS: tl.constexpr, DIRECT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +83,7 @@ def row_gram_kernel(
             a = tl.load(left + offset, mask=left_inside & here[None, :], other=0.0)
             b = tl.load(right + offset, mask=right_inside & here[:, None], other=0.0)
             total = multiply_add(a, b, total, PRECISION)
-        emit_tile(target, total, part * tiles + number, i, j, side, leading, scale, BLOCK, DIRECT)
+        emit_tile(target, total, part * tiles + number, i, j, side, leading, 1.0, BLOCK, DIRECT)
     elif HAS_BIAS:
         columns = (number - tiles) * BLOCK + within
         pointers = x + columns.to(tl.int64)[None, :] * stride_column + row[:, None] * stride_row
@@ -95,7 +96,7 @@ def row_gram_kernel(
             here = (start + row < rows)[:, None]
             values = tl.load(pointers + offset, mask=inside & here, other=0.0)
             border += tl.sum(values.to(tl.float32), axis=0)
-        emit_sums(target, sums, border, columns, part, padded_side, side, leading, scale, corner,
+        emit_sums(target, sums, border, columns, part, padded_side, side, leading, 1.0, corner,
                   DIRECT)  # fmt: skip
 
 
@@ -111,15 +112,12 @@ class RowLayout:
     stride_column: int
 
 
-def row_gram(
-    x: Tensor, *, bias: bool = False, scale: float = 1.0, config: GramConfig | None = None
-) -> Tensor:
-    """``scale · XᵀX`` in float32.
+def row_gram(x: Tensor, *, bias: bool = False, config: GramConfig | None = None) -> Tensor:
+    """``XᵀX`` in float32.
 
     Args:
         x: ``[..., C]`` in float32, bfloat16 or float16; all leading dimensions are rows.
         bias: give every row a last entry of one.
-        scale: factor of the result.
         config: tile sizes; by default chosen for the shape.
 
     Returns:
@@ -131,7 +129,7 @@ def row_gram(
     mode = precision_mode(x.dtype)
     side = x.shape[-1]
     if x.numel() == 0:
-        return _without_products(x, bias, scale)
+        return _without_products(x, bias)
     layout = rounded_layout(x) if mode == "tf32" else row_layout(x)
     device = processor(x)
     config = config or default_symmetric(side, mode)
@@ -142,9 +140,9 @@ def row_gram(
     steps_per_part = -(-steps // parts)
     parts = -(-steps // steps_per_part)
     output = symmetric_output(x, 1, side, config.block_m, parts, bias)
-    corner = scale * prod(x.shape[:-1])
-    _launch(layout, output, config, mode, (steps, steps_per_part, steps_per_batch), scale, corner)
-    return reduce_splits(output, scale, corner)[0]
+    corner = float(prod(x.shape[:-1]))
+    _launch(layout, output, config, mode, (steps, steps_per_part, steps_per_batch), corner)
+    return reduce_splits(output, 1.0, corner)[0]
 
 
 def row_layout(x: Tensor) -> RowLayout:
@@ -178,13 +176,13 @@ def rounded_layout(x: Tensor) -> RowLayout:
     return RowLayout(packed.buffer, 1, rows_in_all, 0, 1, rows_in_all)
 
 
-def row_gram_reference(x: Tensor, *, bias: bool = False, scale: float = 1.0) -> Tensor:
+def row_gram_reference(x: Tensor, *, bias: bool = False) -> Tensor:
     """The same in plain torch, in the dtype of ``x`` or float32, whichever is wider."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x.to(statistic_dtype(x))
     rows = wide.reshape(prod(x.shape[:-1]), x.shape[-1])
     if bias:
         rows = torch.cat([rows, rows.new_ones(rows.shape[0], 1)], dim=1)
-    return scale * (rows.mT @ rows)
+    return rows.mT @ rows
 
 
 def offline_cases() -> Iterator[KernelCase]:
@@ -192,7 +190,7 @@ def offline_cases() -> Iterator[KernelCase]:
     strides = "stride_batch stride_row stride_column"
     integers = "rows side leading tiles steps steps_per_part steps_per_batch padded_side"
     types = argument_types(
-        {"i32": f"{integers} {strides}", "fp32": "scale corner", "*fp32": "target sums"}
+        {"i32": f"{integers} {strides}", "fp32": "corner", "*fp32": "target sums"}
     )
     variants = {
         f"{layout} {'direct' if direct else 'split'}": (
@@ -212,25 +210,24 @@ def _launch(
     config: GramConfig,
     mode: str,
     schedule: tuple[int, int, int],
-    scale: float,
     corner: float,
 ) -> None:
     grid = (output.tiles + output.border_blocks, output.parts)
     row_gram_kernel[grid](
         layout.x, output.target, output.sums, layout.rows, output.side, output.leading,
         output.tiles, *schedule, layout.stride_batch, layout.stride_row, layout.stride_column,
-        output.padded_side, scale, corner,
+        output.padded_side, corner,
         HAS_BIAS=output.bias, DIRECT=output.direct, PRECISION=dot_precision(mode),
         BLOCK=config.block_m, BLOCK_K=config.block_k,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
 
-def _without_products(x: Tensor, bias: bool, scale: float) -> Tensor:
+def _without_products(x: Tensor, bias: bool) -> Tensor:
     side = x.shape[-1] + int(bias)
     result = x.new_zeros((side, side), dtype=torch.float32)
     if bias:
-        result[-1, -1] = scale * prod(x.shape[:-1])
+        result[-1, -1] = prod(x.shape[:-1])
     return result
 
 

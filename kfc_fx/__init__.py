@@ -1,5 +1,6 @@
 """KFC for PyTorch: compile an existing model so that it trains by approximate natural gradient."""
 
+from kfc_fx.compilation import Compilation
 from kfc_fx.engine.factors import Factors
 from kfc_fx.errors import (
     CaptureError,
@@ -11,7 +12,7 @@ from kfc_fx.errors import (
     StatisticsError,
     StepError,
 )
-from kfc_fx.install import CompiledModel, compile
+from kfc_fx.install import compile, uncompile
 from kfc_fx.optim.kfc import KFC
 from kfc_fx.plan.spec import BlockSpec, CurvaturePlan, GenericSpec
 from kfc_fx.statistics.likelihood import Bernoulli, Categorical, Gaussian
@@ -24,7 +25,7 @@ __all__ = [
     "BlockSpec",
     "CaptureError",
     "Categorical",
-    "CompiledModel",
+    "Compilation",
     "CoverageError",
     "CurvaturePlan",
     "Factors",
@@ -37,4 +38,5 @@ __all__ = [
     "StatisticsError",
     "StepError",
     "compile",
+    "uncompile",
 ]

@@ -1,40 +1,44 @@
-"""``kfc_fx.compile``, and the compiled model that stands in for the original."""
+"""``kfc_fx.compile``: puts what the compiler knows on a model, in place."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from dataclasses import fields
-from html import escape
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
-from kfc_fx.capture.dynamo import check_backend
-from kfc_fx.capture.graph_breaks import GraphBreak
 from kfc_fx.compilation import Compilation, CompileOptions
-from kfc_fx.compilation.captured_graph import CapturedGraph
-from kfc_fx.plan.sharing import SharingOption, check_sharing
-from kfc_fx.plan.spec import CurvaturePlan
-from kfc_fx.statistics.likelihood import CotangentFunction, Likelihood, resolve_likelihood
+from kfc_fx.compilation.options import LikelihoodOption
+from kfc_fx.errors import OptionError, warn
+from kfc_fx.plan.sharing import SharingOption
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def compile(
-    model: nn.Module,
+    model: Model,
     *,
-    likelihood: str | Likelihood | CotangentFunction = "categorical",
+    likelihood: LikelihoodOption = "auto",
     backend: str = "eager",
     strict: bool = False,
     norm_layers: bool = True,
     weight_sharing: SharingOption = "expand",
-) -> CompiledModel:
-    """Prepare an existing model for training by KFC.
+    batch_dim: int = 0,
+) -> Model:
+    """Prepare an existing model, in place, for training by KFC. By default it runs eagerly.
+
+    The model stays the object that it was: its class, ``forward``, hooks, parameters and state are
+    its own. Its calls are captured from the first one with gradients enabled on, and
+    ``model.kfc`` is what the compiler knows of it, a :class:`Compilation`. Deep copies and
+    unpickled models are compiled too; a shallow copy is not. Compiling anew with the same options
+    changes nothing; with others it begins anew, and an optimizer that was made before no longer
+    steps. :func:`uncompile` takes all of it away.
 
     Args:
-        model: any module; it is neither copied nor changed.
+        model: any module.
         likelihood: predictive distribution of the output: ``"categorical"`` (class scores),
             ``"gaussian"`` (unit variance) or ``"bernoulli"`` (logits); or a function from the
-            output to the cotangents, of its shape, of one sampled target per example.
+            output to the cotangents, of its shape, of one sampled target per example. ``"auto"``
+            is ``"categorical"``.
         backend: what runs the captured graphs: ``"eager"``, ``"aot_eager"`` or ``"inductor"``.
         strict: raise at capture if the weight of a conv or linear call gets no block.
         norm_layers: give the scale and shift of norm layers a block, the exact Fisher matrix of
@@ -42,191 +46,72 @@ def compile(
         weight_sharing: how linear layers treat locations (tokens, pixels) that share their
             weight: ``"expand"`` sums over them as a convolution does, ``"reduce"`` averages the
             inputs and sums the gradients first; or a mapping from globs on block names.
+        batch_dim: dimension of the examples in input and output; 0 alone is supported.
 
     Returns:
-        A module with the model's call signature, the same parameter objects and the same
-        ``state_dict`` keys. The model is captured at the first call with gradients enabled.
+        The model itself.
 
     Raises:
-        OptionError: an unknown likelihood, backend or weight_sharing.
+        OptionError: an option is unknown; or the model is what ``torch.compile`` returned, or has
+            an attribute ``kfc`` of its own.
         TypeError: ``model`` is no ``nn.Module``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"kfc_fx.compile takes an nn.Module, got {type(model).__name__}")
-    if isinstance(model, CompiledModel):
-        model = model.original
-    check_backend(backend)
-    check_sharing(weight_sharing)
-    if not isinstance(weight_sharing, str):
-        weight_sharing = dict(weight_sharing)
-    resolved = resolve_likelihood(likelihood)
-    return CompiledModel(
-        model, CompileOptions(resolved, backend, strict, norm_layers, weight_sharing)
+    if hasattr(model, "_orig_mod"):
+        raise OptionError(
+            "kfc_fx.compile takes the model itself, not what torch.compile(model) returned, which "
+            "traces past it: pass the model, with backend='inductor' for compiled graphs"
+        )
+    options = CompileOptions.of(
+        likelihood=likelihood,
+        backend=backend,
+        strict=strict,
+        norm_layers=norm_layers,
+        weight_sharing=weight_sharing,
+        batch_dim=batch_dim,
     )
+    known = compilation_of(model)
+    if known is not None and known.options == options:
+        if not known.installed:
+            known.install()
+        return model
+    if known is not None:
+        known.remove()
+    elif hasattr(model, "kfc") and not isinstance(model.kfc, Compilation):
+        raise OptionError(
+            f"the model has an attribute 'kfc' of its own, of type {type(model.kfc).__name__}, and "
+            "kfc_fx keeps what it knows there: rename it"
+        )
+    if _compiled_by_torch(model):
+        warn(
+            "model.compile() was called before kfc_fx.compile, which takes its place: the model "
+            "runs by kfc_fx's backend now, and kfc_fx.uncompile puts torch's back"
+        )
+    Compilation(model, options).install()
+    return model
 
 
-_SHARED = (
-    "_parameters",
-    "_buffers",
-    "_modules",
-    "_non_persistent_buffers_set",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
-"""Dictionaries that a compiled model shares with the original, so that every walk over
-modules, parameters and state, its own or a parent module's, sees the original's."""
+def uncompile(model: Model) -> Model:
+    """Take away what :func:`compile` has put on a model, in place; others stay as they are.
+
+    What ``model.compile()`` had put there before is back then. Optimizers that were made for the
+    model no longer step.
+
+    Returns:
+        The model itself.
+    """
+    known = compilation_of(model)
+    if known is not None:
+        known.remove()
+    return model
 
 
-class CompiledModel(nn.Module):
-    """A model whose captured graphs can emit factor statistics. Made by :func:`compile`."""
+def compilation_of(model: nn.Module) -> Compilation | None:
+    """What the compiler knows of a model; None for one that is not compiled."""
+    found: Any = vars(model).get("kfc")
+    return found if isinstance(found, Compilation) and found.model is model else None
 
-    def __init__(self, model: nn.Module, options: CompileOptions) -> None:
-        own = self.__dict__
-        own["original"] = model
-        training = model.training
-        super().__init__()
-        model.training = training  # nn.Module's constructor sets the flag, which is the original's
-        for name in _SHARED:
-            own[name] = getattr(model, name)
-        own["_compilation"] = Compilation(model, options)
 
-    # -- the model's calls ---------------------------------------------------------------
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own forward; on an armed step with statistics of the graphs it runs."""
-        return self._compilation(*args, **kwargs)
-
-    def trace(self, *args: Any, **kwargs: Any) -> CurvaturePlan:
-        """Capture the model for example inputs without training it.
-
-        Buffers and random number generators are left as they were.
-
-        Returns:
-            The plan, also at :attr:`plan`.
-
-        Raises:
-            CaptureError: dynamo captured no graph of the model.
-        """
-        return self._compilation.trace(*args, **kwargs)
-
-    def trace_symbolic(self, *inputs: Tensor) -> CurvaturePlan:
-        """Capture the model by ``symbolic_trace``, without running it, to look at the result.
-
-        Python branches and the training flag are fixed in the graph: the model then refuses to
-        run. For training, compile it anew.
-
-        Raises:
-            CaptureError: ``symbolic_trace`` cannot follow the model.
-        """
-        return self._compilation.trace_symbolic(*inputs)
-
-    # -- what the compiler did -----------------------------------------------------------
-
-    @property
-    def kfc(self) -> Compilation:
-        """What the compiler knows of the model."""
-        return self._compilation
-
-    @property
-    def graphs(self) -> tuple[CapturedGraph, ...]:
-        """Captured graphs in the order of their capture, each with its stages."""
-        return self._compilation.graphs
-
-    @property
-    def breaks(self) -> tuple[GraphBreak, ...]:
-        """Where Python runs between the graphs, and dynamo's reasons for it."""
-        return self._compilation.breaks
-
-    @property
-    def plan(self) -> CurvaturePlan:
-        """The account of every parameter over all graphs captured so far.
-
-        Raises:
-            CaptureError: nothing was captured yet.
-        """
-        return self._compilation.plan
-
-    @property
-    def revision(self) -> int:
-        """Grows with all that is captured; the plan may change when it does."""
-        return self._compilation.revision
-
-    @property
-    def backend(self) -> str:
-        """What runs the captured graphs."""
-        return self._compilation.options.backend
-
-    def refresh_names(self) -> None:
-        """Take the parameters that the model holds now for its own, as an optimizer is made."""
-        self._compilation.names.refresh_if_changed()
-
-    # -- behave as the original ------------------------------------------------------------
-
-    @property
-    def training(self) -> bool:  # type: ignore[override]
-        """The original's training flag."""
-        return self.original.training
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        self.original.training = mode
-
-    def train(self, mode: bool = True) -> CompiledModel:
-        """Set the original's mode, through its own ``train``."""
-        self.original.train(mode)
-        return self
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The original's, key for key."""
-        return self.original.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The original's."""
-        return self.original.load_state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.original._load_from_state_dict(*args, **kwargs)
-
-    def apply(self, fn: Callable[[nn.Module], None]) -> CompiledModel:
-        """Apply ``fn`` to the original and all its submodules."""
-        self.original.apply(fn)
-        return self
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledModel:
-        self.original._apply(fn, recurse)
-        return self
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["original"], name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "training" or "_compilation" not in self.__dict__:
-            object.__setattr__(self, name, value)
-        else:
-            setattr(self.original, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        delattr(self.original, name)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
-        copied = CompiledModel(copy.deepcopy(self.original, memo), self._compilation.options)
-        memo[id(self)] = copied
-        return copied
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return CompiledModel, (self.original, self._compilation.options)
-
-    def __repr__(self) -> str:
-        given = self._compilation.options
-        options = ", ".join(f"{f.name}={getattr(given, f.name)!r}" for f in fields(given))
-        state = "not captured yet"
-        if self._compilation.captured:
-            state = f"{len(self.graphs)} graphs, {len(self.plan.blocks)} blocks"
-        return f"CompiledModel({type(self.original).__name__}: {state}; {options})"
-
-    def _repr_html_(self) -> str:
-        """The short summary, and the plan once there is one, for notebooks."""
-        summary = f"<p><code>{escape(repr(self))}</code></p>"
-        return summary + (self.plan._repr_html_() if self._compilation.captured else "")
+def _compiled_by_torch(model: nn.Module) -> bool:
+    return vars(model).get("_compiled_call_impl") is not None

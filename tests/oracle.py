@@ -1,4 +1,7 @@
-"""Curvature by per-example loops in float64: slow, plain, and independent of the package."""
+"""Curvature by per-example loops in float64: slow, plain, and independent of the package.
+
+Networks are run by ``_call_impl``, past what ``kfc_fx.compile`` has put on them.
+"""
 
 from __future__ import annotations
 
@@ -112,7 +115,7 @@ def exact_factors(
     omega, gamma, rows = 0, 0, 0
     for n in range(x.shape[0]):
         seen.clear()
-        output = net(x[n : n + 1])
+        output = net._call_impl(x[n : n + 1])
         calls = list(seen)
         grads = torch.autograd.grad(output, [out for _, out in calls], cotangent(output, n))
         for (inputs, _), grad in zip(calls, grads, strict=True):
@@ -174,7 +177,7 @@ def batched_factors(
     omegas, gammas, counts = [], [], []
     for n in range(x.shape[0]):
         seen.clear()
-        output = net(x[n : n + 1])
+        output = net._call_impl(x[n : n + 1])
         ((args, out),) = seen
         (g,) = torch.autograd.grad(output, out, cotangent(output, n))
         entries = rows_of(tuple(a.detach() for a in args), g)

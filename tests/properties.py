@@ -12,7 +12,6 @@ from torch.nn import functional as F
 import kfc_fx
 from kfc_fx.capture.canonicalise import canonicalise
 from kfc_fx.capture.graph import copy_graph
-from kfc_fx.install import CompiledModel
 from kfc_fx.plan.forms import factor_forms
 from kfc_fx.statistics.collector import Collector
 from kfc_fx.statistics.request import StatisticsRequest
@@ -29,7 +28,7 @@ def labels(count: int = EXAMPLES) -> Tensor:
     return torch.arange(count) % CLASSES
 
 
-def armed(net: nn.Module) -> tuple[CompiledModel, Collector]:
+def armed(net: nn.Module) -> tuple[nn.Module, Collector]:
     """A compiled network whose forward passes take statistics of the true targets, and what sums
     these."""
     compiled = kfc_fx.compile(net)
@@ -75,7 +74,7 @@ def factors_equal_the_oracle(drawn: DrawnNetwork) -> None:
     expected = _sums_by_hooks(net, x)
     for name, (omega, gamma, rows) in expected.items():
         found = statistics.blocks[name]
-        block = compiled.plan.block(name)
+        block = compiled.kfc.plan.block(name)
         if found["omega"].shape != omega.shape:  # the diagonal of an embedding's
             omega = omega.diagonal(dim1=1, dim2=2).unsqueeze(1)
         torch.testing.assert_close(found["omega"], omega, msg=lambda m, n=name: f"{n} Ω: {m}")
@@ -146,10 +145,10 @@ def the_compiler_is_reproducible(drawn: DrawnNetwork) -> None:
     """Passes are idempotent; plan, stages and generated source are the same every time."""
     net, x = drawn.build(), drawn.example(EXAMPLES)
     first, second = kfc_fx.compile(net), kfc_fx.compile(copy.deepcopy(net))
-    plan = first.trace(x)
-    assert plan == second.trace(x)
+    plan = first.kfc.trace(x)
+    assert plan == second.kfc.trace(x)
     assert pickle.loads(pickle.dumps(plan)) == plan
-    for own, other in zip(first.graphs, second.graphs, strict=True):
+    for own, other in zip(first.kfc.graphs, second.kfc.graphs, strict=True):
         assert [stage.name for stage in own.stages] == [stage.name for stage in other.stages]
         assert [stage.code for stage in own.stages] == [stage.code for stage in other.stages]
         assert not canonicalise(copy_graph(own.stage("canonical")))
@@ -172,13 +171,13 @@ def front_ends_agree(drawn: DrawnNetwork) -> None:
     It keeps attention modules and padding modes other than zeros closed, as calls of modules.
     """
     net, x = drawn.build(), drawn.example(EXAMPLES)
-    by_dynamo = kfc_fx.compile(net).trace(x)
+    by_dynamo = kfc_fx.compile(net).kfc.trace(x)
     compiled = kfc_fx.compile(net)
     try:
-        symbolic = compiled.trace_symbolic(x)
+        symbolic = compiled.kfc.trace_symbolic(x)
     except kfc_fx.CaptureError:
         return
-    nodes = compiled.graphs[0].stage("captured").graph.nodes
+    nodes = compiled.kfc.graphs[0].stage("captured").graph.nodes
     called = [n.args[0] for n in nodes if n.target is torch.func.functional_call]
     closed = [type(net.get_submodule(str(module.target))) for module in called]
     if closed:

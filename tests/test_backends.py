@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kfc_fx
-from tests.networks import IMAGES, LABELS, backward, collector_of, parameters, token_network
+from tests.models import IMAGES, LABELS, backward, collector_of, parameters, token_network
 
 SIZES = (12, 7, 5)
 """Batch of each step: two with statistics, then a plain one."""
@@ -37,7 +37,7 @@ def run(backend: str) -> dict[str, object]:
         "factors": factors,
         "parameters": parameters(net),
         "buffers": [b.clone() for b in net.buffers()],
-        "graphs": len(compiled.graphs),
+        "graphs": len(compiled.kfc.graphs),
     }
 
 

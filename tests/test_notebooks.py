@@ -7,15 +7,15 @@ from torch import nn
 
 import kfc_fx
 from kfc_fx.plan.spec import CurvaturePlan, GenericSpec
-from tests.networks import IMAGES, conv_network
+from tests.models import IMAGES, conv_network
 
 
 def test_a_plan_is_a_table_of_every_parameter():
     compiled = kfc_fx.compile(conv_network())
-    shown = compiled.trace(IMAGES)._repr_html_()
-    for block in compiled.plan.blocks:
+    shown = compiled.kfc.trace(IMAGES)._repr_html_()
+    for block in compiled.kfc.plan.blocks:
         assert f"<td>{block.name}</td><td>{block.kind}</td>" in shown
-    assert shown.count("<tr>") == 1 + len(compiled.plan.blocks)
+    assert shown.count("<tr>") == 1 + len(compiled.kfc.plan.blocks)
 
 
 def test_names_and_reasons_are_escaped():
@@ -31,7 +31,7 @@ def test_a_compiled_model_shows_its_summary_and_then_its_plan():
     compiled = kfc_fx.compile(conv_network())
     assert compiled._repr_html_().count("<table>") == 0
     assert "not captured yet" in compiled._repr_html_()
-    compiled.trace(IMAGES)
+    compiled.kfc.trace(IMAGES)
     assert repr(compiled).startswith("CompiledModel(Sequential: 1 graphs, 4 blocks; likelihood=")
     assert "1 graphs, 4 blocks" in compiled._repr_html_()
     assert compiled._repr_html_().count("<table>") == 1
@@ -40,6 +40,6 @@ def test_a_compiled_model_shows_its_summary_and_then_its_plan():
 def test_a_class_name_is_escaped():
     network = type("<img>", (nn.Linear,), {})(2, 2)
     compiled = kfc_fx.compile(network)
-    compiled.trace(torch.ones(3, 2))
+    compiled.kfc.trace(torch.ones(3, 2))
     assert "<img>" not in compiled._repr_html_()
     assert "(root)" in compiled._repr_html_()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis.vendor.pretty import pretty
 
 from tests import properties
 from tests.strategies import networks
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 FIXED = settings(
     max_examples=40,
@@ -16,11 +17,6 @@ FIXED = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
 
 
 @FIXED

@@ -16,7 +16,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from kfc_fx.capture.checkpoints import run_by_op
-from kfc_fx.errors import KfcWarning, OptionError
+from kfc_fx.errors import OptionError, first_line, warn
 
 BACKENDS = ("eager", "aot_eager", "inductor")
 
@@ -112,12 +112,10 @@ class _CompiledOnce:
             try:
                 return self._run(*inputs)
             except torch._dynamo.exc.Unsupported as error:
-                reason = str(error).strip().partition("\n")[0]
-        warnings.warn(
+                reason = first_line(error)
+        warn(
             f"a graph with statistics is run op by op, since {self._backend!r} cannot compile it: "
-            f"{reason}",
-            KfcWarning,
-            stacklevel=2,
+            f"{reason}"
         )
         self._run = run_by_op(self._module)
         return self._run(*inputs)

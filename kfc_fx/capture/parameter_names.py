@@ -33,7 +33,8 @@ class ParameterNames:
         self._model = model
         self._names: dict[int, tuple[weakref.ref[Tensor], str | None]] = {}
         self._own: dict[str, weakref.ref[Tensor]] = {}
-        self.refresh()
+        if "_parameters" in vars(model):  # else it is being unpickled, and has none yet
+            self.refresh()
 
     def refresh(self) -> None:
         """Take the parameters that the model holds now for its own."""

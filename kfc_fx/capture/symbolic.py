@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from kfc_fx.errors import CaptureError
+from kfc_fx.errors import CaptureError, first_line
 
 
 def symbolic_graph(model: nn.Module, inputs: Sequence[Tensor]) -> fx.GraphModule:
@@ -29,7 +29,7 @@ def symbolic_graph(model: nn.Module, inputs: Sequence[Tensor]) -> fx.GraphModule
         module = fx.GraphModule(model, tracer.trace(model))
     except Exception as error:
         raise CaptureError(
-            f"symbolic_trace cannot follow {type(model).__name__}: {_first_line(error)}; "
+            f"symbolic_trace cannot follow {type(model).__name__}: {first_line(error)}; "
             "capture by dynamo takes any Python"
         ) from error
     for node in list(module.graph.nodes):
@@ -66,7 +66,7 @@ def _keep_shapes(module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
     except Exception as error:
         raise CaptureError(
             f"the model does not take inputs of {[tuple(x.shape) for x in inputs]}: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
 
 
@@ -170,7 +170,3 @@ LAYERS: dict[type[nn.Module], Callable[[Any, Any, Attributes], Call]] = {
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _batch_norm),
 }
 """Layers whose call is spelled as a function of the matcher's, by exact type."""
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from kfc_fx.capture.concrete_numbers import with_numbers
 from kfc_fx.capture.dynamo import constant_nodes, tensors_of_nodes
+from kfc_fx.capture.nodes import concrete
 from kfc_fx.capture.parameter_names import ParameterNames
 from kfc_fx.compilation.captured_graph import CapturedGraph, GraphBinding
-from kfc_fx.plan.locations import concrete
 from kfc_fx.plan.match import match_uses, outputs_without_examples
 
 

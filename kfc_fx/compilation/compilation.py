@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from html import escape
 from types import TracebackType
 from typing import Any
 
@@ -36,7 +38,7 @@ from kfc_fx.compilation.captured_graph import CapturedGraph, GraphBinding
 from kfc_fx.compilation.options import CompileOptions
 from kfc_fx.compilation.owners import Owners
 from kfc_fx.compilation.uses_outside import next_number
-from kfc_fx.errors import CaptureError
+from kfc_fx.errors import CaptureError, OptionError, counted
 from kfc_fx.plan.forms import FactorForms, factor_forms, statistic_shapes
 from kfc_fx.plan.spec import BlockSpec, CurvaturePlan
 from kfc_fx.rewrite.emitting import Emitters, counts_of_spans, emission_order, emitting_stages
@@ -56,27 +58,114 @@ STARTS_ANEW = (
 """How dynamo itself begins a frame anew, or leaves it."""
 
 
+INSTALLED = "_compiled_call_impl"
+"""What ``nn.Module`` calls in place of ``_call_impl`` where it is set."""
+
+
 class Compilation:
-    """Captures a model and runs it, on an armed step with statistics of the graphs it runs.
+    """What the compiler knows of a model: ``model.kfc``.
+
+    It captures the model and runs it, on an armed step with statistics of the graphs that it runs.
+    The model's own call, hooks and all, is what is captured; only what ``nn.Module`` calls in its
+    place is set on the model.
 
     Args:
-        model: the module as the user wrote it; it is called, and not changed.
+        model: whose calls it takes once it is installed.
     """
 
     def __init__(self, model: nn.Module, options: CompileOptions) -> None:
         self.model, self.options = model, options
+        self._before: Callable[..., Any] | None = None
         self.names = ParameterNames(model)
         self._owners = Owners()
         self._breaks = BreakLog()
         self._layers = LayerCaptures(model, self._capture)
         self._account = Account(model, options, self.names, self._breaks, self._layers)
-        self._forward = self._capture(model)
+        self._forward = self._capture(model._call_impl)
         self._called = False
         self._passes: list[ArmedPass] = []
         self._call: Call | None = None
         self._interrupted: Call | None = None
         self._backward_passes = 0
         self._watching = ExitStack()
+
+    # -- on the model ------------------------------------------------------------------------
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Compilation:
+        """What the compiler knows of a model: ``model.kfc``, typed.
+
+        Raises:
+            OptionError: the model is not compiled.
+        """
+        found = vars(model).get("kfc")
+        if not (isinstance(found, cls) and found.model is model):
+            raise OptionError(
+                f"this {type(model).__name__} is not compiled: call kfc_fx.compile(model) first"
+            )
+        return found
+
+    @property
+    def installed(self) -> bool:
+        """Whether the model's calls come here."""
+        return vars(self.model).get(INSTALLED) is self
+
+    @property
+    def known_to_model(self) -> bool:
+        """Whether the model is still compiled by this compilation."""
+        return vars(self.model).get("kfc") is self
+
+    @property
+    def why_not_called(self) -> str:
+        """What to do where no call of the model has come here, in one sentence."""
+        if not self.installed:
+            return (
+                "model.compile() was called after kfc_fx.compile and takes the model's calls: "
+                "leave it out, and pass backend='inductor' to kfc_fx.compile"
+            )
+        return (
+            "call the model with gradients enabled, after KFC was made, and compute the loss from "
+            "what it returns; torch.compile around the model or around the training step traces "
+            "past kfc_fx, and kfc_fx.compile(model, backend='inductor') takes its place"
+        )
+
+    def install(self) -> None:
+        """Let the model's calls come here; what was called before is put aside."""
+        own = vars(self.model)
+        self._before = own.get(INSTALLED)
+        own[INSTALLED] = own["kfc"] = self
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        own = vars(self.model)
+        if self.installed and self._before is None:
+            del own[INSTALLED]
+        elif self.installed:
+            own[INSTALLED] = self._before
+        own.pop("kfc", None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Compilation:
+        """Of a model that is being copied: the copy's own, on the copy."""
+        model = memo.get(id(self.model))
+        if model is None:
+            return Compilation.of(copy.deepcopy(self.model, memo))
+        return restored(model, self.options.as_given())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return restored, (self.model, self.options.as_given())
+
+    def __repr__(self) -> str:
+        given = ", ".join(f"{name}={value!r}" for name, value in self.options.as_given().items())
+        state = "not captured yet"
+        if self.captured:
+            graphs, blocks = len(self._account.graphs), len(self.plan.blocks)
+            state = f"{counted(graphs, 'graph')}, {counted(blocks, 'block')}"
+        return f"Compilation({type(self.model).__name__}: {state}; {given})"
+
+    def _repr_html_(self) -> str:
+        """The short summary, and the plan once there is one, for notebooks."""
+        summary = f"<p><code>{escape(repr(self))}</code></p>"
+        return summary + (self.plan._repr_html_() if self.captured else "")
 
     # -- for optimizers ----------------------------------------------------------------------
 
@@ -120,8 +209,11 @@ class Compilation:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward pass; on an armed step with statistics."""
+        if torch.compiler.is_dynamo_compiling():
+            return self.model._call_impl(*args, **kwargs)  # a compiler around the model traces on
         if not torch.is_grad_enabled() and self.options.backend == "eager":
-            return self.model(*args, **kwargs)  # nothing to capture for, nothing to compile
+            # There is nothing to capture for, and nothing to compile.
+            return self.model._call_impl(*args, **kwargs)
         for collector in self.collectors:
             collector.note_inputs((args, kwargs))
         armed = [collector for collector in self.collectors if collector.armed]
@@ -229,7 +321,7 @@ class Compilation:
             return
         self._breaks.forget_all_but(known)
         forget_frames(traceback)
-        self._forward = self._capture(self.model)
+        self._forward = self._capture(self.model._call_impl)
         self._layers.capture_anew()
 
     @contextmanager
@@ -323,8 +415,8 @@ class Compilation:
                 "is named, or train this model by torch.optim"
             )
         return (
-            "nothing is captured yet: run a forward pass with gradients enabled, or call "
-            "compiled.trace(*example_inputs)"
+            "nothing is captured yet, by a call or by model.kfc.trace(*example_inputs): "
+            + self.why_not_called
         )
 
     def _all_emitters(self) -> Emitters:
@@ -341,7 +433,8 @@ class Compilation:
         compiler's.
         """
         captured = compile_forward(forward, self._handle)
-        self._breaks.stands_for(captured.__name__, forward)
+        frame = self.model if forward == self.model._call_impl else forward
+        self._breaks.stands_for(captured.__name__, frame)
         return captured
 
     def _handle(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -442,3 +535,18 @@ class Compilation:
             module = binding.stages[-1].module
             binding.emitting[key] = compile_emitting(self._backend(graph.layer), module)
         return binding.emitting[key]
+
+
+def restored(model: nn.Module, options: dict[str, Any]) -> Compilation:
+    """A compilation anew on a copied or unpickled model, which may still be without its state.
+
+    Args:
+        options: as :meth:`CompileOptions.as_given` has them.
+    """
+    compilation = Compilation(model, CompileOptions.of(**options))
+    compilation.install()
+    return compilation
+
+
+# A whole model is then loaded with weights_only=True if its own classes are known as safe.
+torch.serialization.add_safe_globals([restored])

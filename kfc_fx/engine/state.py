@@ -14,8 +14,8 @@ from kfc_fx.codegen.scalings.rules import RULES
 from kfc_fx.codegen.spec import StackSpec, StateEntry, UpdateSpec
 from kfc_fx.linalg.eigenbasis import from_basis, in_basis
 
-OPTIONAL = ("m", "p", "examples")
-"""Entries that a saved block may lack: its momentum was zero, or the version an older one."""
+OPTIONAL = ("m", "p")
+"""Entries that a saved block may lack: those of its momentum, which was zero."""
 
 
 @dataclass

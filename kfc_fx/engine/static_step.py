@@ -7,7 +7,6 @@ finite is decided there too, and a step on gradients that are not changes nothin
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from kfc_fx.codegen.scalings.rules import VECTOR_RULES
 from kfc_fx.codegen.spec import UpdateSpec
 from kfc_fx.codegen.text.source import UpdateProgram
-from kfc_fx.errors import KfcWarning
+from kfc_fx.errors import warn
 
 ALIGNMENT = 64
 """Elements; where a gradient begins in the flat buffer, for vectorised loads."""
@@ -149,11 +148,9 @@ class StaticStep:
         try:
             return record(self._body, self.device)
         except RuntimeError as error:
-            warnings.warn(
+            warn(
                 f"the step cannot be captured in a CUDA graph and runs launch by launch: {error} "
-                "(cuda_graph=False does not try)",
-                KfcWarning,
-                stacklevel=6,
+                "(cuda_graph=False does not try)"
             )
             return self._body
 

@@ -15,12 +15,12 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from kfc_fx.capture.nodes import concrete, example_of
 from kfc_fx.capture.regions import regions
 from kfc_fx.compilation.captured_graph import BoundGraph
 from kfc_fx.inspect.counting import Work, WorkCounter
 from kfc_fx.inspect.methods import OpCall, StatisticsObserver, counted_call
-from kfc_fx.inspect.nodes import example_of, shape_of
-from kfc_fx.plan.locations import concrete
+from kfc_fx.inspect.nodes import shown_shape
 from kfc_fx.statistics.emission import EMISSIONS
 from kfc_fx.statistics.input_factors import INPUT_FACTORS
 from kfc_fx.statistics.record import Destination, ForwardRecord, probe_for
@@ -90,7 +90,7 @@ def _site_cost(node: fx.Node, share: BatchShare) -> SiteCost:
 def _without_data(argument: Any) -> Any:
     if not isinstance(argument, fx.Node):
         return argument
-    shape = shape_of(argument)
+    shape = shown_shape(argument)
     assert shape is not None
     if _is_probe(argument):
         return torch.empty((), device="meta").expand(shape).requires_grad_()
@@ -147,7 +147,7 @@ def _backward(outputs: Any, leaves: Sequence[Tensor]) -> None:
 
 def _fake(node: fx.Node) -> Any:
     """A value like the placeholder's example, with numbers for dynamic sizes."""
-    shape, value = shape_of(node), example_of(node)
+    shape, value = shown_shape(node), example_of(node)
     if _is_probe(node):
         return torch.empty(()).expand(node.meta["shape"])
     if shape is None:

@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 
+from kfc_fx.errors import first_line
 from kfc_fx.inspect.block_entries import block_entries, generic_entries
 from kfc_fx.inspect.costs import fisher_work, gradient_work
 from kfc_fx.inspect.counting import Work
@@ -149,8 +150,7 @@ def _step_costs(
         if inspection.request.fisher == "sampled":
             fisher = sum((fisher_work(graph) for graph in inspection.graphs), fisher)
     except Exception as error:  # an operator without a fake implementation, or that needs data
-        first_line = str(error).strip().partition("\n")[0]
-        return costs, [f"the work of the graphs cannot be counted: {first_line}"]
+        return costs, [f"the work of the graphs cannot be counted: {first_line(error)}"]
     gradient = sum((p.forward + p.backward for p in passes), Work())
     statistics = fisher + factors + accumulate
     unknown = sorted(frozenset().union(*(p.uncounted for p in passes)))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from kfc_fx.errors import TargetError
+from kfc_fx.errors import TargetError, first_line
 from kfc_fx.inspect.quiet import without_logs
 
 
@@ -27,8 +27,8 @@ def load_exported(path: Path) -> tuple[nn.Module, tuple[Tensor, ...]]:
         with without_logs():
             program = torch.export.load(path)
     except Exception as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise TargetError(f"{path} is no program of torch.export: {first_line}") from error
+        message = f"{path} is no program of torch.export: {first_line(error)}"
+        raise TargetError(message) from error
     args, kwargs = program.example_inputs or ((), {})
     if kwargs or not all(isinstance(argument, Tensor) for argument in args):
         raise TargetError(f"{path}: a program must take tensors, by position, and nothing else")

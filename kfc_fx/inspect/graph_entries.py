@@ -10,11 +10,12 @@ from typing import Any
 from torch import fx
 
 from kfc_fx.capture.graph import Stage
+from kfc_fx.capture.nodes import module_of
 from kfc_fx.capture.regions import Region, regions
 from kfc_fx.compilation.captured_graph import BoundGraph
 from kfc_fx.inspect.graph_text import print_graph
 from kfc_fx.inspect.inspection import Inspection, changed_nodes
-from kfc_fx.inspect.nodes import dtype_of, module_of, shape_of, source_of, target_name
+from kfc_fx.inspect.nodes import dtype_of, shown_shape, source_of, target_name
 from kfc_fx.statistics.emission import EMISSIONS
 from kfc_fx.statistics.input_factors import INPUT_FACTORS
 
@@ -100,7 +101,7 @@ def _node_entry(
     owners: Mapping[str, str],
 ) -> dict[str, Any]:
     node = shown.node
-    shape = shape_of(node)
+    shape = shown_shape(node)
     path, kind = module_of(node)
     role = _role(shown, parameters, sites)
     block = {

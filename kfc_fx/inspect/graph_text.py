@@ -11,7 +11,8 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from kfc_fx.inspect.nodes import dtype_of, module_of, shape_of, source_of
+from kfc_fx.capture.nodes import module_of
+from kfc_fx.inspect.nodes import dtype_of, shown_shape, source_of
 
 CREATED = "created by "
 INFIX = {
@@ -67,7 +68,7 @@ class _Printer:
         return f"    {node.name} = {self.expression(node)}{self.comment(node)}"
 
     def comment(self, node: fx.Node) -> str:
-        shape = shape_of(node)
+        shape = shown_shape(node)
         parts = [] if shape is None else [f"{dtype_of(node) or ''}{list(shape)}"]
         parts += [part for part in (module_of(node)[0], source_of(node)) if part]
         parts += [f"{CREATED}{self.stage}"] if node.name in self.created else []

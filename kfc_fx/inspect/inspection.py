@@ -13,11 +13,12 @@ from kfc_fx.capture.graph import Stage
 from kfc_fx.capture.graph_passes import without_passes
 from kfc_fx.codegen.program import generate
 from kfc_fx.codegen.spec import UpdateSpec
+from kfc_fx.compilation import Compilation
 from kfc_fx.compilation.captured_graph import BoundGraph
 from kfc_fx.errors import KfcError, TargetError
 from kfc_fx.inspect.inputs import InputSpec
 from kfc_fx.inspect.quiet import without_logs
-from kfc_fx.install import CompiledModel, compile
+from kfc_fx.install import compile
 from kfc_fx.optim.kfc import KFC
 from kfc_fx.optim.update_spec import Group, real_parameters, update_spec
 from kfc_fx.plan.spec import CurvaturePlan
@@ -39,7 +40,7 @@ class InspectionOptions:
     norm_layers: bool = True
     weight_sharing: str = "expand"
 
-    def compile(self, model: nn.Module) -> CompiledModel:
+    def compile(self, model: nn.Module) -> nn.Module:
         """Compile a model, not captured yet."""
         return compile(
             model,
@@ -47,7 +48,7 @@ class InspectionOptions:
             weight_sharing=self.weight_sharing,  # type: ignore[arg-type]
         )
 
-    def optimizer(self, compiled: CompiledModel, seed: int | None = None) -> KFC:
+    def optimizer(self, compiled: nn.Module, seed: int | None = None) -> KFC:
         """The optimizer whose update is looked at."""
         return KFC(
             compiled, lr=0.01, scaling=self.scaling, input_factor=self.input_factor, seed=seed
@@ -59,7 +60,7 @@ class Inspection:
     """A compiled model and what it was compiled from."""
 
     target: str
-    compiled: CompiledModel
+    compiled: nn.Module
     optimizer: KFC
     inputs: tuple[InputSpec, ...]
     options: InspectionOptions
@@ -68,19 +69,24 @@ class Inspection:
     notes: tuple[str, ...] = field(default=())
 
     @property
+    def compilation(self) -> Compilation:
+        """What the compiler knows of the model."""
+        return Compilation.of(self.compiled)
+
+    @property
     def plan(self) -> CurvaturePlan:
         """The account of every parameter."""
-        return self.compiled.plan
+        return self.compilation.plan
 
     @property
     def request(self) -> StatisticsRequest:
         """The statistics that the optimizer asks for."""
-        return self.compiled.kfc.collectors[0].request
+        return self.compilation.collectors[0].request
 
     @property
     def parameters(self) -> dict[str, Tensor]:
         """Parameters of the model by name."""
-        return real_parameters(self.compiled)
+        return real_parameters(self.compilation)
 
     @property
     def groups(self) -> dict[str, Group]:
@@ -92,7 +98,7 @@ class Inspection:
         """What the update is generated from; None where no parameter has a block."""
         if not self.plan.blocks:
             return None
-        return update_spec(self.compiled, self.optimizer.options, self.parameters, self.groups)
+        return update_spec(self.compilation, self.optimizer.options, self.parameters, self.groups)
 
     @cached_property
     def update_source(self) -> str:
@@ -127,25 +133,25 @@ def inspect_model(
     optimizer = options.optimizer(compiled)
     with without_passes(options.without):
         _capture(compiled, inputs, options.capture)
-        graphs = tuple(bound for graph in compiled.graphs for bound in graph.bound)
+        graphs = tuple(bound for graph in Compilation.of(compiled).graphs for bound in graph.bound)
     return Inspection(target, compiled, optimizer, tuple(inputs), options, graphs, tuple(notes))
 
 
-def _capture(compiled: CompiledModel, inputs: Sequence[InputSpec], capture: str) -> None:
+def _capture(compiled: nn.Module, inputs: Sequence[InputSpec], capture: str) -> None:
     examples = [spec.example() for spec in inputs]
     if capture == "symbolic":
         with without_logs():
-            compiled.trace_symbolic(*examples)
+            Compilation.of(compiled).trace_symbolic(*examples)
         return
     try:
         with without_logs():
-            compiled.trace(*examples)
+            Compilation.of(compiled).trace(*examples)
     except KfcError:
         raise
     except Exception as error:
         reason = _reason(error).rstrip(".")
         raise TargetError(
-            f"{type(compiled.original).__name__} does not run on "
+            f"{type(compiled).__name__} does not run on "
             f"{' '.join(map(str, inputs))}: {reason}. {_advice(reason, inputs)}"
         ) from error
 

@@ -1,4 +1,4 @@
-"""What a node of a captured graph says about itself: shape, dtype, module and source line."""
+"""What a node of a captured graph says about itself: shape, dtype and source line."""
 
 from __future__ import annotations
 
@@ -10,41 +10,25 @@ from pathlib import Path
 
 from torch import Tensor, fx
 
-from kfc_fx.plan.locations import concrete
-from kfc_fx.plan.match import module_path
+from kfc_fx.capture.nodes import concrete, example_of, shape_of
 
 FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 NOT_THE_MODEL = ("torch/", "kfc_fx/")
 """Sources through which every capture passes, as :func:`shown_path` spells them."""
 
 
-def example_of(node: fx.Node) -> object:
-    """The fake value that a node has, if it is known."""
-    return node.meta.get("example_value", node.meta.get("val"))
-
-
-def shape_of(node: fx.Node) -> tuple[int, ...] | None:
-    """Shape of the tensor that a node holds; None for other things."""
+def shown_shape(node: fx.Node) -> tuple[int, ...] | None:
+    """Shape of the tensor or probe that a node holds, in numbers; None for other things."""
     if "kfc_probe" in node.meta:
         return tuple(node.meta["shape"])
-    value = example_of(node)
-    return tuple(map(concrete, value.shape)) if isinstance(value, Tensor) else None
+    shape = shape_of(node)
+    return None if shape is None else tuple(map(concrete, shape))
 
 
 def dtype_of(node: fx.Node) -> str | None:
     """Its dtype, as ``float32``; None for other things than tensors, and probes."""
     value = example_of(node)
     return str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else None
-
-
-def module_of(node: fx.Node) -> tuple[str, str]:
-    """Path and type name of the innermost module call around a node; empty where there is none."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return "", ""
-    path, kind = list(stack.values())[-1]
-    name = kind if isinstance(kind, str) else kind.__name__
-    return module_path(path), name.rpartition(".")[2]
 
 
 def source_of(node: fx.Node) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kfc_fx.errors import TargetError, did_you_mean
+from kfc_fx.errors import TargetError, did_you_mean, first_line
 from kfc_fx.inspect.exported import load_exported
 
 EXPORTED_SUFFIX = ".pt2"
@@ -100,7 +100,7 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise TargetError(f"checkpoint {path}: {_first_line(error)}") from error
+        raise TargetError(f"checkpoint {path}: {first_line(error)}") from error
     if not isinstance(saved, Mapping):
         raise TargetError(f"checkpoint {path} holds a {type(saved).__name__}, not a state_dict")
     for key in ("state_dict", "model_state_dict", "model"):
@@ -196,7 +196,7 @@ def _model(target: str, found: object, arguments: Mapping[str, Any], hint: str) 
         raise TargetError(f"{target}: {error}{hint}") from error
     except Exception as error:
         raise TargetError(
-            f"calling {target} fails: {type(error).__name__}: {_first_line(error)}"
+            f"calling {target} fails: {type(error).__name__}: {first_line(error)}"
         ) from error
     if not isinstance(model, nn.Module):
         raise TargetError(f"{target} returned a {type(model).__name__}, not an nn.Module")
@@ -204,8 +204,4 @@ def _model(target: str, found: object, arguments: Mapping[str, Any], hint: str) 
 
 
 def _import_failure(name: str, error: Exception) -> TargetError:
-    return TargetError(f"importing {name!r} fails: {type(error).__name__}: {_first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    return TargetError(f"importing {name!r} fails: {type(error).__name__}: {first_line(error)}")

@@ -83,7 +83,7 @@ def _step(
     """Parameters of a copy of the model after a step by ``functions``, or by the engine's own."""
     torch.manual_seed(SEED)
     options = inspection.options
-    compiled = options.compile(copy.deepcopy(inspection.compiled.original))
+    compiled = options.compile(copy.deepcopy(inspection.compiled))
     optimizer = options.optimizer(compiled, SEED)
     outputs = pytree.tree_leaves(compiled(*(spec.example() for spec in inspection.inputs)))
     floats = [o for o in outputs if isinstance(o, Tensor) and o.is_floating_point()]
@@ -98,4 +98,4 @@ def _step(
 
         engine.program_for = printed  # type: ignore[method-assign]
     optimizer.step()
-    return {name: p.detach() for name, p in compiled.original.named_parameters()}
+    return {name: p.detach() for name, p in compiled.named_parameters()}

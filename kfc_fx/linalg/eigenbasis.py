@@ -34,7 +34,7 @@ def eigendecomposition(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         values, basis = factor.new_full(factor.shape[:2], torch.nan), torch.empty_like(factor)
     # Checked besides: LAPACK may report success and give NaN.
-    doubtful = ~(_is_finite(values) & _is_finite(basis))
+    doubtful = ~(are_finite(values) & are_finite(basis))
     failed = torch.zeros_like(doubtful)
     for index in doubtful.nonzero().flatten().tolist():
         values[index], basis[index], failed[index] = _in_float64(factor[index])
@@ -71,7 +71,8 @@ def _without_rows_of_zeros(factor: Tensor) -> Tensor:
     return shifted
 
 
-def _is_finite(matrices: Tensor) -> Tensor:
+def are_finite(matrices: Tensor) -> Tensor:
+    """Which entries of a stack ``[L, ...]`` hold finite numbers alone: ``[L]``."""
     return matrices.isfinite().flatten(1).all(1)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kfc_fx.linalg.damped_inverse import mean_eigenvalue
-from kfc_fx.linalg.eigenbasis import eigendecomposition
+from kfc_fx.linalg.eigenbasis import are_finite, eigendecomposition
 
 ITERATIONS = 12
 """Of the coupled Newton-Schulz iteration. Warm-started it has converged after 4 to 6; from the
@@ -39,7 +39,7 @@ def cholesky_whitening(factor: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     lower, info = torch.linalg.cholesky_ex(damped)
     identity = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device)
     inverse = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
-    return _checked(inverse.mT, damped, (info != 0) | ~_is_finite(inverse))
+    return _checked(inverse.mT, damped, (info != 0) | ~are_finite(inverse))
 
 
 def newton_schulz_whitening(
@@ -94,10 +94,6 @@ def _damped(factor: Tensor, damping: float) -> Tensor:
 
 def _positive(mean: Tensor) -> Tensor:
     return mean.clamp(min=torch.finfo(mean.dtype).tiny ** 0.5)
-
-
-def _is_finite(matrix: Tensor) -> Tensor:
-    return matrix.isfinite().flatten(1).all(1)
 
 
 def _checked(whitening: Tensor, damped: Tensor, doubtful: Tensor) -> tuple[Tensor, Tensor]:

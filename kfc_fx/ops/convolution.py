@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def checked_geometry(
     x: Tensor,
-    kernel_size: Sequence[int],
+    kernel_size: IntOrInts,
     stride: IntOrInts,
     padding: Padding,
     dilation: IntOrInts,
@@ -26,11 +26,15 @@ def checked_geometry(
 ) -> ConvGeometry:
     """The geometry of a convolution of ``x``: ``[N, C, *spatial]``.
 
+    ``kernel_size`` may be one number for every spatial dimension, as in ``F.unfold``.
+
     Raises:
         ValueError: arguments that ``conv_geometry`` refuses; more than 3 spatial dimensions, or
             another number of them than ``kernel_size`` has; channels that ``groups`` does not
             divide; a padded map smaller than the kernel; a dtype that is not floating point.
     """
+    if isinstance(kernel_size, int):
+        kernel_size = (kernel_size,) * (x.ndim - 2)
     geometry = conv_geometry(
         kernel_size, stride=stride, padding=padding, dilation=dilation, groups=groups
     )

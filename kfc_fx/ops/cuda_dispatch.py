@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from kfc_fx.kernels import cpu_patch_gram, cpu_separable_gram
-from kfc_fx.kernels.cpu_assemble import assemble_slots, pack_slots, reach_sums
+from kfc_fx.kernels.cpu_assemble import pack_slots, reach_sums
+from kfc_fx.kernels.dtypes import statistic_dtype
 from kfc_fx.kernels.geometry import ConvGeometry
-from kfc_fx.kernels.products import product_plan
+from kfc_fx.kernels.products import ProductPlan, product_plan
 from kfc_fx.ops.convolution import decoded
 from kfc_fx.ops.library import LIBRARY
 
@@ -41,8 +42,7 @@ def patch_gram(
     if method == "auto":
         method = _cheaper_method(x, geometry)
     if method == "structured":
-        slots = _slots(x, geometry, bias)
-        return _assemble_slots(slots, geometry, tuple(x.shape[1:]), bias)
+        return _structured_gram(x, geometry, bias)
     from kfc_fx.kernels.triton_im2col_gram import im2col_gram
 
     return im2col_gram(x, geometry, bias=bias)
@@ -54,7 +54,7 @@ def row_gram(x: Tensor, bias: bool) -> Tensor:
         from kfc_fx.kernels.triton_row_gram import row_gram as triton_row_gram
 
         return triton_row_gram(x, bias=bias)
-    rows = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(0, -2)
+    rows = x.to(statistic_dtype(x)).flatten(0, -2)
     if bias:
         rows = torch.cat([rows, rows.new_ones(rows.shape[0], 1)], dim=1)
     return rows.mT @ rows
@@ -68,29 +68,6 @@ def separable_gram(x: Tensor, numbers: list[int]) -> tuple[Tensor, Tensor]:
     from kfc_fx.kernels.triton_separable_gram import separable_gram as triton_separable_gram
 
     return triton_separable_gram(x, geometry)
-
-
-def patch_products(
-    x: Tensor,
-    numbers: list[int],
-    bias: bool,
-) -> Tensor:
-    """``kfc_fx::patch_products`` on CUDA."""
-    geometry = decoded(numbers)
-    if not uses_triton(x):
-        return cpu_patch_gram.patch_products(x, geometry, bias=bias)
-    return _slots(x, geometry, bias)
-
-
-def assemble(
-    slots: Tensor,
-    input_size: list[int],
-    numbers: list[int],
-    bias: bool,
-) -> Tensor:
-    """``kfc_fx::assemble`` on CUDA."""
-    geometry = decoded(numbers)
-    return _assemble_slots(slots, geometry, tuple(input_size), bias)
 
 
 def uses_triton(x: Tensor) -> bool:
@@ -117,27 +94,23 @@ def _cheaper_method(x: Tensor, geometry: ConvGeometry) -> str:
     return estimate(geometry, tuple(x.shape), mode, processor(x).shared_bytes).best
 
 
-def _slots(x: Tensor, geometry: ConvGeometry, bias: bool) -> Tensor:
-    from kfc_fx.kernels.triton_patch_products import patch_products as triton_patch_products
+def product_slots(x: Tensor, geometry: ConvGeometry, bias: bool) -> tuple[Tensor, ProductPlan]:
+    """The distinct products of Ω by Triton, as ``cpu_assemble`` lays them out, and their plan."""
+    from kfc_fx.kernels.triton_patch_products import patch_products
 
     x, geometry = cpu_patch_gram.with_two_axes(x, geometry)
     plan = product_plan(geometry, tuple(x.shape[2:]))
-    products = triton_patch_products(x, plan, geometry.stride, geometry.groups)
+    products = patch_products(x, plan, geometry.stride, geometry.groups)
     sums = reach_sums(x, plan, geometry.stride, geometry.groups) if bias else None
-    return pack_slots(products, sums, len(x) * plan.locations)
+    return pack_slots(products, sums, len(x) * plan.locations), plan
 
 
-def _assemble_slots(
-    slots: Tensor, geometry: ConvGeometry, input_size: tuple[int, ...], bias: bool
-) -> Tensor:
-    plan = product_plan(geometry, tuple(input_size[1:]))
-    channels = input_size[0] // geometry.groups
-    if slots.dtype != torch.float32 or not uses_triton(slots):
-        return assemble_slots(slots, plan, channels, bias)
-    from kfc_fx.kernels.triton_assemble import assemble as triton_assemble
+def _structured_gram(x: Tensor, geometry: ConvGeometry, bias: bool) -> Tensor:
+    from kfc_fx.kernels.triton_assemble import assemble
 
-    return triton_assemble(slots, plan, channels, bias)
+    slots, plan = product_slots(x, geometry, bias)
+    return assemble(slots, plan, x.shape[1] // geometry.groups, bias)
 
 
-for _implementation in (patch_gram, row_gram, separable_gram, patch_products, assemble):
+for _implementation in (patch_gram, row_gram, separable_gram):
     LIBRARY.impl(_implementation.__name__, _implementation, "CUDA")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kfc_fx.kernels.dtypes import statistic_dtype
 from kfc_fx.ops.convolution import check_dtype
-from kfc_fx.ops.library import define, statistic_dtype
+from kfc_fx.ops.library import define
 from kfc_fx.ops.row_gram import row_gram
 
 

@@ -21,8 +21,3 @@ def define(schema: str, on_any_device: Callable[..., Any], fake: Callable[..., A
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, on_any_device, "CompositeExplicitAutograd")
     torch.library.register_fake(f"kfc_fx::{name}", fake, lib=LIBRARY)
-
-
-def statistic_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype statistics of ``x`` accumulate and arrive in: float64 for float64, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -8,22 +8,21 @@ micro-batches add up. The one scale convention of the project divides it by N la
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from kfc_fx.kernels import cpu_patch_gram
+from kfc_fx.kernels.dtypes import statistic_dtype
 from kfc_fx.kernels.geometry import IntOrInts
 from kfc_fx.ops.convolution import Padding, checked_geometry, decoded, encoded
-from kfc_fx.ops.library import define, statistic_dtype
+from kfc_fx.ops.library import define
 
 METHODS = ("auto", "structured", "im2col")
 
 
 def patch_gram(
     x: Tensor,
-    kernel_size: Sequence[int],
+    kernel_size: IntOrInts,
     *,
     stride: IntOrInts = 1,
     padding: Padding = 0,
@@ -37,7 +36,7 @@ def patch_gram(
     Args:
         x: ``[N, C, *spatial]`` input of the convolution, 0 to 3 spatial dimensions; float32,
             float64, bfloat16 or float16, of any strides.
-        kernel_size: one size per spatial dimension.
+        kernel_size: one size per spatial dimension, or one number for all of them.
         stride, padding, dilation, groups: as in ``F.conv*d``; ``padding`` may also be
             ``(before, after)`` pairs.
         bias: append the homogeneous coordinate, a constant one, to every patch.

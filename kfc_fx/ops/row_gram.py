@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from kfc_fx.kernels import cpu_row_gram
+from kfc_fx.kernels.dtypes import statistic_dtype
 from kfc_fx.ops.convolution import check_dtype
-from kfc_fx.ops.library import define, statistic_dtype
+from kfc_fx.ops.library import define
 
 
 def row_gram(x: Tensor, *, bias: bool = False) -> Tensor:

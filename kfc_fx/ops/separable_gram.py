@@ -6,20 +6,19 @@ are formed without patches (``kernels.cpu_separable_gram``, ``kernels.triton_sep
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from kfc_fx.kernels import cpu_separable_gram
+from kfc_fx.kernels.dtypes import statistic_dtype
 from kfc_fx.kernels.geometry import IntOrInts
 from kfc_fx.ops.convolution import Padding, checked_geometry, decoded, encoded
-from kfc_fx.ops.library import define, statistic_dtype
+from kfc_fx.ops.library import define
 
 
 def separable_gram(
     x: Tensor,
-    kernel_size: Sequence[int],
+    kernel_size: IntOrInts,
     *,
     stride: IntOrInts = 1,
     padding: Padding = 0,

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from kfc_fx.codegen.spec import UpdateSpec
+from kfc_fx.compilation import Compilation
 from kfc_fx.engine.engine import UpdateEngine
 from kfc_fx.engine.state import SavedState
-from kfc_fx.errors import KfcWarning, OptionError
-from kfc_fx.install import CompiledModel
+from kfc_fx.errors import OptionError, warn
 from kfc_fx.optim.options import KFCOptions
 from kfc_fx.optim.rates import learning_rates
 from kfc_fx.optim.update_spec import Group, real_parameters, update_spec
@@ -24,10 +23,12 @@ class Binding:
     Methods take the optimizer's ``param_groups``, which belong to it and may change at any time.
     """
 
-    def __init__(self, compiled: CompiledModel, options: KFCOptions) -> None:
-        self.names = {p: name for name, p in compiled.original.named_parameters()}
+    def __init__(self, compilation: Compilation, options: KFCOptions) -> None:
+        self.names: dict[Tensor, str] = {
+            p: name for name, p in compilation.model.named_parameters()
+        }
         """Parameter to name."""
-        self._compiled = compiled
+        self._compilation = compilation
         self._options = options
         self._engine: UpdateEngine | None = None
         self._key: object = None
@@ -45,14 +46,14 @@ class Binding:
             OptionError: the plan has no block to precondition, a group splits a block, or a loaded
                 state does not fit.
         """
-        parameters = real_parameters(self._compiled)
+        parameters = real_parameters(self._compilation)
         key = (
-            self._compiled.revision,
+            self._compilation.revision,
             tuple((p.requires_grad, p.device, p.dtype) for p in parameters.values()),
             tuple((len(g["params"]), g["weight_decay"] > 0) for g in groups),
         )
         if self._engine is None or self._key != key:
-            spec = update_spec(self._compiled, self._options, parameters, self.by_name(groups))
+            spec = update_spec(self._compilation, self._options, parameters, self.by_name(groups))
             if self._engine is None or self._engine.spec != spec:
                 compiled, graph = self._options.compile_update, self._options.cuda_graph
                 _check_one_device(spec, parameters, compiled=compiled)
@@ -64,7 +65,7 @@ class Binding:
                 self._tell_of_lost_blocks(spec)
                 self._engine, self._loaded = engine, SavedState.empty()
             self._key = key
-        self._engine.parameters = parameters  # the real views of complex ones are new
+        self._engine.take_parameters(parameters)  # the real views of complex ones are new
         return self._engine
 
     @property
@@ -106,27 +107,21 @@ class Binding:
                 "another scaling, of factors in another form, or of another layer. Make KFC with "
                 "the options that it was saved with, or load the model's state alone"
             )
-        warnings.warn(
-            f"{len(anew)} blocks begin anew ({_shown(anew)}): the loaded state has none of them",
-            KfcWarning,
-            stacklevel=5,
-        )
+        warn(f"{len(anew)} blocks begin anew ({_shown(anew)}): the loaded state has none of them")
 
     def _tell_of_lost_blocks(self, spec: UpdateSpec) -> None:
         """Warn of blocks that have become generic while the model was trained."""
         if self._engine is None:
             return
-        reasons = {generic.name: generic.reason for generic in self._compiled.plan.generic}
+        reasons = {generic.name: generic.reason for generic in self._compilation.plan.generic}
         kept = {block.weight for stack in spec.stacks for block in stack.blocks}
         lost = [block for block in self._engine.blocks if block.weight not in kept]
         lost = [block for block in lost if block.weight in reasons]
         if lost:
             first = lost[0]
-            warnings.warn(
+            warn(
                 f"{len(lost)} layers have no block any more ({_shown([b.name for b in lost])}) and "
-                f"are updated as generic parameters; {first.weight}: {reasons[first.weight]}",
-                KfcWarning,
-                stacklevel=5,
+                f"are updated as generic parameters; {first.weight}: {reasons[first.weight]}"
             )
 
     @property

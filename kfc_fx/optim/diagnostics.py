@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kfc_fx.errors import KfcWarning
+from kfc_fx.errors import warn
 
 
 @dataclass
@@ -93,11 +92,7 @@ class Diagnostics:
         for block in blocks:
             counts[block] += 1
             if counts[block] == 1:
-                warnings.warn(
-                    f"layer {block!r} {what} (opt.diagnostics.{counter} counts these)",
-                    KfcWarning,
-                    stacklevel=5,
-                )
+                warn(f"layer {block!r} {what} (opt.diagnostics.{counter} counts these)")
 
     def counters(self) -> dict[str, object]:
         """The counters as plain data, for ``state_dict``."""

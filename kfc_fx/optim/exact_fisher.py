@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfc_fx.compilation import Compilation
 from kfc_fx.errors import StepError
-from kfc_fx.install import CompiledModel
 from kfc_fx.optim.diagnostics import Diagnostics
 from kfc_fx.optim.exact.fisher_vector import fisher_gram
 from kfc_fx.optim.exact.quadratic_model import best_combination, inner_products, predicted_change
@@ -23,12 +23,12 @@ class ExactFisher:
 
     def __init__(
         self,
-        compiled: CompiledModel,
+        compilation: Compilation,
         collector: Collector,
         options: KFCOptions,
         diagnostics: Diagnostics,
     ) -> None:
-        self._compiled, self._collector = compiled, collector
+        self._compilation, self._collector = compilation, collector
         self._options, self._diagnostics = options, diagnostics
 
     @property
@@ -69,7 +69,7 @@ class ExactFisher:
             raise StepError(
                 "adapt_damping compares the loss before and after a step: call opt.step(closure)"
             )
-        return Trial(self._compiled.original)
+        return Trial(self._compilation.model)
 
     def adapt_damping(
         self,
@@ -117,7 +117,7 @@ class ExactFisher:
                 "the exact Fisher matrix needs a forward pass through the compiled model"
             )
         return fisher_gram(
-            self._compiled.original,
+            self._compilation.model,
             self._collector.likelihood,
             inputs,
             vectors,

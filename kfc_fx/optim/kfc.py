@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -11,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from kfc_fx.compilation import Compilation
 from kfc_fx.engine.engine import UpdateEngine
 from kfc_fx.engine.factors import Factors
 from kfc_fx.engine.screening import screen
 from kfc_fx.engine.state import SavedState
-from kfc_fx.errors import KfcWarning, OptionError, StatisticsError, StepError
-from kfc_fx.install import CompiledModel
+from kfc_fx.errors import OptionError, StatisticsError, StepError, warn
+from kfc_fx.install import compilation_of, compile
 from kfc_fx.optim.binding import Binding
 from kfc_fx.optim.diagnostics import Diagnostics
 from kfc_fx.optim.exact_fisher import ExactFisher
@@ -39,7 +39,8 @@ class KFC(torch.optim.Optimizer):
     """Approximate natural gradient with Kronecker factors (Grosse & Martens 2016).
 
     Args:
-        compiled: what :func:`kfc_fx.compile` returned.
+        model: what :func:`kfc_fx.compile` has compiled; one that is not compiled is now, by the
+            defaults.
         params: parameters or parameter groups to update; by default all of the model. A group
             may set ``lr`` and ``weight_decay``. Weight and bias of one layer share their ``lr``.
         lr: learning rate α; by default 0.01 ("adam"), 0.07 ("spectral") or 0.03 ("eigen",
@@ -131,7 +132,7 @@ class KFC(torch.optim.Optimizer):
 
     def __init__(
         self,
-        compiled: CompiledModel,
+        model: nn.Module,
         params: Iterable[Any] | None = None,
         *,
         lr: float | None = None,
@@ -164,11 +165,9 @@ class KFC(torch.optim.Optimizer):
         blocks: Mapping[str, Mapping[str, Any]] | None = None,
         seed: int | None = None,
     ) -> None:
-        if not isinstance(compiled, CompiledModel):
-            raise OptionError(
-                f"KFC takes a compiled model, got {type(compiled).__name__}: "
-                "pass kfc_fx.compile(model)"
-            )
+        if not isinstance(model, nn.Module):
+            raise OptionError(f"KFC takes a model, got {type(model).__name__}")
+        compilation = Compilation.of(compile(model) if compilation_of(model) is None else model)
         self.options = KFCOptions(
             scaling=scaling,  # type: ignore[arg-type]
             momentum=momentum,
@@ -199,23 +198,23 @@ class KFC(torch.optim.Optimizer):
         )
         lr = self.options.default_lr if lr is None else lr
         check_group({"lr": lr, "weight_decay": weight_decay})
-        partly = compiled.backend == "eager"
+        partly = compilation.options.backend == "eager"
         if factor_samples not in (None, "auto") and not partly:
             raise OptionError(
-                f"factor_samples needs backend='eager', got {compiled.backend!r}: a compiled "
+                f"factor_samples needs backend='eager', got "
+                f"{compilation.options.backend!r}: a compiled "
                 "backward pass has the part of the batch that it takes fixed in its code"
             )
-        parameters = compiled.original.parameters()
+        parameters = compilation.model.parameters()
         if self.options.needs_inputs and any(p.is_complex() for p in parameters):
             raise OptionError(
                 "clip_by='exact', quadratic_model and adapt_damping take the exact Fisher matrix "
                 "of all parameters, and some of the model's are complex: leave them out"
             )
-        self.compiled = compiled
-        compilation = compiled.kfc
+        self._compilation = compilation
         compilation.names.refresh_if_changed()
-        self._binding = Binding(compiled, self.options)
-        chosen = list(compiled.original.parameters() if params is None else params)
+        self._binding = Binding(compilation, self.options)
+        chosen = list(compilation.model.parameters() if params is None else params)
         if not chosen:
             raise OptionError("there is nothing to optimize: the model has no parameters")
         request = StatisticsRequest(
@@ -236,7 +235,7 @@ class KFC(torch.optim.Optimizer):
         self._warned: set[str] = set()
         self._made = True
         compilation.assign(self._collector, self._binding.by_name(self.param_groups))
-        self._exact = ExactFisher(compiled, self._collector, self.options, self._diagnostics)
+        self._exact = ExactFisher(compilation, self._collector, self.options, self._diagnostics)
         self._arm()
 
     # -- torch.optim.Optimizer -------------------------------------------------------------
@@ -260,7 +259,7 @@ class KFC(torch.optim.Optimizer):
                 )
         super().add_param_group({**param_group, "params": params})
         if self._made:
-            self.compiled.kfc.assign(self._collector, self._binding.by_name(self.param_groups[-1:]))
+            self._compilation.assign(self._collector, self._binding.by_name(self.param_groups[-1:]))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -285,7 +284,7 @@ class KFC(torch.optim.Optimizer):
         self._check_owner()
         gradients = named_gradients(self.param_groups, self._binding.names)
         if self._collector.armed:
-            self.compiled.kfc.note_gradients(gradients)
+            self._compilation.note_gradients(gradients)
         engine, diagnostics = self._bound_engine(), self._diagnostics
         if not engine.guards(gradients) and not all_finite(gradients.values()):
             self._note_skipped(1)
@@ -411,7 +410,7 @@ class KFC(torch.optim.Optimizer):
         averages = self._binding.average
         if not averages:
             raise StepError("no averaged parameters: make KFC with average=τ and take a step first")
-        own = real_parameters(self.compiled)
+        own = real_parameters(self._compilation)
         kept = {name: own[name].detach().clone() for name in averages}
         try:
             _copy_into(own, averages)
@@ -432,7 +431,7 @@ class KFC(torch.optim.Optimizer):
         self._collector.take()
         for batch in batches:
             args, kwargs = inputs_of(batch)
-            self.compiled.kfc.collect_statistics(self._collector, *args, **kwargs)
+            self._compilation.collect_statistics(self._collector, *args, **kwargs)
         if not self._collector.sums.blocks:
             raise StatisticsError("initialise got no batch with statistics; pass at least one")
         with torch.no_grad():
@@ -442,12 +441,15 @@ class KFC(torch.optim.Optimizer):
     # -- one step ------------------------------------------------------------------------
 
     def _check_owner(self) -> None:
-        owner_of = self.compiled.kfc.owner_of
+        if not self._compilation.known_to_model:
+            raise StepError(
+                "the model was compiled anew, or uncompiled, after this KFC was made: make a KFC "
+                "for the model as it is now"
+            )
+        owner_of = self._compilation.owner_of
         for name in self._binding.by_name(self.param_groups):
             if owner_of(name) is not self._collector:
-                raise StepError(
-                    f"another KFC was made for {name} of this compiled model; step that one"
-                )
+                raise StepError(f"another KFC was made for {name}; step that one")
 
     def _settle(self, engine: UpdateEngine) -> int:
         """Count the steps that the device did not take as skipped; returns how many."""
@@ -461,11 +463,9 @@ class KFC(torch.optim.Optimizer):
         before = self._diagnostics.skipped_steps
         self._diagnostics.skipped_steps += count
         if not before:
-            warnings.warn(
+            warn(
                 "a gradient is not finite: the step is skipped, parameters and state stay "
-                "(opt.diagnostics.skipped_steps counts these)",
-                KfcWarning,
-                stacklevel=4,
+                "(opt.diagnostics.skipped_steps counts these)"
             )
 
     def _use_statistics(self, engine: UpdateEngine) -> None:
@@ -505,11 +505,11 @@ class KFC(torch.optim.Optimizer):
         """
         reason, some = self._collector.take_missing(), bool(self._collector.sums.blocks)
         if not reason:
-            reason = (
-                "call the compiled model (not the original) with gradients enabled, after KFC was "
-                "made, and compute the loss from what it returns"
-            )
-            if self.compiled.backend != "eager" and self._collector.request.fisher == "empirical":
+            reason = self._compilation.why_not_called
+            if (
+                self._compilation.options.backend != "eager"
+                and self._collector.request.fisher == "empirical"
+            ):
                 reason += "; of a compiled graph by loss.backward(), without inputs="
         whose = "a backward pass" if some else "no backward pass"
         verb = "gave none" if some else "gave any"
@@ -519,7 +519,7 @@ class KFC(torch.optim.Optimizer):
         self._diagnostics.missed_statistics += 1
         if reason not in self._warned:
             self._warned.add(reason)
-            warnings.warn(text, KfcWarning, stacklevel=5)
+            warn(text)
 
     def _arguments(self, engine: UpdateEngine) -> dict[str, Any]:
         options = self.options

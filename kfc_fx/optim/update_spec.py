@@ -11,8 +11,8 @@ from torch import Tensor
 from kfc_fx.codegen.scalings.rules import VECTOR_RULES
 from kfc_fx.codegen.spec import GenericParameter, UpdateSpec
 from kfc_fx.codegen.stacking import stack_blocks
+from kfc_fx.compilation import Compilation
 from kfc_fx.errors import OptionError
-from kfc_fx.install import CompiledModel
 from kfc_fx.optim.gradients import as_real
 from kfc_fx.optim.options import KFCOptions
 from kfc_fx.plan.spec import BlockSpec, CurvaturePlan
@@ -24,17 +24,17 @@ ORTHOGONAL_ITERATION_FROM = 128
 Group = Mapping[str, Any]
 
 
-def real_parameters(compiled: CompiledModel) -> dict[str, Tensor]:
+def real_parameters(compilation: Compilation) -> dict[str, Tensor]:
     """The model's parameters by name; complex ones as pairs of real numbers, as
     ``torch.optim.AdamW`` steps them."""
     return {
         name: as_real(p.detach()).requires_grad_(p.requires_grad) if p.is_complex() else p
-        for name, p in compiled.original.named_parameters()
+        for name, p in compilation.model.named_parameters()
     }
 
 
 def update_spec(
-    compiled: CompiledModel,
+    compilation: Compilation,
     options: KFCOptions,
     parameters: Mapping[str, Tensor],
     groups: Mapping[str, Group],
@@ -48,7 +48,7 @@ def update_spec(
     Raises:
         OptionError: the plan has no block to precondition, or a group splits a block.
     """
-    plan = compiled.plan
+    plan = compilation.plan
     options.check_patterns(plan)
     held = [block for block in plan.blocks if block.weight in groups]
     _check_blocks(plan, held, groups)
@@ -69,7 +69,7 @@ def update_spec(
     kept: list[Any] = [s for s in options.scalings if s in scalings and options.momentum_of(s)]
     kept += ["generic"] * (options.generic_momentum > 0)
     return UpdateSpec(
-        title=type(compiled.original).__name__,
+        title=type(compilation.model).__name__,
         stacks=stack_blocks(list(choices), choices.__getitem__, placement),
         generic=tuple(
             GenericParameter(name, tuple(p.shape), _is_half(p))

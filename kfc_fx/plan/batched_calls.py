@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
+from kfc_fx.capture.nodes import dimensions, shape_of
 from kfc_fx.plan.layer_calls import LayerCall
 from kfc_fx.plan.spec import BatchSpec
-from kfc_fx.plan.weight_views import dimensions, shape_of
 
 LAST = BatchSpec((-3, -1), (-3, -1))
 """``[..., E, rows, C]``: channels last, entries before the rows."""

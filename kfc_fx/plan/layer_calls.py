@@ -10,9 +10,10 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
+from kfc_fx.capture.nodes import dimensions, shape_of
 from kfc_fx.kernels.geometry import LINEAR, ConvGeometry, conv_geometry
 from kfc_fx.plan.spec import BatchSpec, BlockKind, NormSpec
-from kfc_fx.plan.weight_views import dimensions, shape_of, weight_view
+from kfc_fx.plan.weight_views import weight_view
 
 
 @dataclass(frozen=True)

@@ -5,25 +5,10 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
+from kfc_fx.capture.nodes import concrete
 from kfc_fx.plan.layer_calls import CONVOLUTIONS, LayerCall
-
-
-def concrete(size: Any) -> int:
-    """A size as a number: of a dynamic one, what the inputs of the capture had.
-
-    Raises:
-        ValueError: the size is of data, so that the capture had none.
-    """
-    if isinstance(size, torch.SymInt):
-        if size.node.is_nested_int():
-            raise ValueError("the size differs from entry to entry of a nested tensor")
-        if size.node.hint is None:
-            raise ValueError(f"size {size} is known only when the graph runs")
-        return int(size.node.hint)
-    return int(size)
 
 
 def locations_of(node: fx.Node, call: LayerCall) -> int:

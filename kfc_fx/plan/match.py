@@ -9,12 +9,13 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
+from kfc_fx.capture.nodes import dimensions, module_of, shape_of
 from kfc_fx.capture.regions import REGION, Region, regions
 from kfc_fx.plan.batched_calls import batched_calls, entry_of
 from kfc_fx.plan.layer_calls import LayerCall, layer_call
 from kfc_fx.plan.locations import locations_of
 from kfc_fx.plan.spec import GraphUses, SiteSpec, UnmatchedUse
-from kfc_fx.plan.weight_views import WeightView, dimensions, is_view, shape_of, weight_view
+from kfc_fx.plan.weight_views import WeightView, is_view, weight_view
 
 NO_EXAMPLES = "its input does not depend on the examples"
 TRANSFORMED = "inside a function transform (vmap, grad, jvp), which hides its layers"
@@ -293,17 +294,5 @@ def _target_name(node: fx.Node) -> str:
 
 def source_location(node: fx.Node) -> str:
     """Module path of the innermost module call around a node, or ""."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path, module_type = list(stack.values())[-1]
-    kind = module_type if isinstance(module_type, str) else module_type.__name__
-    return f"{module_path(path) or 'the model itself'} ({kind.rsplit('.', 1)[-1]})"
-
-
-def module_path(path: str) -> str:
-    """``layer1.0.conv1`` from dynamo's spelling of the same path."""
-    for prefix in ("L['model']", "L['self']", "model"):
-        path = path.removeprefix(prefix)
-    path = path.replace("._modules", "").replace("['", ".").replace("']", "")
-    return path.strip(".")
+    path, kind = module_of(node)
+    return f"{path or 'the model itself'} ({kind})" if kind else ""

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from kfc_fx.capture.nodes import dimensions, shape_of
+
 ATEN = torch.ops.aten
 MATRIX_TRANSPOSES = ("mT", ATEN.mT)
 TRANSPOSES = ("t", torch.t, ATEN.numpy_T, ATEN.mT, ATEN.t.default)
@@ -64,17 +66,6 @@ def _turns_rows(view: WeightView) -> bool:
 def is_view(node: fx.Node) -> bool:
     """Whether a node is a view that :func:`weight_view` looks through, or a split on the way."""
     return _one_view(node) is not None or _pieces(node) is not None
-
-
-def shape_of(value: object) -> tuple[int, ...] | None:
-    """Shape of the tensor that a node holds, from its example."""
-    example = value.meta.get("example_value") if isinstance(value, fx.Node) else None
-    return tuple(example.shape) if isinstance(example, torch.Tensor) else None
-
-
-def dimensions(value: object) -> int:
-    """Number of dimensions of the tensor that a node holds; 0 for anything else."""
-    return len(shape_of(value) or ())
 
 
 def _one_view(node: fx.Node) -> WeightView | None:

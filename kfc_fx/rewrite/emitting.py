@@ -12,9 +12,9 @@ from torch import Tensor, fx
 
 from kfc_fx.capture.graph import Stage
 from kfc_fx.capture.graph_passes import run_passes
+from kfc_fx.capture.nodes import dimensions
 from kfc_fx.plan.forms import FactorForms, statistic_shapes
 from kfc_fx.plan.spec import BlockSpec, SiteSpec
-from kfc_fx.plan.weight_views import dimensions
 from kfc_fx.rewrite.region_operands import (
     graph_of,
     pass_probes,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kfc_fx.ops.library import statistic_dtype
+from kfc_fx.kernels.dtypes import statistic_dtype
 from kfc_fx.plan.forms import FactorForms, quadratic_statistic, statistic_shapes
 from kfc_fx.plan.spec import BlockSpec
 from kfc_fx.statistics.inputs import Inputs

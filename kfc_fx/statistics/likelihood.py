@@ -193,6 +193,7 @@ def _gram(rows: Tensor) -> Tensor:
 
 
 NAMED: dict[str, type[Categorical] | type[Gaussian] | type[Bernoulli]] = {
+    "auto": Categorical,
     "categorical": Categorical,
     "gaussian": Gaussian,
     "bernoulli": Bernoulli,

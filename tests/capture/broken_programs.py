@@ -204,7 +204,7 @@ def factors_are_true(
     backend: str = "eager",
     *,
     tolerance: float = 1e-9,
-) -> kfc_fx.CompiledModel:
+) -> nn.Module:
     """Every pass with statistics has the factors that hooks see on an uncompiled copy, the same
     output and gradients, and leaves the same state behind.
 
@@ -232,7 +232,7 @@ def factors_are_true(
         statistics = collector.take()
         scale = 1.0 if fisher == "sampled" else float(len(x)) ** 2
         found, _, compared = problems(
-            compiled.plan, statistics.blocks, truth, scale, tolerance, rows=statistics.rows
+            compiled.kfc.plan, statistics.blocks, truth, scale, tolerance, rows=statistics.rows
         )
         assert not found, "\n".join(found)
         assert compared

@@ -55,12 +55,12 @@ def check(kind: type, fisher: str, rank: int) -> None:
     scale = 1.0 if fisher == "sampled" else 64.0
     statistics = collector.take()
     found, _, compared = problems(
-        compiled.plan, statistics.blocks, truth, scale, 1e-9, rows=statistics.rows
+        compiled.kfc.plan, statistics.blocks, truth, scale, 1e-9, rows=statistics.rows
     )
     assert not found, found
     assert compared
     if kind is not Mixed:
-        assert compared == 2 * len(compiled.plan.blocks) == 16
+        assert compared == 2 * len(compiled.kfc.plan.blocks) == 16
     with pytest.raises(kfc_fx.OptionError, match="2 ranks"):
         kfc_fx.KFC(compiled).step()
 

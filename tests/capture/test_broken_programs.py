@@ -15,17 +15,14 @@ from torch.utils.checkpoint import checkpoint
 import kfc_fx
 from kfc_fx.plan.coverage import NOT_USED
 from tests.capture.broken_programs import batches, batches_for, broken_programs, factors_are_true
-from tests.networks import collector_of
+from tests.models import collector_of
 from tests.test_properties import FIXED
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 WIDTH = 5
 FISHERS = pytest.mark.parametrize("fisher", ["empirical", "sampled"])
 BACKENDS = pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
 
 
 class Whole(nn.Module):
@@ -246,10 +243,10 @@ def test_factors_of_programs_with_breaks_are_true(kind, fisher, backend):
         if kind is NumpyNet:  # a graph that holds a call of numpy is run op by op, which is said
             warnings.simplefilter("ignore", kfc_fx.KfcWarning)
         compiled = factors_are_true(build(kind), batches(), fisher, backend)
-    blocks = {block.name for block in compiled.plan.blocks}
+    blocks = {block.name for block in compiled.kfc.plan.blocks}
     assert kind is not Mixed or {"attention.in_proj_weight", "attention.out_proj"} <= blocks
-    without = {generic.name: generic.reason for generic in compiled.plan.generic}
-    for name, module in compiled.original.named_modules():
+    without = {generic.name: generic.reason for generic in compiled.kfc.plan.generic}
+    for name, module in compiled.named_modules():
         if type(module) is nn.Linear and f"{name}.weight" in without:
             assert kind is Routing
             assert without[f"{name}.weight"] == NOT_USED  # no example was sent to it
@@ -262,7 +259,7 @@ def test_factors_are_true_with_inductor(fisher):
 
 def test_reentrant_checkpoints_have_the_statistics_of_the_losss_own_pass():
     compiled = factors_are_true(build(Reentrant), batches(), "empirical")
-    assert len(compiled.plan.blocks) == 8
+    assert len(compiled.kfc.plan.blocks) == 8
 
 
 def test_reentrant_checkpoints_let_no_sampled_pass_through_and_that_is_said():
@@ -301,7 +298,7 @@ def test_a_resumed_run_is_bit_equal(kind, scaling):
     first = make(build(kind))
     train(*first, range(6))
     state = copy.deepcopy(first[1].state_dict())
-    second = make(copy.deepcopy(first[0].original))
+    second = make(copy.deepcopy(first[0]))
     second[1].load_state_dict(state)
     train(*second, range(6, 12))
     for own, expected in zip(second[0].parameters(), whole[0].parameters(), strict=True):
@@ -319,11 +316,11 @@ def test_nothing_is_left_on_the_model():
 def test_a_forward_pass_that_fails_leaves_nothing_on_the_model():
     net = build(Net)
     compiled, x = kfc_fx.compile(net), batches()[0][0]
-    compiled.trace(x)
+    compiled.kfc.trace(x)
     with pytest.raises(RuntimeError):
         compiled(torch.randn(3, 9, dtype=torch.float64))
     assert all("_compiled_call_impl" not in vars(module) for module in net.modules())
-    assert torch.equal(compiled(x), net(x))
+    assert torch.equal(compiled(x), net._call_impl(x))
 
 
 def test_tensors_that_are_no_parameters_now_give_no_statistics():
@@ -358,4 +355,4 @@ def test_a_layer_that_was_replaced_has_its_name_at_the_next_step():
         F.cross_entropy(compiled(x), y).backward()
         opt.step()
     assert kept is not net.head.weight
-    assert compiled.plan.block("head").weight == "head.weight"
+    assert compiled.kfc.plan.block("head").weight == "head.weight"

@@ -15,20 +15,15 @@ from torch.nn import functional as F
 import kfc_fx
 from kfc_fx.plan.coverage import NOT_USED
 from tests.capture.test_broken_programs import EarlyExit, Net, Printing, Whole, build
-from tests.networks import collector_of
+from tests.models import collector_of, make_always_due
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 X, Y = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)).double(), torch.arange(8) % 3
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-
-
 def make(net: nn.Module, **options):
-    compiled = kfc_fx.compile(net.double())
-    intervals = {"factor_interval": 1, "inverse_interval": 1}
-    return compiled, kfc_fx.KFC(compiled, lr=0.003, **{**intervals, **options})
+    return make_always_due(net.double(), **{"lr": 0.003, **options})
 
 
 def step(compiled, opt, x=X, y=Y) -> float:
@@ -45,7 +40,7 @@ def step(compiled, opt, x=X, y=Y) -> float:
 def test_the_plan_shows_graphs_bindings_layers_alone_and_breaks():
     compiled, opt = make(build(Net))
     step(compiled, opt)
-    plan = compiled.plan
+    plan = compiled.kfc.plan
     assert {graph.layer for graph in plan.graphs} == {"", "stem", "head"}
     assert sorted(graph.bindings for graph in plan.graphs) == [1, 1, 3, 3]
     skipped, ordinary = plan.breaks
@@ -71,8 +66,8 @@ def test_the_plan_shows_graphs_bindings_layers_alone_and_breaks():
 
 def test_the_second_model_of_a_class_knows_the_reasons_too():
     first, second = (make(build(Net))[0] for _ in range(2))
-    first.trace(X)
-    second.trace(X)
+    first.kfc.trace(X)
+    second.kfc.trace(X)
     skipped = [[b for b in own.plan.breaks if b.skipped] for own in (first, second)]
     assert skipped[0] == skipped[1]
     assert len(skipped[1]) == 1
@@ -81,8 +76,8 @@ def test_the_second_model_of_a_class_knows_the_reasons_too():
 def test_a_model_in_one_graph_says_nothing_of_graphs():
     compiled, opt = make(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)))
     step(compiled, opt)
-    assert compiled.plan.breaks == ()
-    assert "graph" not in str(compiled.plan)
+    assert compiled.kfc.plan.breaks == ()
+    assert "graph" not in str(compiled.kfc.plan)
 
 
 def test_only_what_the_forward_pass_does_not_use_is_called_unused():
@@ -92,7 +87,7 @@ def test_only_what_the_forward_pass_does_not_use_is_called_unused():
         net.stem.weight.mul_(9)  # the first block is the last
     compiled, opt = make(net)
     step(compiled, opt)
-    unused = {g.name.rpartition(".")[0] for g in compiled.plan.generic if g.reason == NOT_USED}
+    unused = {g.name.rpartition(".")[0] for g in compiled.kfc.plan.generic if g.reason == NOT_USED}
     later = {f"blocks.{n}.{part}" for n in (1, 2) for part in ("first", "second")}
     assert unused == {"extra", *later}
 
@@ -116,7 +111,7 @@ class Functional(nn.Module):
 def test_parameters_that_plain_python_uses_are_named_with_frame_and_reason():
     compiled, opt = make(Functional())
     step(compiled, opt)
-    reasons = {generic.name: generic.reason for generic in compiled.plan.generic}
+    reasons = {generic.name: generic.reason for generic in compiled.kfc.plan.generic}
     assert set(reasons) == {"weight", "table.weight", "scale"}
     code = Functional.forward.__code__
     for name, reason in reasons.items():
@@ -124,9 +119,9 @@ def test_parameters_that_plain_python_uses_are_named_with_frame_and_reason():
         assert f"forward ({code.co_filename}:{code.co_firstlineno}) runs as plain Python" in reason
         assert "`print`" in reason
     assert reasons["table.weight"].startswith("also used by")
-    assert [block.name for block in compiled.plan.blocks] == ["inner"]
+    assert [block.name for block in compiled.kfc.plan.blocks] == ["inner"]
     with pytest.raises(kfc_fx.CoverageError, match="plain Python"):
-        kfc_fx.compile(Functional(), strict=True).trace(torch.randn(2, 4))
+        kfc_fx.compile(Functional(), strict=True).kfc.trace(torch.randn(2, 4))
 
 
 @dataclass
@@ -143,7 +138,7 @@ def test_uses_by_plain_python_are_found_behind_an_output_that_is_a_dataclass():
     compiled, opt = make(InDataclass())
     F.cross_entropy(compiled(X).logits, Y).backward()
     opt.step()
-    reasons = {generic.name: generic.reason for generic in compiled.plan.generic}
+    reasons = {generic.name: generic.reason for generic in compiled.kfc.plan.generic}
     assert set(reasons) == {"weight", "table.weight", "scale"}
     assert all("in plain Python" in reason for reason in reasons.values())
 
@@ -166,7 +161,7 @@ def test_a_gradient_that_no_use_explains_is_no_parameter_unused():
     compiled, opt = make(Aside())
     (F.cross_entropy(compiled(X), Y) + compiled.penalty).backward()
     opt.step()
-    (generic,) = compiled.plan.generic
+    (generic,) = compiled.kfc.plan.generic
     assert generic.name == "aside"
     assert generic.reason.startswith("used by plain Python: forward (")
 
@@ -188,8 +183,8 @@ def test_values_that_cross_a_break_are_known_not_to_depend_on_the_examples():
 
     compiled, opt = make(Positions())
     step(compiled, opt)
-    assert {block.name for block in compiled.plan.blocks} == {"table", "head"}
-    reasons = {generic.name: generic.reason for generic in compiled.plan.generic}
+    assert {block.name for block in compiled.kfc.plan.blocks} == {"table", "head"}
+    reasons = {generic.name: generic.reason for generic in compiled.kfc.plan.generic}
     for name in ("of_places.weight", "of_times.weight"):
         assert "does not depend on the examples" in reasons[name]
 
@@ -211,7 +206,7 @@ def test_a_capture_that_fails_raises_its_own_error(monkeypatch):
 
     monkeypatch.setattr(bindings, "match_uses", fail)
     with pytest.raises(kfc_fx.KfcError, match="a fault of ours"):
-        kfc_fx.compile(nn.Sequential(nn.Linear(4, 3))).trace(torch.randn(2, 4))
+        kfc_fx.compile(nn.Sequential(nn.Linear(4, 3))).kfc.trace(torch.randn(2, 4))
 
 
 # -- frames that are given up while the model is trained -----------------------------------
@@ -285,22 +280,22 @@ def test_statistics_go_on_when_dynamo_gives_a_frame_up(kind):
     assert opt.diagnostics.missed_statistics == 0
     assert opt.diagnostics.statistics_steps == 14
     weights = {name for name, p in compiled.named_parameters() if name.endswith("weight")}
-    assert {block.weight for block in compiled.plan.blocks} == weights
+    assert {block.weight for block in compiled.kfc.plan.blocks} == weights
 
 
 def test_a_counter_on_a_module_costs_one_graph_more():
     compiled, opt = make(Counting())
     for _ in range(12):
         step(compiled, opt)
-    assert len(compiled.graphs) <= 3
-    assert not compiled.plan.breaks
+    assert len(compiled.kfc.graphs) <= 3
+    assert not compiled.kfc.plan.breaks
 
 
 def test_the_break_of_a_frame_that_was_compiled_too_often_says_so():
     compiled, opt = make(Growing())
     for _ in range(12):
         step(compiled, opt)
-    (found,) = compiled.plan.breaks
+    (found,) = compiled.kfc.plan.breaks
     assert found.reason.startswith("Dynamo recompile limit exceeded")
     assert "what has changed last" in found.reason
     assert found.alone == ("first", "second")
@@ -312,10 +307,10 @@ def test_a_due_step_without_statistics_is_counted_and_warned_of_once_for_each_re
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
-            step(compiled.original, opt)  # not through the compiled model
+            step(compiled._call_impl, opt)  # not through the compiled model
         collector_of(compiled).note_missing("another reason")
-        step(compiled.original, opt)
-        step(compiled.original, opt)
+        step(compiled._call_impl, opt)
+        step(compiled._call_impl, opt)
     assert opt.diagnostics.missed_statistics == 5
     texts = [str(warning.message) for warning in caught]
     assert len(texts) == 2
@@ -344,18 +339,18 @@ def test_a_layer_that_loses_its_block_while_it_is_trained_is_told_of():
     with pytest.warns(kfc_fx.KfcWarning, match=r"1 layers have no block any more \(first\).*mean"):
         step(compiled, opt)
     step(compiled, opt)
-    assert [block.name for block in compiled.plan.blocks] == ["second"]
+    assert [block.name for block in compiled.kfc.plan.blocks] == ["second"]
 
 
 def test_several_processes_are_refused(monkeypatch):
     compiled, opt = make(nn.Sequential(nn.Linear(4, 3)))
     F.cross_entropy(compiled(X), Y).backward()
-    before = compiled.original[0].weight.clone()
+    before = compiled[0].weight.clone()
     with monkeypatch.context() as patched:
         patched.setattr(torch.distributed, "is_initialized", lambda: True)
         patched.setattr(torch.distributed, "get_world_size", lambda: 2)
         with pytest.raises(kfc_fx.OptionError, match=r"2 ranks.*drift apart"):
             opt.step()
-    assert torch.equal(compiled.original[0].weight, before)
+    assert torch.equal(compiled[0].weight, before)
     opt.step()
-    assert not torch.equal(compiled.original[0].weight, before)
+    assert not torch.equal(compiled[0].weight, before)

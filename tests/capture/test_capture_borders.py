@@ -23,24 +23,19 @@ from tests.capture.test_broken_programs import (
     Whole,
     build,
 )
-from tests.networks import collector_of
+from tests.models import collector_of, make_always_due
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 (X, Y), (X2, Y2), *_ = batches((6, 4))
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-
-
 def make(net: nn.Module, **options):
-    compiled = kfc_fx.compile(net.double())
-    intervals = {"factor_interval": 1, "inverse_interval": 1}
-    return compiled, kfc_fx.KFC(compiled, **{"lr": 0.0, **intervals, **options})
+    return make_always_due(net.double(), **{"lr": 0.0, **options})
 
 
 def blocks_of(compiled) -> set[str]:
-    return {block.name for block in compiled.plan.blocks}
+    return {block.name for block in compiled.kfc.plan.blocks}
 
 
 # -- several passes ------------------------------------------------------------------------
@@ -48,7 +43,7 @@ def blocks_of(compiled) -> set[str]:
 
 def test_backward_passes_of_several_forward_passes_leave_nothing_behind():
     compiled, opt = make(build(Reentrant), fisher="empirical", factor_samples=None)
-    inside = compiled._compilation
+    inside = compiled.kfc
     settings = {n: getattr(torch._dynamo.config, n) for n in ("suppress_errors", "allow_rnn")}
     (F.cross_entropy(compiled(X), Y) + F.cross_entropy(compiled(X2), Y2)).backward()
     assert not inside._passes
@@ -76,7 +71,7 @@ def test_what_an_earlier_call_used_is_no_use_outside():
     output = compiled(torch.cat([X[:, :1], hidden], 1))
     F.cross_entropy(output, Y).backward()
     opt.step()
-    assert compiled.plan.generic == ()
+    assert compiled.kfc.plan.generic == ()
     assert len(blocks_of(compiled)) == 8
 
 
@@ -95,7 +90,7 @@ def test_a_call_of_the_model_within_its_call_is_no_use_outside():
     net.register_forward_hook(again)
     F.cross_entropy(compiled(X), Y).backward()
     opt.step()
-    assert compiled.plan.generic == ()
+    assert compiled.kfc.plan.generic == ()
 
 
 def test_a_penalty_on_all_parameters_does_not_make_those_generic_that_are_used_later():
@@ -116,9 +111,9 @@ def test_a_penalty_on_all_parameters_does_not_make_those_generic_that_are_used_l
         (F.cross_entropy(compiled(X), Y) + 1e-3 * penalty).backward()
         opt.step()
         opt.zero_grad()
-        unused = {g.name for g in compiled.plan.generic if "blocks" in g.name}
+        unused = {g.name for g in compiled.kfc.plan.generic if "blocks" in g.name}
         assert len(unused) == 4 * (3 - depth)
-        assert all("plain Python" in g.reason for g in compiled.plan.generic)
+        assert all("plain Python" in g.reason for g in compiled.kfc.plan.generic)
     assert len(blocks_of(compiled)) == 8
 
 
@@ -127,7 +122,7 @@ def test_the_last_pass_is_not_kept():
     import weakref
 
     compiled, opt = make(build(Net))
-    compiled.trace(X)
+    compiled.kfc.trace(X)
     kept = []
     collector = collector_of(compiled)
     own = collector.setup
@@ -157,7 +152,7 @@ def test_a_use_inside_of_a_transform_makes_a_layer_generic_with_that_reason():
     F.cross_entropy(compiled(X), Y).backward()
     opt.step()
     assert blocks_of(compiled) == {"second"}
-    reasons = {generic.name: generic.reason for generic in compiled.plan.generic}
+    reasons = {generic.name: generic.reason for generic in compiled.kfc.plan.generic}
     assert "vmap" in reasons["first.weight"]
 
 
@@ -332,7 +327,7 @@ def test_hooks_may_come_and_go(kind):
         if number == 3:
             first.remove()
             second.remove()
-        expected = net(X)
+        expected = net._call_impl(X)
         output = compiled(X)
         assert torch.equal(output, expected)
         F.cross_entropy(output, Y).backward()
@@ -409,8 +404,8 @@ def test_sizes_of_the_batch_that_a_call_without_parameters_takes_cost_no_graph()
         F.cross_entropy(compiled(torch.randn(size, 4).double()), torch.arange(size) % 3).backward()
         opt.step()
         opt.zero_grad()
-    assert len(compiled.graphs) <= 2
-    assert not compiled.plan.breaks
+    assert len(compiled.kfc.graphs) <= 2
+    assert not compiled.kfc.plan.breaks
 
 
 def test_a_backend_that_cannot_compile_raises(monkeypatch):
@@ -449,7 +444,7 @@ class Many(Net):
 def test_many_modules_with_parameters_of_their_own_share_their_frames():
     compiled = factors_are_true(build(Many), batches(), "empirical")
     assert {f"blocks.{n}.layer" for n in range(14)} <= blocks_of(compiled)
-    assert not any("limit" in found.reason for found in compiled.plan.breaks)
+    assert not any("limit" in found.reason for found in compiled.kfc.plan.breaks)
 
 
 def test_what_the_user_compiled_runs_on_ordinary_steps():
@@ -496,9 +491,9 @@ def test_no_frame_of_ours_is_among_the_breaks():
     F.cross_entropy(compiled(X), Y).backward()
     opt.step()
     assert len(blocks_of(compiled)) == 8
-    assert compiled.plan.breaks
+    assert compiled.kfc.plan.breaks
     ours = str(Path(kfc_fx.__file__).parent)
-    assert not any(f"({ours}" in found.function for found in compiled.plan.breaks)
+    assert not any(f"({ours}" in found.function for found in compiled.kfc.plan.breaks)
 
 
 class Helping(nn.Module):
@@ -535,8 +530,10 @@ def test_an_input_of_a_wrong_shape_raises_torchs_error_and_changes_nothing(kind,
     for _ in range(2):
         step()
     plain, _ = make(build(kind))
-    plain.trace(X)
+    plain.kfc.trace(X)
     assert blocks_of(compiled) == blocks_of(plain)
-    assert compiled.plan.generic == ()
-    assert all("`print`" in found.reason for found in compiled.plan.breaks)  # and no fault of ours
+    assert compiled.kfc.plan.generic == ()
+    assert all(
+        "`print`" in found.reason for found in compiled.kfc.plan.breaks
+    )  # and no fault of ours
     assert opt.diagnostics.missed_statistics == 0

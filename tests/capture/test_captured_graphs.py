@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kfc_fx
-from tests.networks import (
+from tests.models import (
     IMAGES,
     LABELS,
     TokenNet,
@@ -30,27 +30,27 @@ def test_trace_captures_without_a_trace_in_the_model(monkeypatch):
     net, reference = token_network(), token_network()
     compiled, _ = make(net)
     state = torch.get_rng_state()
-    plan = compiled.trace(x=IMAGES)
+    plan = compiled.kfc.trace(x=IMAGES)
     assert torch.equal(state, torch.get_rng_state())
     assert_equal_state(net, reference)
     assert all(p.grad is None for p in net.parameters())
     assert not emitted
     assert not collector_of(compiled).sums.blocks
-    assert plan is compiled.plan
+    assert plan is compiled.kfc.plan
     assert {block.name for block in plan.blocks} == BLOCKS
     assert plan.generic == ()
-    assert len(compiled.graphs) == 1
+    assert len(compiled.kfc.graphs) == 1
 
 
 def test_nothing_captured_is_an_error_that_says_so():
     with pytest.raises(kfc_fx.CaptureError, match=r"compiled\.trace"):
-        kfc_fx.compile(token_network()).plan  # noqa: B018
+        kfc_fx.compile(token_network()).kfc.plan  # noqa: B018
 
 
 def test_every_stage_can_be_seen_as_code():
     compiled = kfc_fx.compile(token_network())
-    compiled.trace(IMAGES)
-    (graph,) = compiled.graphs
+    compiled.kfc.trace(IMAGES)
+    (graph,) = compiled.kfc.graphs
     names = [stage.name for stage in graph.stages]
     assert names == ["captured", "canonical", "probes", "emissions", "emitting"]
     assert all("def forward(self" in stage.code for stage in graph.stages)
@@ -68,12 +68,12 @@ def test_every_stage_can_be_seen_as_code():
 def test_tracing_shares_its_graph_with_training():
     compiled, opt = make(token_network(), factor_interval=1)
     images = IMAGES.clone()  # fresh: dynamo guards whether an input's batch was marked dynamic
-    compiled.trace(images)
+    compiled.kfc.trace(images)
     for size in (6, 4):
         backward(compiled, images[:size], LABELS[:size])
         opt.step()
         opt.zero_grad()
-    assert len(compiled.graphs) == 1
+    assert len(compiled.kfc.graphs) == 1
 
 
 def test_batch_sizes_share_one_graph():
@@ -82,7 +82,7 @@ def test_batch_sizes_share_one_graph():
         backward(compiled, IMAGES[:size], LABELS[:size])
         opt.step()
         opt.zero_grad()
-    assert len(compiled.graphs) == 1
+    assert len(compiled.kfc.graphs) == 1
 
 
 def test_image_sizes_cost_one_more_graph():
@@ -96,7 +96,7 @@ def test_image_sizes_cost_one_more_graph():
         F.cross_entropy(compiled(torch.randn(size, 2, side, side + 1)), LABELS[:size]).backward()
         opt.step()
         opt.zero_grad()
-    assert len(compiled.graphs) == 2
+    assert len(compiled.kfc.graphs) == 2
 
 
 def test_a_batch_of_one_costs_at_most_one_more_graph():
@@ -105,7 +105,7 @@ def test_a_batch_of_one_costs_at_most_one_more_graph():
         backward(compiled, IMAGES[:size], LABELS[:size])
         opt.step()
         opt.zero_grad()
-    assert len(compiled.graphs) <= 2
+    assert len(compiled.kfc.graphs) <= 2
 
 
 def test_many_models_of_one_class_do_not_use_up_each_others_recompiles():
@@ -121,7 +121,7 @@ def test_many_models_of_one_class_do_not_use_up_each_others_recompiles():
             opt.step()
             opt.zero_grad()
     for compiled, opt in kept:
-        assert len(compiled.graphs) == 1
+        assert len(compiled.kfc.graphs) == 1
         assert opt.diagnostics.statistics_steps == 2
 
 
@@ -135,12 +135,12 @@ class Broken(TokenNet):
 def test_statistics_survive_a_graph_break():
     torch.manual_seed(0)
     compiled, opt = make(Broken())
-    reference = copy.deepcopy(compiled.original)
+    reference = copy.deepcopy(compiled)
     assert torch.equal(backward(compiled), backward(reference))
     for name in ("conv", "tokens", "head"):
         own, other = compiled.get_submodule(name), reference.get_submodule(name)
         assert torch.equal(own.weight.grad, other.weight.grad)
     opt.step()
-    assert len(compiled.graphs) == 2
+    assert len(compiled.kfc.graphs) == 2
     assert set(opt.factors) == {"conv", "norm", "tokens", "head"}
     assert opt.factors["conv"].gamma.trace() > 0

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import kfc_fx
-from tests.networks import first_factors, losses
+from tests.models import first_factors, losses
 
 DEPTH = 3
 
@@ -58,10 +58,10 @@ def test_factors_are_those_without_it():
     plain, inside = pair()
     reference, expected = first_factors(plain, *data())
     compiled, factors = first_factors(inside, *data())
-    assert compiled.plan == reference.plan
-    assert len(compiled.plan.blocks) == 2 + 3 * DEPTH
-    assert len({site.region for site in compiled.graphs[0].uses.sites}) == 1 + DEPTH
-    for block in compiled.plan.blocks:
+    assert compiled.kfc.plan == reference.kfc.plan
+    assert len(compiled.kfc.plan.blocks) == 2 + 3 * DEPTH
+    assert len({site.region for site in compiled.kfc.graphs[0].uses.sites}) == 1 + DEPTH
+    for block in compiled.kfc.plan.blocks:
         torch.testing.assert_close(factors[block.name].omega, expected[block.name].omega)
         torch.testing.assert_close(factors[block.name].gamma, expected[block.name].gamma)
 
@@ -81,7 +81,7 @@ def test_it_trains_as_without_it(scaling, backend):
 def kept_bytes(net: nn.Module, x: Tensor) -> int:
     """Bytes that a forward pass with statistics keeps for its backward pass."""
     compiled = kfc_fx.compile(net)
-    kfc_fx.KFC(compiled, lr=0.01)
+    _opt = kfc_fx.KFC(compiled, lr=0.01)
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -111,12 +111,13 @@ def test_the_same_elements_drop_again(backend, statistics):
     torch.manual_seed(0)
     net, seen = Dropping().double(), []
     x, y = torch.randn(6, 4).double(), torch.randint(5, (6,))
-    for model in (net, kfc_fx.compile(net, backend=backend)):
-        if statistics and model is not net:
-            kfc_fx.KFC(model, lr=0.0)
+    for compiled in (False, True):
+        if compiled:
+            kfc_fx.compile(net, backend=backend)
+        _opt = kfc_fx.KFC(net, lr=0.0) if compiled and statistics else None
         net.zero_grad()
         torch.manual_seed(5)
-        F.cross_entropy(model(x), y).backward()
+        F.cross_entropy(net(x), y).backward()
         seen.append((net.first.weight.grad.clone(), torch.rand(1)))
     torch.testing.assert_close(seen[0], seen[1])
 
@@ -178,6 +179,6 @@ def test_a_layer_used_inside_and_outside_is_one_block():
     inside.load_state_dict(plain.state_dict())
     x, y = torch.randn(6, 4).double(), torch.randint(5, (6,))
     (_, expected), (compiled, factors) = (first_factors(net, x, y) for net in (plain, inside))
-    assert compiled.plan.block("layer").uses == 2
+    assert compiled.kfc.plan.block("layer").uses == 2
     torch.testing.assert_close(factors["layer"].omega, expected["layer"].omega)
     torch.testing.assert_close(factors["layer"].gamma, expected["layer"].gamma)

@@ -8,7 +8,7 @@ import sys
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tests.networks import backward, make
+from tests.models import backward, make
 
 PROGRAM = """
 import torch
@@ -41,6 +41,6 @@ def test_profiler_ranges_name_the_blocks():
         backward(compiled)
         opt.step()
     names = {event.key for event in recorded.key_averages()}
-    blocks = {f"kfc_fx::statistics {block.name}" for block in compiled.plan.blocks}
+    blocks = {f"kfc_fx::statistics {block.name}" for block in compiled.kfc.plan.blocks}
     assert blocks | {"kfc_fx::accumulate", "kfc_fx::refresh", "kfc_fx::apply"} <= names
     assert torch.is_grad_enabled()

@@ -10,20 +10,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import kfc_fx
+from tests.models import make_always_due
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(6) % 3
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-
-
-def make(net: nn.Module, **options):
-    compiled = kfc_fx.compile(net)
-    intervals = {"factor_interval": 1, "inverse_interval": 1}
-    return compiled, kfc_fx.KFC(compiled, **{"lr": 0.01, **intervals, **options})
 
 
 def step(compiled, opt, x=X, y=Y) -> float:
@@ -58,11 +50,11 @@ def jagged() -> torch.Tensor:
 @pytest.mark.parametrize("scaling", ["adam", "spectral"])
 def test_linear_layers_on_jagged_tensors_are_blocks_and_norms_are_named(fisher, scaling):
     torch.manual_seed(0)
-    compiled, opt = make(Nested(), fisher=fisher, scaling=scaling)
+    compiled, opt = make_always_due(Nested(), fisher=fisher, scaling=scaling)
     losses = [step(compiled, opt, jagged(), Y[:3]) for _ in range(8)]
     assert losses[-1] < losses[0]
-    assert {block.name for block in compiled.plan.blocks} == {"first", "second"}
-    reasons = {generic.name: generic.reason for generic in compiled.plan.generic}
+    assert {block.name for block in compiled.kfc.plan.blocks} == {"first", "second"}
+    reasons = {generic.name: generic.reason for generic in compiled.kfc.plan.generic}
     assert set(reasons) == {"norm.weight", "norm.bias"}
     assert "nested tensor" in reasons["norm.weight"]
 
@@ -70,7 +62,9 @@ def test_linear_layers_on_jagged_tensors_are_blocks_and_norms_are_named(fisher, 
 def test_factors_of_jagged_tensors_are_sums_over_all_rows():
     torch.manual_seed(0)
     net = Nested()
-    compiled, opt = make(copy.deepcopy(net), lr=0.0, fisher="empirical", factor_samples=None)
+    compiled, opt = make_always_due(
+        copy.deepcopy(net), lr=0.0, fisher="empirical", factor_samples=None
+    )
     step(compiled, opt, jagged(), Y[:3])
     omega = opt.factors["first"].omega
     rows = torch.cat(ROWS)
@@ -87,7 +81,7 @@ def test_factors_of_jagged_tensors_are_sums_over_all_rows():
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 def test_strided_nested_tensors_are_refused_with_what_to_do():
-    compiled, opt = make(Nested())
+    compiled, opt = make_always_due(Nested())
     loss = compiled(torch.nested.nested_tensor(ROWS)).sum()
     loss.backward()
     with pytest.raises(kfc_fx.CaptureError, match=r"strided NestedTensor.*torch\.optim"):
@@ -113,11 +107,11 @@ class Spectrum(nn.Module):
 @pytest.mark.parametrize("options", [{}, {"average": 4.0}, {"generic": "sgd", "weight_decay": 0.1}])
 def test_complex_layers_are_generic_with_the_reason_and_train(scaling, options):
     torch.manual_seed(0)
-    compiled, opt = make(Spectrum(), scaling=scaling, lr=0.003, **options)
+    compiled, opt = make_always_due(Spectrum(), scaling=scaling, lr=0.003, **options)
     losses = [step(compiled, opt) for _ in range(10)]
     assert losses[-1] < losses[0]
-    assert [block.name for block in compiled.plan.blocks] == ["first", "last"]
-    reasons = {generic.name: generic.reason for generic in compiled.plan.generic}
+    assert [block.name for block in compiled.kfc.plan.blocks] == ["first", "last"]
+    reasons = {generic.name: generic.reason for generic in compiled.kfc.plan.generic}
     assert reasons["mixed.weight"] == "its weight is complex, and factors are of real layers"
     assert set(reasons) == {"filter", "mixed.weight", "mixed.bias"}
 
@@ -146,7 +140,7 @@ def test_complex_parameters_step_as_by_adamw(weight_decay):
 def test_a_resumed_run_with_complex_parameters_is_bit_equal():
     def run(steps: int, state: tuple | None = None):
         torch.manual_seed(0)
-        compiled, opt = make(Spectrum())
+        compiled, opt = make_always_due(Spectrum())
         if state is not None:
             compiled.load_state_dict(state[0])
             opt.load_state_dict(state[1])
@@ -183,7 +177,7 @@ def test_buffers_that_come_and_grow_train_as_uncompiled():
     torch.manual_seed(0)
     net = Registering()
     reference = copy.deepcopy(net)
-    compiled, opt = make(net, lr=0.0)
+    compiled, opt = make_always_due(net, lr=0.0)
     for count in range(1, 13):
         expected = reference(X)
         loss = F.cross_entropy(compiled(X), Y)
@@ -192,16 +186,16 @@ def test_buffers_that_come_and_grow_train_as_uncompiled():
         assert torch.equal(loss, F.cross_entropy(expected, Y))
         assert len(net.kept) == count
     assert opt.diagnostics.statistics_steps == 12
-    assert len(compiled.plan.blocks) == 2
+    assert len(compiled.kfc.plan.blocks) == 2
 
 
 def test_tracing_and_initialising_leave_such_buffers_as_they_were():
     torch.manual_seed(0)
-    compiled, opt = make(Registering())
-    compiled.trace(X)
+    compiled, opt = make_always_due(Registering())
+    compiled.kfc.trace(X)
     opt.initialise([X])
-    assert dict(compiled.original.named_buffers()).keys() == {"kept"}
+    assert dict(compiled.named_buffers()).keys() == {"kept"}
     assert len(compiled.kept) == 0
-    assert "scale" not in compiled.original._non_persistent_buffers_set
+    assert "scale" not in compiled._non_persistent_buffers_set
     step(compiled, opt)
     assert len(compiled.kept) == 1

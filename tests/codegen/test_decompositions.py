@@ -11,7 +11,7 @@ import kfc_fx
 from kfc_fx.codegen.pieces import decompositions
 from kfc_fx.engine.screening import screen
 from kfc_fx.optim import binding
-from kfc_fx.statistics.sums import Statistics
+from kfc_fx.statistics.sums import Sums
 
 SCALINGS = ("adam", "spectral", "eigen")
 
@@ -68,7 +68,7 @@ def test_failures_are_told_of_the_block_that_failed(monkeypatch):
     engine = opt.engine
     key = next(stack.key for stack in engine.spec.stacks if "9" in stack.spans)
     engine.state[f"eigenvalues_gamma_{key}"].fill_(float("nan"))
-    engine.accumulate(screen(Statistics(), engine.spec.stacks, 0.5))
+    engine.accumulate(screen(Sums(), engine.spec.stacks, 0.5))
     engine.started = False
     assert engine.refresh(opt._option_arguments(engine)) == ["9"]
 

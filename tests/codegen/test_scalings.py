@@ -13,7 +13,7 @@ import kfc_fx
 from kfc_fx.linalg.polar import COEFFICIENTS, SAFETY
 from kfc_fx.statistics import emission
 from kfc_fx.statistics.input_factors import INPUT_FACTORS
-from tests.networks import (
+from tests.models import (
     IMAGES,
     LABELS,
     assert_equal,
@@ -65,7 +65,7 @@ def whitening(plain: WrittenOut, name: str, damping: float) -> torch.Tensor:
         roots = [inverse_root(f[None], damping**0.5)[0] for f in (channel, offset)]
         whole = torch.kron(*roots)
         if layer.bias is not None:
-            last = entry[-1:, -1:] / (channel.trace() / width) + damping
+            last = entry[-1:, -1:] / (channel.kfc.trace() / width) + damping
             whole = torch.block_diag(whole, last.rsqrt())
         whitenings.append(whole)
     return torch.stack(whitenings)

@@ -15,7 +15,7 @@ import kfc_fx
 from kfc_fx.engine import static_step
 from kfc_fx.errors import KfcWarning, OptionError
 from kfc_fx.optim import binding
-from tests.networks import collector_of
+from tests.models import collector_of
 
 SCALINGS = ("adam", "spectral", "eigen", "inverse")
 
@@ -91,7 +91,7 @@ def test_a_static_step_is_the_step(recorded, scaling, dtype):
 def skipped_steps(model, opt, bad):
     for _ in range(2):
         backward(model, 9)
-        model.original[0].weight.grad[0, 0, 0, 0] = bad
+        model[0].weight.grad[0, 0, 0, 0] = bad
         opt.step()
         opt.zero_grad()
     return opt.diagnostics.skipped_steps
@@ -148,7 +148,7 @@ def test_steps_without_some_gradients_run_in_between(recorded):
         for each, own in ((model, opt), (plain, plain_opt)):
             backward(each, step)
             if step % 3 == 1:
-                each.original[3].weight.grad = None
+                each[3].weight.grad = None
             own.step()
             own.zero_grad()
     assert len(recorded) == 1
@@ -188,7 +188,7 @@ def test_parameters_that_moved_elsewhere_are_recorded_anew(recorded):
     plain, plain_opt = optimizer(False)
     for each, own in ((model, opt), (plain, plain_opt)):
         train(each, own, 4)
-        weight = each.original[0].weight
+        weight = each[0].weight
         weight.data = weight.data.clone()
         train(each, own, 4, first=4)
     assert len(recorded) == 2
@@ -198,7 +198,7 @@ def test_parameters_that_moved_elsewhere_are_recorded_anew(recorded):
 def test_rates_by_group_and_saved_states_carry_over(recorded):
     def grouped(graph):
         model = kfc_fx.compile(network(torch.float64))
-        layers = model.original
+        layers = model
         groups = [
             {"params": layers[0].parameters(), "lr": 0.05},
             {"params": [*layers[1].parameters(), *layers[3].parameters()], "weight_decay": 0.1},
@@ -219,7 +219,7 @@ def test_rates_by_group_and_saved_states_carry_over(recorded):
     run(plain, plain_opt, range(6))
     assert_equal(model, plain)
     resumed, resumed_opt = grouped(True)
-    resumed.original.load_state_dict(model.original.state_dict())
+    resumed.load_state_dict(model.state_dict())
     resumed_opt.load_state_dict(copy.deepcopy(opt.state_dict()))
     run(resumed, resumed_opt, range(6, 9))
     run(plain, plain_opt, range(6, 9))

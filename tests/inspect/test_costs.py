@@ -30,8 +30,8 @@ def perceptron():
 
 def traced(model, *inputs):
     compiled = kfc_fx.compile(model)
-    compiled.trace(*inputs)
-    return compiled.graphs[0]
+    compiled.kfc.trace(*inputs)
+    return compiled.kfc.graphs[0]
 
 
 def test_the_gradient_of_a_perceptron():

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.networks import backward, make
+from tests.models import backward, make
 
 pytest.importorskip("matplotlib")
 
@@ -31,6 +31,6 @@ def test_plots_of_a_run(scaling, tmp_path):
     assert list(loss.lines[0].get_ydata()) == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4])
     spectra = next(axes for axes in figure.axes if axes.get_title() == "spectrum of omega")
     labels = {line.get_label() for line in spectra.lines}
-    assert labels == {block.name for block in compiled.plan.blocks}
+    assert labels == {block.name for block in compiled.kfc.plan.blocks}
     figure.savefig(tmp_path / "run.png")
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")

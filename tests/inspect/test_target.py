@@ -302,5 +302,5 @@ def test_a_symbolic_capture_hides_no_use_of_a_parameter():
     assert "at recurrent (LSTM)" in reasons["recurrent.weight_ih_l0"]
     namespace = {}
     exec(print_graph(found.graphs[0].stages[0].module, "captured"), namespace)
-    model, x = found.compiled.original, inputs[0].example()
+    model, x = found.compiled, inputs[0].example()
     assert torch.equal(namespace["forward"](model, x), model(x))

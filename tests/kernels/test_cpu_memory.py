@@ -14,10 +14,8 @@ from torch import Tensor
 from kfc_fx.kernels import cpu_assemble, cpu_buffers, cpu_im2col_gram, cpu_row_gram
 from kfc_fx.kernels import cpu_separable_gram as cpu_separable
 from kfc_fx.ops import (
-    assemble,
     grouped_row_gram,
     patch_gram,
-    patch_products,
     row_gram,
     separable_gram,
 )
@@ -52,11 +50,8 @@ def assert_written(statistics: Callable[[], tuple[Tensor, ...]]) -> None:
 
 def of_patches(case: Case, bias: bool) -> tuple[Tensor, ...]:
     x, arguments = case.x, {"kernel_size": case.kernel, **case.options}
-    slots = patch_products(x, bias=bias, **arguments)
     separable = separable_gram(x, **arguments) if case.kernel else ()
     return (
-        slots,
-        assemble(slots, x.shape[1:], bias=bias, **arguments),
         *(patch_gram(x, bias=bias, method=m, **arguments) for m in ("structured", "im2col")),
         *separable,
     )

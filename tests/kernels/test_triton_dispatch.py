@@ -77,7 +77,8 @@ def test_assembly_puts_every_slot_in_its_place(groups: int, bias: bool) -> None:
     from kfc_fx.kernels.triton_assemble import assemble, assemble_reference
 
     plan = product_plan(conv_geometry((3, 2), padding=1), (5, 6))
-    slots = torch.arange(groups * plan.numbers(4, bias), dtype=torch.float32, device=DEVICE)
+    numbers = len(plan.slots) * 4**2 + (len(plan.reaches) * 4 + 1 if bias else 0)
+    slots = torch.arange(groups * numbers, dtype=torch.float32, device=DEVICE)
     slots = slots.reshape(groups, -1)
     with poisoned_memory():
         omega = assemble(slots, plan, 4, bias)

@@ -24,14 +24,14 @@ pytest.importorskip("triton")
 pytestmark = needs_triton
 
 
-def check(x: Tensor, geometry: ConvGeometry, *, bias: bool, scale: float = 1.0) -> Tensor:
+def check(x: Tensor, geometry: ConvGeometry, *, bias: bool) -> Tensor:
     from kfc_fx.kernels.triton_im2col_gram import im2col_gram, im2col_gram_reference
 
     def reference(values: Tensor) -> Tensor:
-        return im2col_gram_reference(values, geometry, bias=bias, scale=scale)
+        return im2col_gram_reference(values, geometry, bias=bias)
 
     with poisoned_memory():
-        result = im2col_gram(x, geometry, bias=bias, scale=scale)
+        result = im2col_gram(x, geometry, bias=bias)
     wide = x.double()
     assert_as_accurate(result, reference(wide), reference(x.float()), reference(wide.abs()))
     assert torch.equal(result, result.mT)
@@ -41,7 +41,7 @@ def check(x: Tensor, geometry: ConvGeometry, *, bias: bool, scale: float = 1.0) 
 @given(case=convolutions())
 @few_examples
 def test_agrees_with_float64(case: Convolution) -> None:
-    check(case.x, case.geometry, bias=case.bias, scale=0.5)
+    check(case.x, case.geometry, bias=case.bias)
 
 
 @given(case=convolutions())

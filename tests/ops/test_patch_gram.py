@@ -137,6 +137,25 @@ def test_every_form_of_padding(padding):
     )
 
 
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_one_number_holds_in_every_dimension(dimensions):
+    x = torch.randn(2, 3, 6, 7, 5, dtype=torch.float64).flatten(2 + dimensions - 1)
+    each = {"stride": 2, "padding": 1, "dilation": 2}
+    tuples = {name: (number,) * dimensions for name, number in each.items()}
+    kernel = (2,) * dimensions
+    torch.testing.assert_close(
+        patch_gram(x, 2, **each), patch_gram(x, kernel, **tuples), rtol=0, atol=0
+    )
+    if dimensions == 2:  # as F.unfold does
+        rows = F.unfold(x, 2, **each).mT.flatten(0, 1)
+        torch.testing.assert_close(patch_gram(x, 2, **each)[0], rows.mT @ rows)
+
+
+def test_one_number_needs_spatial_dimensions():
+    with pytest.raises(ValueError, match=r"needs x of 2 dimensions .* got shape \(5,\)"):
+        patch_gram(torch.randn(5), 3)
+
+
 def test_expanded_input():
     x = torch.randn(1, 4, 1, 1, dtype=torch.float64).expand(3, 4, 6, 6)
     torch.testing.assert_close(

@@ -44,11 +44,14 @@ def test_partial_traces_of_the_dense_factor(case):
     torch.testing.assert_close(offset, expected[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_opcheck(dtype):
-    x = torch.randn(2, 4, 5, 6).to(dtype)
-    numbers = [3, 3, 1, 2, 1, 0, 1, 1, 1, 1, 2]
-    torch.library.opcheck(torch.ops.kfc_fx.separable_gram, (x, numbers))
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_one_number_holds_in_every_dimension(dimensions):
+    x = torch.randn(2, 4, 6, 7, 5, dtype=torch.float64).flatten(2 + dimensions - 1)
+    each = {"stride": 1, "padding": 1, "dilation": 1}
+    tuples = {name: (number,) * dimensions for name, number in each.items()}
+    found = separable_gram(x, 3, **each)
+    for part, expected in zip(found, separable_gram(x, (3,) * dimensions, **tuples), strict=True):
+        torch.testing.assert_close(part, expected, rtol=0, atol=0)
 
 
 def test_channels_last_and_views_give_the_same():

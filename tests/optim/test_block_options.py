@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import kfc_fx
-from tests.networks import LABELS, conv_network, make, train
+from tests.models import LABELS, conv_network, make, train
 from tests.written_out import LAYERS, assert_same, batches, network, run_kfc
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kfc_fx
-from tests.networks import (
+from tests.models import (
     IMAGES,
     LABELS,
     assert_equal,
@@ -55,7 +55,7 @@ def test_skipped_steps_leave_everything_warn_once_and_training_goes_on(scaling, 
         warnings.simplefilter("always")
         for _ in range(3):
             backward(compiled)
-            compiled.original[index].weight.grad.view(-1)[0] = bad
+            compiled[index].weight.grad.view(-1)[0] = bad
             opt.step()
             opt.zero_grad()
     assert [w.category for w in caught] == [kfc_fx.KfcWarning]
@@ -119,7 +119,7 @@ def test_first_statistics_that_are_not_finite_are_dropped_and_later_ones_repair(
     opt.zero_grad()
 
     broken[0] = False
-    reference = kfc_fx.compile(copy.deepcopy(compiled.original), likelihood=cotangents)
+    reference = kfc_fx.compile(copy.deepcopy(compiled), likelihood=cotangents)
     first = kfc_fx.KFC(reference, lr=0.01, scaling=scaling)
     backward(compiled)
     opt.step()
@@ -136,15 +136,22 @@ def test_first_statistics_that_are_not_finite_are_dropped_and_later_ones_repair(
 
 @pytest.mark.parametrize("statistic", ["omega", "gamma"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_one_bad_layer_does_not_take_the_others_along(statistic, bad):
+def test_one_bad_layer_keeps_its_factors_and_does_not_take_the_others_along(statistic, bad):
     compiled, opt = make(factor_interval=1, ema_decay=0.5)
     train(compiled, opt, 1)
     before = opt.factors
-    backward(compiled)
-    collector_of(compiled).sums.blocks["3"][statistic][0, 1, 1] = bad
-    with pytest.warns(kfc_fx.KfcWarning, match="layer '3' has a statistic") as caught:
-        opt.step()
-    assert len(caught) == 1
+    caught = []
+    for _ in range(2):
+        backward(compiled)
+        collector_of(compiled).sums.blocks["3"][statistic][0, 1, 1] = bad
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            opt.step()
+        caught += seen
+        opt.zero_grad()
+    (warning,) = caught  # at the first time
+    assert "layer '3' has a statistic that is not finite" in str(warning.message)
+    assert opt.diagnostics.dropped_statistics == {"3": 2}
     assert torch.equal(opt.factors["3"].omega, before["3"].omega)
     assert torch.equal(opt.factors["3"].gamma, before["3"].gamma)
     for name in ("0", "6"):
@@ -226,39 +233,6 @@ def test_a_vanishing_nu_is_not_clipped(zero):
     opt.step()
     assert opt.diagnostics.clip_scale == 1.0
     assert all(p.isfinite().all() for p in compiled.parameters())
-
-
-def test_a_non_finite_statistic_is_dropped_and_the_last_good_factor_stays():
-    compiled, opt = make(factor_interval=1)
-    train(compiled, opt, 1)
-    good = opt.factors["3"]
-    for times in (1, 2):
-        F.cross_entropy(compiled(IMAGES), LABELS).backward()
-        collector_of(compiled).sums.blocks["3"]["omega"][0, 0, 0] = float("nan")
-        if times == 1:
-            with pytest.warns(kfc_fx.KfcWarning, match="layer '3' has a statistic"):
-                opt.step()
-        else:
-            opt.step()  # warns once
-        opt.zero_grad()
-    torch.testing.assert_close(opt.factors["3"].omega, good.omega)
-    assert opt.diagnostics.dropped_statistics == {"3": 2}
-    assert all(p.isfinite().all() for p in compiled.parameters())
-
-
-def test_a_decomposition_that_fails_falls_back_to_the_identity_visibly(monkeypatch):
-    compiled, opt = make()
-
-    def fail(_):
-        raise torch.linalg.LinAlgError("did not converge")
-
-    monkeypatch.setattr(torch.linalg, "eigh", fail)
-    F.cross_entropy(compiled(IMAGES), LABELS).backward()
-    with pytest.warns(kfc_fx.KfcWarning, match="cannot be decomposed"):
-        opt.step()
-    assert opt.diagnostics.inverse_failures == {"0": 1, "3": 1, "6": 1}
-    basis = opt.state_dict()["kfc"]["blocks"]["0"]["q_omega"]
-    assert torch.equal(basis[0], torch.eye(19))
 
 
 def test_an_indefinite_factor_is_inverted_with_more_damping_or_not_at_all():

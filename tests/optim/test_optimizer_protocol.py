@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.optim import lr_scheduler
 
 import kfc_fx
-from tests.networks import (
+from tests.models import (
     IMAGES,
     LABELS,
     assert_equal,
@@ -107,6 +107,22 @@ def test_groups_have_their_own_rate_and_decay():
     ):
         decay, factor = (1 - 0.01 * 0.5, 1) if index < 6 else (1, 4)
         torch.testing.assert_close(found, decay * old + factor * change, rtol=1e-4, atol=1e-6)
+
+
+def test_one_layer_has_one_rate():
+    net = conv_network()
+    rest = [p for name, p in net.named_parameters() if name != "6.bias"]
+    compiled = kfc_fx.compile(net)
+    opt = kfc_fx.KFC(compiled, [{"params": rest}, {"params": [net[6].bias], "lr": 0.5}], lr=0.1)
+    with pytest.raises(kfc_fx.OptionError, match="'6': weight and bias have different"):
+        train(compiled, opt, 1)
+
+
+def test_a_weight_without_its_bias_is_refused():
+    net = conv_network()
+    compiled = kfc_fx.compile(net)
+    with pytest.raises(kfc_fx.OptionError, match="pass both, or freeze the bias"):
+        train(compiled, kfc_fx.KFC(compiled, [net[6].weight], lr=0.1), 1)
 
 
 def test_named_parameters_are_taken():
@@ -251,10 +267,7 @@ def test_factors_do_not_depend_on_the_loss_scale(fisher, scale):
     torch.testing.assert_close(factors(scale, "sum"), expected, **near)
 
 
-# -- state ----
-
-
-# -- first factors, other optimizers, missing gradients ----
+# -- first factors, other optimizers ----
 
 
 def fixed_cotangents(z: torch.Tensor) -> torch.Tensor:
@@ -320,45 +333,6 @@ def test_a_second_optimizer_takes_over_with_its_own_options():
     assert second.factors["0"].channel is not None
     assert second.diagnostics.steps == 1
     train(compiled, second, 2)
-
-
-@pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("average", [None, 5.0])
-def test_parameters_without_a_gradient_stay_with_their_state(scaling, average):
-    options = {"average": average, "inverse_interval": 1000, "norm_layers": False}
-    compiled, opt = make(scaling=scaling, weight_decay=0.1, **options)
-    train(compiled, opt, 21)  # the next has no refresh, which would turn the moments
-    before, saved = parameters(compiled), copy.deepcopy(opt.state_dict()["kfc"])
-    F.cross_entropy(compiled(IMAGES), LABELS).backward()
-    net = compiled.original
-    missing = [net[0].weight, net[0].bias, net[1].weight]
-    for p in missing:
-        p.grad = None
-    opt.step()
-    changed = [not torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True)]
-    assert changed == [False, False, False, True, True, True, True, True]
-    now = opt.state_dict()["kfc"]
-    moments = {
-        "adam": ("m", "v"),
-        "spectral": ("m",),
-        "eigen": ("v", "p"),
-        "inverse": ("p",),
-    }[scaling]
-    for name in moments:
-        assert torch.equal(now["blocks"]["0"][name], saved["blocks"]["0"][name])
-        assert not torch.equal(now["blocks"]["3"][name], saved["blocks"]["3"][name])
-    generic = saved["generic"]["1.weight"]
-    assert all(torch.equal(now["generic"]["1.weight"][k], v) for k, v in generic.items())
-
-
-def test_half_a_block_without_a_gradient_keeps_the_whole_block():
-    compiled, opt = make()
-    train(compiled, opt, 1)
-    before = parameters(compiled.original[0])
-    backward(compiled)
-    compiled.original[0].bias.grad = None
-    opt.step()
-    assert_equal(parameters(compiled.original[0]), before)
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)

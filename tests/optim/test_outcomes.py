@@ -183,7 +183,7 @@ def test_outcome(name):
         opt.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    plan = compiled.plan
+    plan = compiled.kfc.plan
     assert {block.name for block in plan.blocks} == blocks
     assert {g.name for g in plan.generic} == set(reasons)
     for g in plan.generic:
@@ -192,18 +192,18 @@ def test_outcome(name):
 
 def test_a_layer_in_a_loop_is_one_block_with_all_its_uses():
     compiled = kfc_fx.compile(WrittenCell(hidden=nn.Linear(4, 6), other=nn.Linear(6, 6)))
-    plan = compiled.trace(torch.randn(8, 4))
+    plan = compiled.kfc.trace(torch.randn(8, 4))
     assert plan.block("other").uses == 3
     assert plan.block("head").uses == 1
 
 
 def test_strict_accepts_a_model_whose_other_parameters_are_no_layers():
     compiled = kfc_fx.compile(Recurrent(hidden=nn.LSTM(4, 6, batch_first=True)), strict=True)
-    assert len(compiled.trace(torch.randn(8, 4)).generic) == 4
+    assert len(compiled.kfc.trace(torch.randn(8, 4)).generic) == 4
 
 
 def test_strict_names_the_region():
     net = Conditional(hidden=nn.Linear(4, 6), other=nn.Linear(4, 6))
     compiled = kfc_fx.compile(net, strict=True)
     with pytest.raises(kfc_fx.CoverageError, match=r"hidden\.weight: .*inside a conditional"):
-        compiled.trace(torch.randn(8, 4))
+        compiled.kfc.trace(torch.randn(8, 4))

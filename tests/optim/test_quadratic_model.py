@@ -130,16 +130,16 @@ def test_steps_are_where_the_model_is_least(likelihood):
     (x, y), damping = batch(), 0.02
     model = kfc_fx.compile(network(), likelihood=likelihood)
     opt = kfc_fx.KFC(model, lr=0.3, scaling="inverse", quadratic_model=True, damping=damping)
-    names = [name for name, _ in model.original.named_parameters()]
+    names = [name for name, _ in model.named_parameters()]
     previous = None
     for step in range(5):
-        before = copy.deepcopy(model.original)
+        before = copy.deepcopy(model)
         opt.zero_grad()
         LOSSES[likelihood](model(x), y).backward()
-        gradient = {n: p.grad.clone() for n, p in model.original.named_parameters()}
+        gradient = {n: p.grad.clone() for n, p in model.named_parameters()}
         opt.step()
         old = dict(before.named_parameters())
-        moved = {n: (p - old[n]).detach() for n, p in model.original.named_parameters()}
+        moved = {n: (p - old[n]).detach() for n, p in model.named_parameters()}
         along = [moved] if previous is None else [moved, previous]
         kind = opt.compiled.kfc.options.likelihood
         fisher = fisher_gram(before, kind, ((x,), {}), along).double()
@@ -186,13 +186,13 @@ def test_the_ratio_is_the_change_of_the_loss_over_the_prediction():
     )
     closure = closure_of(model, opt, x, y, calls)
     opt.step(closure)
-    before, state = copy.deepcopy(model.original), torch.get_rng_state()
+    before, state = copy.deepcopy(model), torch.get_rng_state()
     damping = opt.diagnostics.damping
     loss = opt.step(closure)
     assert len(calls) == 4
     assert torch.equal(calls[2], calls[3])  # the same dropout
     assert torch.equal(calls[2], state)
-    after = model.original
+    after = model
     old = dict(before.named_parameters())
     moved = {n: (p - old[n]).detach() for n, p in after.named_parameters()}
     torch.set_rng_state(state)
@@ -220,7 +220,7 @@ def test_buffers_and_generators_are_as_after_one_call():
         torch.manual_seed(3)
         opt = kfc_fx.KFC(model, lr=0.1, scaling="inverse", adapt_damping=interval, seed=0)
         opt.step(closure_of(model, opt, x, y, []))
-        results.append([*model.original.buffers(), torch.get_rng_state()])
+        results.append([*model.buffers(), torch.get_rng_state()])
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kfc_fx
-from tests.networks import (
+from tests.models import (
     LABELS,
     assert_equal,
     assert_same_state,
@@ -24,7 +24,7 @@ SCALINGS = ["adam", "spectral", "eigen", "inverse"]
 
 def step_that_raises(opt: kfc_fx.KFC, failing: str) -> None:
     """A step in which one of the generated functions raises."""
-    functions = opt._bound_engine().program.functions
+    functions = opt.engine.program.functions
     own = functions[failing]
 
     def fail(*_, **__):

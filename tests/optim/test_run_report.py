@@ -12,7 +12,7 @@ from torch import nn
 import kfc_fx
 from kfc_fx.engine.factors import Factors
 from kfc_fx.optim.run_report import factor_summary
-from tests.networks import backward, conv_network, make
+from tests.models import backward, conv_network, make
 
 
 @pytest.mark.parametrize("scaling", ["adam", "inverse"])

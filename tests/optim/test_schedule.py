@@ -1,8 +1,10 @@
 """When statistics and refreshes are due, and how much each statistic counts."""
 
 import pytest
+from torch.nn import functional as F
 
 from kfc_fx.optim.schedule import Schedule, averaging_rate, early_steps, schedule_for
+from tests.models import IMAGES, LABELS, collector_of, make
 
 
 def due(schedule: Schedule, steps: int) -> list[int]:
@@ -55,3 +57,17 @@ def test_weights_of_few_statistics_grow_linearly():
     assert averaging_rate(38, 0.95) == pytest.approx(0.05)
     assert averaging_rate(1000, 0.95) == pytest.approx(0.05)
     assert averaging_rate(0, 0.0) == averaging_rate(5, 0.0) == 1
+
+
+def test_ordinary_steps_run_the_plain_graph():
+    compiled, opt = make(factor_interval=1000, inverse_interval=1000)
+    armed = []
+    for _ in range(40):
+        armed.append(collector_of(compiled).armed)
+        F.cross_entropy(compiled(IMAGES), LABELS).backward()
+        assert bool(collector_of(compiled).sums.blocks) == armed[-1]
+        opt.step()
+        opt.zero_grad()
+    early = [*range(9), 10, 12, 15, 18, 22, 27, 33]
+    assert [step for step, due in enumerate(armed) if due] == early
+    assert opt.diagnostics.statistics_steps == len(early)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import kfc_fx
 from kfc_fx.tools.cli import app
-from tests.networks import first_factors, losses
+from tests.models import first_factors, losses
 from tests.oracle import batched_factors, categorical_cotangent
 
 E, C, R, N = 3, 4, 5, 6
@@ -152,9 +152,9 @@ def test_every_entry_is_a_block(name):
     net = Net(CASES[name]).double()
     x, y = torch.randn(N, E, 2, C).double(), torch.randint(5, (N,))
     compiled, factors = first_factors(net, x, y)
-    block = compiled.plan.block("product")
+    block = compiled.kfc.plan.block("product")
     assert (block.kind, block.groups) == ("batched_linear", E)
-    assert not compiled.plan.generic
+    assert not compiled.kfc.plan.generic
     expected = batched_factors(net, net.product, x, categorical_cotangent(y), CASES[name].rows_of)
     torch.testing.assert_close(factors["product"].omega, expected[0])
     torch.testing.assert_close(factors["product"].gamma, expected[1])
@@ -202,7 +202,7 @@ def test_experts_that_see_some_tokens_each(transposed, unseen):
     net.head.weight.data.mul_(2)
     x, y = torch.randn(N, E, 2, C).double(), torch.randint(5, (N,))
     compiled, factors = first_factors(net, x, y)
-    assert not compiled.plan.generic
+    assert not compiled.kfc.plan.generic
     omega, gamma = batched_factors(net, net.product, x, categorical_cotangent(y), routed)
     seen = E - unseen
     torch.testing.assert_close(factors["product"].omega[:seen], omega[:seen])
@@ -287,7 +287,7 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_products_are_generic_with_their_use(name):
     compiled = kfc_fx.compile(Other(OTHERS[name]))
-    plan = compiled.trace(torch.randn(N, E, 2, C))
+    plan = compiled.kfc.trace(torch.randn(N, E, 2, C))
     assert not plan.blocks
     (generic,) = plan.generic
     assert generic.reason.startswith("used by node ")

@@ -30,15 +30,15 @@ class Uses(nn.Module):
         return self.frozen(F.linear(x, self.scaled.weight / 2, self.scaled.bias))
 
 
-def traced(**options) -> kfc_fx.CompiledModel:
+def traced(**options) -> nn.Module:
     torch.manual_seed(0)
     compiled = kfc_fx.compile(Uses(), **options)
-    compiled.trace(torch.randn(2, 1, 5, 5))
+    compiled.kfc.trace(torch.randn(2, 1, 5, 5))
     return compiled
 
 
 def test_every_parameter_is_in_a_block_or_has_a_reason():
-    plan = traced().plan
+    plan = traced().kfc.plan
     reasons = {generic.name: generic.reason for generic in plan.generic}
     assert [block.name for block in plan.blocks] == ["conv"]
     assert "also used by node" in reasons["penalised.weight"]
@@ -52,20 +52,22 @@ def test_every_parameter_is_in_a_block_or_has_a_reason():
 
 
 def test_strict_names_the_use_that_was_not_matched():
-    with pytest.raises(Exception, match=r"strict: no curvature block for penalised\.weight"):
+    with pytest.raises(
+        kfc_fx.CoverageError, match=r"strict: no curvature block for penalised\.weight"
+    ):
         traced(strict=True)
 
 
 def test_a_corrupted_matcher_is_refused():
     compiled = traced()
-    uses = compiled.graphs[0].uses
+    uses = compiled.kfc.graphs[0].uses
     parameters = compiled.kfc._account._parameter_specs()
     forgetful = replace(uses, unmatched=())
     plan = build_plan(parameters, [forgetful])
     with pytest.raises(kfc_fx.CoverageError, match="statistics miss its use"):
         prove_coverage(plan, parameters, [uses])
     with pytest.raises(kfc_fx.CoverageError, match="stands 0 times"):
-        prove_coverage(replace(compiled.plan, generic=()), parameters, [uses])
+        prove_coverage(replace(compiled.kfc.plan, generic=()), parameters, [uses])
 
 
 def test_a_pass_that_raises_names_the_passes_before_it():
@@ -74,7 +76,7 @@ def test_a_pass_that_raises_names_the_passes_before_it():
     def broken(module):
         raise ValueError("corrupted")
 
-    module = traced().graphs[0].stage("captured")
+    module = traced().kfc.graphs[0].stage("captured")
     with pytest.raises(
         kfc_fx.KfcError, match=r"'second' failed: ValueError: corrupted.*before it: first"
     ):
@@ -85,12 +87,12 @@ def test_passes_are_idempotent():
     from kfc_fx.capture.canonicalise import canonicalise_calls
     from kfc_fx.capture.graph import copy_graph
 
-    canonical = copy_graph(traced().graphs[0].stage("canonical"))
+    canonical = copy_graph(traced().kfc.graphs[0].stage("canonical"))
     assert not canonicalise_calls(canonical)
 
 
 def test_a_factor_beyond_the_limit_is_generic_with_that_reason():
     net = nn.Sequential(nn.Conv2d(9000, 2, 1), nn.Flatten(), nn.Linear(2, 9000))
-    plan = kfc_fx.compile(net).trace(torch.randn(2, 9000, 1, 1))
+    plan = kfc_fx.compile(net).kfc.trace(torch.randn(2, 9000, 1, 1))
     assert [block.name for block in plan.blocks] == ["2"]  # its Γ is diagonal
     assert plan.generic[0].reason == "Ω has side 9000, which exceeds the limit of 8192"

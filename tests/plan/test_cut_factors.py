@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import kfc_fx
 from kfc_fx.plan.forms import parts_of
-from tests.networks import collector_of
+from tests.models import collector_of
 from tests.oracle import categorical_cotangent, exact_factors
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import kfc_fx
 from kfc_fx.plan import spec
-from tests.networks import first_factors, losses
+from tests.models import first_factors, losses
 from tests.oracle import categorical_cotangent, exact_factors
 
 TRANSPOSED = [
@@ -44,13 +44,13 @@ def test_transposed_convolution(options, bias):
     net = nn.Sequential(layer, *head(width)).double()
     x, y = torch.randn(5, 2, 4, 3).double(), torch.randint(5, (5,))
     compiled, factors = first_factors(net, x, y)
-    block = compiled.plan.block("0")
+    block = compiled.kfc.plan.block("0")
     assert (block.kind, block.bias) == ("conv_transpose2d", None)
     omega, gamma = exact_factors(net, layer, x, categorical_cotangent(y))
     torch.testing.assert_close(factors["0"].omega.reshape(omega.shape), omega)
     torch.testing.assert_close(factors["0"].gamma.reshape(gamma.shape), gamma)
     if bias:
-        (generic,) = compiled.plan.generic
+        (generic,) = compiled.kfc.plan.generic
         assert (generic.name, "conv_transpose2d" in generic.reason) == ("0.bias", True)
 
 
@@ -113,8 +113,8 @@ def test_products_with_a_weight_are_linear_layers(name, tokens):
     net = Functional(apply, shape, bias).double()
     x, y = torch.randn(6, *tokens, 4).double(), torch.randint(5, (6,))
     compiled, factors = first_factors(net, x, y)
-    assert compiled.plan.block("").kind == "linear"
-    assert not compiled.plan.generic
+    assert compiled.kfc.plan.block("").kind == "linear"
+    assert not compiled.kfc.plan.generic
 
     same = nn.Linear(4, 3, bias=bias).double()
     matrix = net.weight if shape == (3, 4) else net.weight.t()
@@ -158,7 +158,7 @@ def test_embedding(padding_idx, scaling):
     x, y = torch.randint(7, (6, 4)), torch.randint(5, (6,))
     x[0, 0] = 2
     compiled, factors = first_factors(net, x, y)
-    assert compiled.plan.block("0").kind == "embedding"
+    assert compiled.kfc.plan.block("0").kind == "embedding"
     omega, gamma = exact_factors(net, net[0], x, categorical_cotangent(y))
     torch.testing.assert_close(factors["0"].omega, omega[0].diagonal())
     torch.testing.assert_close(factors["0"].gamma, gamma[0])
@@ -183,7 +183,7 @@ def test_an_embedding_tied_to_the_output_layer_has_one_named_outcome():
             return F.linear(self.hidden(self.embedding(x)).mean(1), self.embedding.weight)
 
     compiled = kfc_fx.compile(Tied())
-    plan = compiled.trace(torch.randint(5, (4, 2)))
+    plan = compiled.kfc.trace(torch.randint(5, (4, 2)))
     assert [block.name for block in plan.blocks] == ["hidden"]
     (generic,) = plan.generic
     assert generic.name == "embedding.weight"
@@ -203,7 +203,7 @@ def test_a_wide_side_has_a_diagonal_factor(side, scaling, monkeypatch):
     x, y = torch.randn(6, sizes[0]).double(), torch.randint(5, (6,))
     monkeypatch.setattr(spec, "FACTOR_LIMIT", 6 if side == "input" else 7)
     compiled, factors = first_factors(net, x, y)
-    assert f"{'Ω 9' if side == 'input' else 'Γ 8'} diagonal" in str(compiled.plan)
+    assert f"{'Ω 9' if side == 'input' else 'Γ 8'} diagonal" in str(compiled.kfc.plan)
     omega, gamma = exact_factors(net, net[0], x, categorical_cotangent(y))
     if side == "input":
         torch.testing.assert_close(factors["0"].omega, omega[0].diagonal())
@@ -252,8 +252,8 @@ def test_reduce_averages_inputs_and_sums_gradients():
     opt = kfc_fx.KFC(compiled, lr=0.0, fisher="empirical")
     F.cross_entropy(compiled(x), y).backward()
     opt.step()
-    assert [compiled.plan.block(n).sharing for n in "024"] == ["reduce", "expand", "reduce"]
-    assert "Γ 3², reduce" in str(compiled.plan)
+    assert [compiled.kfc.plan.block(n).sharing for n in "024"] == ["reduce", "expand", "reduce"]
+    assert "Γ 3², reduce" in str(compiled.kfc.plan)
 
     hidden = net[0](x)
     output = net[1:](hidden)
@@ -277,7 +277,7 @@ def test_wrong_weight_sharing_is_refused():
     with pytest.raises(
         kfc_fx.OptionError, match=r"no linear block matches 'layer\*'; the nearest name is"
     ):
-        compiled.trace(torch.randn(6, 2, 4).double())
+        compiled.kfc.trace(torch.randn(6, 2, 4).double())
 
 
 class Sizes(nn.Module):
@@ -296,7 +296,7 @@ class Sizes(nn.Module):
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 def test_the_plan_says_which_factors_grow_with_the_locations(sharing):
-    plan = kfc_fx.compile(Sizes(), weight_sharing=sharing).trace(torch.randn(6, 2, 5, 4))
+    plan = kfc_fx.compile(Sizes(), weight_sharing=sharing).kfc.trace(torch.randn(6, 2, 5, 4))
     found = {block.name: block.locations for block in plan.blocks}
     assert found == {"conv": 20, "norm": 20, "up": 15, "transposed": 20, "head": 1}
     growing = {block.name for block in plan.blocks if block.grows_with_locations}

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import kfc_fx
 from kfc_fx.linalg.eigenbasis import eigendecomposition
-from tests.networks import first_factors, losses
+from tests.models import first_factors, losses
 from tests.oracle import categorical_cotangent
 
 
@@ -68,8 +68,8 @@ def test_the_factor_is_the_exact_fisher_matrix(name):
     if isinstance(layer, nn.BatchNorm2d):
         net.eval()
     compiled, factors = first_factors(net, x, y)
-    assert compiled.plan.block("0").kind == "scale_shift"
-    assert not compiled.plan.generic
+    assert compiled.kfc.plan.block("0").kind == "scale_shift"
+    assert not compiled.kfc.plan.generic
     expected = exact_fisher(net, list(layer.parameters()), x, y)
     found = factors["0"].omega
     torch.testing.assert_close(found.reshape(expected.shape), expected)
@@ -110,7 +110,7 @@ def test_they_train(scaling):
 
 def test_without_blocks_on_request():
     compiled = kfc_fx.compile(network(nn.LayerNorm(4), 12), norm_layers=False, strict=True)
-    plan = compiled.trace(torch.randn(2, 3, 4).double())
+    plan = compiled.kfc.trace(torch.randn(2, 3, 4).double())
     assert [block.name for block in plan.blocks] == ["3"]
     reasons = {g.name: g.reason for g in plan.generic}
     assert reasons == {
@@ -132,7 +132,7 @@ def test_a_layer_of_constants_is_generic():
             return self.head(x + first + self.positions(torch.arange(x.shape[1]))).mean(1)
 
     compiled = kfc_fx.compile(Positions())
-    plan = compiled.trace(torch.randn(2, 3, 4))
+    plan = compiled.kfc.trace(torch.randn(2, 3, 4))
     (generic,) = plan.generic
     assert generic.name == "positions.weight"
     assert "its input does not depend on the examples" in generic.reason

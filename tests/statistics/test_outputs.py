@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfc_fx
-from tests.networks import collector_of
+from tests.models import collector_of
 
 GENERATOR = torch.Generator().manual_seed(1)
 X = torch.randn(8, 4, generator=GENERATOR).double()
@@ -113,7 +113,7 @@ def test_the_prediction_is_found_in_every_form_of_output(form, fisher):
     build, read = FORMS[form]
     compiled, opt = make(build, fisher=fisher)
     output = compiled(X)
-    plain = compiled.original(X)
+    plain = compiled._call_impl(X)
     assert type(output) is type(plain)
     assert torch.equal(read(output), read(plain))
     F.cross_entropy(read(output), Y).backward()

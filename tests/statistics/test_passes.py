@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -15,27 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kfc_fx
 from kfc_fx.statistics.request import StatisticsRequest
 from kfc_fx.statistics.sums import Sums
-from tests.networks import collector_of
+from tests.models import IMAGES, LABELS, collector_of, conv_network, make
 
-IMAGES, LABELS = torch.randn(12, 3, 6, 6), torch.randint(5, (12,))
 BACKENDS = pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 
 
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.Conv2d(4, 4, 3),
-        nn.Flatten(),
-        nn.Linear(64, 5),
-    )
-
-
-def make(backend: str = "eager", **options) -> tuple[kfc_fx.CompiledModel, kfc_fx.KFC]:
-    compiled = kfc_fx.compile(network(), backend=backend)
-    return compiled, kfc_fx.KFC(compiled, lr=0.01, factor_samples=None, **options)
+def make_whole(backend: str = "eager", **options) -> tuple[nn.Module, kfc_fx.KFC]:
+    """With statistics of whole batches."""
+    return make(backend=backend, factor_samples=None, **options)
 
 
 def factors(opt: kfc_fx.KFC) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -56,7 +44,7 @@ class Operators(TorchDispatchMode):
 
 @pytest.mark.parametrize(("fisher", "passes"), [("empirical", [2, 1]), ("sampled", [3, 2])])
 def test_empirical_statistics_take_no_backward_pass_of_their_own(fisher, passes):
-    compiled, opt = make(fisher=fisher)
+    compiled, opt = make_whole(fisher=fisher)
     loss = F.cross_entropy(compiled(IMAGES), LABELS)
     with Operators() as operators:
         loss.backward()
@@ -64,14 +52,14 @@ def test_empirical_statistics_take_no_backward_pass_of_their_own(fisher, passes)
     names = ("convolution_backward", "native_batch_norm_backward")
     assert [operators.counts[name] for name in names] == passes
     opt.step()
-    assert set(opt.factors) == {"0", "1", "3", "5"}
+    assert set(opt.factors) == {"0", "1", "3", "6"}
 
 
 @BACKENDS
 def test_empirical_factors_are_of_the_gradients_of_the_loss(backend):
     """Also where the loss is none of the likelihood's own: its scale alone is fitted."""
-    compiled, opt = make(backend, fisher="empirical")
-    compiled.original.eval()
+    compiled, opt = make_whole(backend, fisher="empirical")
+    compiled.eval()
     weights = torch.rand(5) + 0.5
     logits = compiled(IMAGES)
     loss = 3 * F.cross_entropy(logits, LABELS, weight=weights, label_smoothing=0.1)
@@ -87,17 +75,17 @@ def test_empirical_factors_are_of_the_gradients_of_the_loss(backend):
     rows = own * scale
     loss.backward()
     opt.step()
-    torch.testing.assert_close(opt.factors["5"].gamma, rows.T @ rows / len(IMAGES))
+    torch.testing.assert_close(opt.factors["6"].gamma, rows.T @ rows / len(IMAGES))
     # Weights change its directions, and not only its scale.
-    assert not torch.allclose(opt.factors["5"].gamma, likely.T @ likely / len(IMAGES), rtol=0.02)
+    assert not torch.allclose(opt.factors["6"].gamma, likely.T @ likely / len(IMAGES), rtol=0.02)
 
 
 def test_gradients_of_parameters_alone_give_the_same_statistics():
-    compiled, opt = make()
+    compiled, opt = make_whole()
     F.cross_entropy(compiled(IMAGES), LABELS).backward()
     opt.step()
     expected = factors(opt)
-    compiled, opt = make()
+    compiled, opt = make_whole()
     parameters = list(compiled.parameters())
     loss = F.cross_entropy(compiled(IMAGES), LABELS)
     for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
@@ -107,7 +95,7 @@ def test_gradients_of_parameters_alone_give_the_same_statistics():
 
 
 def test_a_compiled_graph_needs_a_whole_backward_pass():
-    compiled, opt = make("aot_eager")
+    compiled, opt = make_whole("aot_eager")
     loss = F.cross_entropy(compiled(IMAGES), LABELS)
     loss.backward(inputs=list(compiled.parameters()))
     with pytest.raises(kfc_fx.StatisticsError, match=r"by loss.backward\(\), without inputs="):
@@ -115,13 +103,13 @@ def test_a_compiled_graph_needs_a_whole_backward_pass():
 
 
 def test_a_backward_pass_that_is_differentiated_keeps_no_graph_of_statistics():
-    compiled, opt = make()
-    compiled.original.eval()
+    compiled, opt = make_whole()
+    compiled.eval()
     parameters = list(compiled.parameters())
     loss = F.cross_entropy(compiled(IMAGES), LABELS)
     gradients = torch.autograd.grad(loss, parameters, create_graph=True)
     sums = collector_of(compiled).sums.blocks
-    assert set(sums) == {"0", "1", "3", "5"}
+    assert set(sums) == {"0", "1", "3", "6"}
     assert not any(value.requires_grad for own in sums.values() for value in own.values())
     before = {name: dict(own) for name, own in sums.items()}
     (loss + sum(g.square().sum() for g in gradients)).backward()
@@ -131,14 +119,14 @@ def test_a_backward_pass_that_is_differentiated_keeps_no_graph_of_statistics():
 
 
 def test_micro_batches_add_up():
-    compiled, opt = make(fisher="empirical")
-    compiled.original.eval()
+    compiled, opt = make_whole(fisher="empirical")
+    compiled.eval()
     F.cross_entropy(compiled(IMAGES), LABELS).backward()
     opt.step()
     expected = factors(opt)
     for together in (False, True):
-        compiled, opt = make(fisher="empirical")
-        compiled.original.eval()
+        compiled, opt = make_whole(fisher="empirical")
+        compiled.eval()
         parts = zip(IMAGES.split(4), LABELS.split(4), strict=True)
         losses = [F.cross_entropy(compiled(x), y) / 3 for x, y in parts]
         if together:
@@ -150,15 +138,25 @@ def test_micro_batches_add_up():
         torch.testing.assert_close(factors(opt), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_second_backward_pass_collects_nothing_more():
+    compiled, _ = make_whole(fisher="empirical")
+    loss = F.cross_entropy(compiled(IMAGES), LABELS)
+    loss.backward(retain_graph=True)
+    before = copy.deepcopy(collector_of(compiled).sums.blocks)
+    loss.backward()
+    torch.testing.assert_close(collector_of(compiled).sums.blocks, before, rtol=0, atol=0)
+    assert collector_of(compiled).sums.examples == 12
+
+
 @BACKENDS
 def test_a_backward_pass_that_fails_leaves_nothing_behind(backend):
-    compiled, opt = make(backend, fisher="empirical")
-    compiled.original.eval()
+    compiled, opt = make_whole(backend, fisher="empirical")
+    compiled.eval()
 
     def fail(_: torch.Tensor) -> None:
         raise RuntimeError("out of memory, say")
 
-    first = compiled.original[0].weight
+    first = compiled[0].weight
     handle = first.register_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         F.cross_entropy(compiled(IMAGES), LABELS).backward()
@@ -171,20 +169,20 @@ def test_a_backward_pass_that_fails_leaves_nothing_behind(backend):
     assert not collector_of(compiled).taking
     opt.step()
     found = factors(opt)
-    compiled, opt = make(backend, fisher="empirical")
-    compiled.original.eval()
+    compiled, opt = make_whole(backend, fisher="empirical")
+    compiled.eval()
     F.cross_entropy(compiled(IMAGES), LABELS).backward()
     opt.step()
     torch.testing.assert_close(found, factors(opt), rtol=0, atol=0)
 
 
 def test_a_loss_without_gradient_at_the_prediction_gives_zeros():
-    compiled, opt = make(fisher="empirical")
+    compiled, opt = make_whole(fisher="empirical")
     (0 * F.cross_entropy(compiled(IMAGES), LABELS)).backward()
     opt.step()
     assert opt.diagnostics.dropped_statistics == {}
-    assert not opt.factors["5"].gamma.any()
-    assert opt.factors["5"].omega.any()
+    assert not opt.factors["6"].gamma.any()
+    assert opt.factors["6"].omega.any()
 
 
 @pytest.mark.parametrize(
@@ -203,8 +201,8 @@ def test_a_loss_without_gradient_at_the_prediction_gives_zeros():
 def test_by_default_gradients_of_the_loss_serve_where_only_directions_count(
     likelihood, options, fisher
 ):
-    compiled = kfc_fx.compile(network(), likelihood=likelihood)
-    _opt = kfc_fx.KFC(compiled, **options)
+    compiled = kfc_fx.compile(conv_network(), likelihood=likelihood)
+    kfc_fx.KFC(compiled, **options)
     assert collector_of(compiled).request.fisher == fisher
 
 
@@ -213,7 +211,7 @@ class WithLoss(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = network()
+        self.net = conv_network()
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         logits = self.net(x)
@@ -222,7 +220,7 @@ class WithLoss(nn.Module):
 
 @BACKENDS
 def test_a_loss_that_the_model_computes_gives_the_same_statistics(backend):
-    compiled, opt = make(backend)
+    compiled, opt = make_whole(backend)
     F.cross_entropy(compiled(IMAGES), LABELS).backward()
     opt.step()
     expected = factors(opt)
@@ -236,11 +234,10 @@ def test_a_loss_that_the_model_computes_gives_the_same_statistics(backend):
 
 def test_where_the_scale_matters_the_loss_must_be_seen():
     compiled = kfc_fx.compile(WithLoss())
-    opt = kfc_fx.KFC(compiled, lr=0.01, fisher="empirical", scaling="eigen")
+    kfc_fx.KFC(compiled, lr=0.01, fisher="empirical", scaling="eigen")
     with pytest.raises(kfc_fx.OutputError, match=r"loss was not computed from it.*sampled"):
         compiled(IMAGES, LABELS)["loss"].backward()
     assert not collector_of(compiled).taking
-    assert opt.diagnostics.steps == 0
 
 
 # -- passes beside each other ----------------------------------------------------------------
@@ -248,7 +245,7 @@ def test_where_the_scale_matters_the_loss_must_be_seen():
 
 def collected(fisher: str, batches: list[slice], losses_of: Callable[..., None]) -> Sums:
     """The statistics of a share of each of some batches."""
-    compiled = kfc_fx.compile(network().double().eval())
+    compiled = kfc_fx.compile(conv_network().double().eval())
     collector = compiled.kfc.attach(StatisticsRequest(fisher=fisher, samples=3, seed=0))
     collector.arm()
     losses_of([lambda own=own: loss_of(compiled, own) for own in batches])
@@ -300,7 +297,7 @@ def test_models_that_train_in_threads_do_not_meet():
     """One takes statistics all the time, the other never: neither sees the other's passes."""
 
     def train(armed: bool) -> None:
-        compiled = kfc_fx.compile(network().double().eval())
+        compiled = kfc_fx.compile(conv_network().double().eval())
         compiled.kfc.trace(IMAGES.double())
         collector = compiled.kfc.attach(StatisticsRequest(fisher="empirical", seed=0))
         collector.arm(armed)

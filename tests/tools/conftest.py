@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,15 +13,18 @@ from kfc_fx.tools.data.sets import DataSet, ImageSet
 from kfc_fx.tools.train.optimizers import OptimizerSpec
 from kfc_fx.tools.train.training_run import RunRecord
 
-SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
+DATA_FOLDER = "KFC_FX_DATA"
+"""The environment variable that names a folder of real data sets."""
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder of real data beside the repository."""
-    if not SHARED_DATA.is_dir():
-        pytest.skip(f"no real data: {SHARED_DATA} is not there")
-    return SHARED_DATA
+def real_data() -> Path:
+    """The folder of real data sets that the environment names."""
+    named = os.environ.get(DATA_FOLDER)
+    if not named:
+        pytest.skip(f"no real data: set {DATA_FOLDER} to its folder")
+    assert Path(named).is_dir(), f"{DATA_FOLDER}={named} is no folder"
+    return Path(named)
 
 
 @pytest.fixture

@@ -106,8 +106,8 @@ def test_lossy_cifar10_is_called_so(tmp_path: Path) -> None:
     check(load("cifar10", tmp_path), "CIFAR-10 (JPEG q75)", (3, 32, 32), (2, 2))
 
 
-def test_real_images(shared_data: Path) -> None:
-    images, labels = read_npz(shared_data / "cifar10_jpeg_test.npz")
+def test_real_images(real_data: Path) -> None:
+    images, labels = read_npz(real_data / "cifar10_jpeg_test.npz")
     assert images.shape == (10_000, 3, 32, 32)
     assert np.bincount(labels).tolist() == [1000] * 10
 

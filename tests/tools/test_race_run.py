@@ -29,7 +29,7 @@ from kfc_fx.tools.race.optimizers import (
 from kfc_fx.tools.race.results import RunResult, RunSpec
 from kfc_fx.tools.race.run import batches, train
 from kfc_fx.tools.race.tasks import TASKS, CellSpec, Examples, RaceData, TaskSpec
-from tests.networks import collector_of
+from tests.models import collector_of
 
 STEPS = 14
 

@@ -5,6 +5,7 @@ All figures are ratios within one run: the two sides take turns, and the median 
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
 import statistics
@@ -71,10 +72,10 @@ def compare(what: str, own: Step, other: Step, rounds: int) -> Ratio:
     return Ratio(what, median, low, high)
 
 
-def sgd_step(model: nn.Module, trained: nn.Module, size: int) -> Step:
-    """Forward, backward and an update by SGD with momentum of ``trained`` through ``model``."""
+def sgd_step(model: nn.Module, size: int) -> Step:
+    """Forward, backward and an update by SGD with momentum."""
     x, y = batch(size, 32)
-    opt = torch.optim.SGD(trained.parameters(), lr=1e-4, momentum=SGD_MOMENTUM)
+    opt = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=SGD_MOMENTUM)
 
     def step() -> None:
         F.cross_entropy(model(x), y).backward()
@@ -84,10 +85,10 @@ def sgd_step(model: nn.Module, trained: nn.Module, size: int) -> Step:
     return step
 
 
-def statistics_step(compiled: kfc_fx.CompiledModel, size: int) -> Step:
+def statistics_step(compiled: nn.Module, size: int) -> Step:
     """An SGD step that takes every statistic of the whole batch besides: the Fisher pass and all
     factors, unnormalised, as a curvature step of the optimizer does before its update."""
-    plain = sgd_step(compiled, compiled.original, size)
+    plain = sgd_step(compiled, size)
     collector = compiled.kfc.attach(StatisticsRequest())
 
     def step() -> None:
@@ -103,20 +104,23 @@ def statistics_step(compiled: kfc_fx.CompiledModel, size: int) -> Step:
 def plain_steps(rounds: int) -> Ratio:
     """Plain step of compiled ResNet-18 over that of the uncompiled one."""
     net = resnet18()
-    own, other = sgd_step(kfc_fx.compile(net), net, 32), sgd_step(net, net, 32)
+    other = sgd_step(copy.deepcopy(net), 32)
+    own = sgd_step(kfc_fx.compile(net), 32)
     return compare("plain step, compiled / not: ResNet-18, batch 32", own, other, 3 * rounds)
 
 
 def statistics_steps(name: str, build: Callable[[], nn.Module], size: int, rounds: int) -> Ratio:
     """A step with statistics over an SGD step of the uncompiled network."""
     net = build()
-    own, other = statistics_step(kfc_fx.compile(net), size), sgd_step(net, net, size)
+    other = sgd_step(copy.deepcopy(net), size)
+    own = statistics_step(kfc_fx.compile(net), size)
     return compare(f"step with statistics / SGD: {name}, batch {size}", own, other, rounds)
 
 
 def mean_steps(scaling: str, rounds: int) -> Ratio:
     """Mean step of KFC at its default intervals over an SGD step, once the early phase is over."""
     size, net = 128, resnet18()
+    other = sgd_step(copy.deepcopy(net), size)
     compiled = kfc_fx.compile(net)
     opt = kfc_fx.KFC(compiled, lr=1e-4, scaling=scaling)
     x, y = batch(size, 32)
@@ -127,8 +131,6 @@ def mean_steps(scaling: str, rounds: int) -> Ratio:
             F.cross_entropy(compiled(x), y).backward()
             opt.step()
             opt.zero_grad()
-
-    other = sgd_step(net, net, size)
 
     def sgd() -> None:
         for _ in range(interval):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from kfc_fx.errors import first_line
 from kfc_fx.inspect.target import resolve_target
 from kfc_fx.tools.failures import CommandError, import_extra, unknown_name
 
@@ -130,8 +131,8 @@ def _check_output(name: str, network: nn.Module, image_shape: ImageShape, classe
         with torch.no_grad():
             output = network(torch.zeros(1, *image_shape))
     except RuntimeError as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise CommandError(f"model {name} does not fit images of {size}: {first_line}") from error
+        message = f"model {name} does not fit images of {size}: {first_line(error)}"
+        raise CommandError(message) from error
     network.train(was_training)
     shape = tuple(getattr(output, "shape", ()))
     if shape != (1, classes):

@@ -17,7 +17,6 @@ from kfc_fx.kernels.geometry import conv_geometry
 from kfc_fx.kernels.products import product_plan
 from kfc_fx.ops.cuda_dispatch import uses_triton
 from kfc_fx.ops.patch_gram import METHODS, patch_gram
-from kfc_fx.ops.patch_products import assemble, patch_products
 from kfc_fx.ops.row_gram import row_gram
 from kfc_fx.ops.separable_gram import separable_gram
 
@@ -94,11 +93,6 @@ def _convolution_checks(
         gram = partial(patch_gram, x, KERNEL, bias=True, method=method, **options)
         yield _result(f"patch_gram {method}", device, case, path, gram, biased)
 
-    def composed() -> Tensor:
-        slots = patch_products(x, KERNEL, bias=True, **options)
-        return assemble(slots, tuple(x.shape[1:]), KERNEL, bias=True, **options)
-
-    yield _result("products + assemble", device, case, paths["patch_products"], composed, biased)
     channels = x.shape[1] // groups
     offsets = KERNEL[0] * KERNEL[1]
     split = dense.unflatten(2, (channels, offsets)).unflatten(1, (channels, offsets))
@@ -116,14 +110,14 @@ def _convolution_checks(
 
 def _paths(device: str, x: Tensor, options: dict[str, int]) -> dict[str, str]:
     """Op to what computes it: a method of the CPU's, or the kernels of a GPU."""
-    ops = ("patch_gram", "patch_products", "separable_gram")
+    ops = ("patch_gram", "separable_gram")
     if device != "cpu":
         return dict.fromkeys(ops, "triton" if uses_triton(x) else "aten")
     geometry = conv_geometry(KERNEL, **options)
     maps = (len(x) * x.shape[1] // geometry.groups, geometry.groups, *x.shape[2:])
     cost = estimate(geometry, product_plan(geometry, tuple(x.shape[2:])), tuple(x.shape))
     separable = f"row + {patch_method(maps, geometry)[0]}"
-    return dict(zip(ops, (cost.best, cost.best_products, separable), strict=True))
+    return dict(zip(ops, (cost.best, separable), strict=True))
 
 
 def _result(

@@ -9,6 +9,8 @@ from itertools import cycle
 
 import torch
 
+from kfc_fx.errors import first_line
+
 REPEATS = 15
 WARM_UP = 3
 REPLAYS = 20
@@ -63,7 +65,7 @@ def device_time(calls: Sequence[Call], device: torch.device) -> Timing:
     try:
         graph = _captured(calls, device)
     except RuntimeError as error:
-        raise NotCapturedError(f"{error}".splitlines()[0]) from error
+        raise NotCapturedError(first_line(error)) from error
     graph.replay()
     times = []
     for _ in range(ROUNDS):

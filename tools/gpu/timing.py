@@ -137,7 +137,7 @@ def contenders(layer: Layer, dtype: torch.dtype) -> dict[str, Callable[[Tensor],
         found[method] = lambda x, method=method: cuda_dispatch.patch_gram(  # type: ignore[misc]
             x, numbers, False, method
         )
-    found["slots"] = lambda x: cuda_dispatch.patch_products(x, numbers, False)
+    found["slots"] = lambda x: cuda_dispatch.product_slots(x, geometry, False)
     found["separable"] = lambda x: torch.ops.kfc_fx.separable_gram.default(x, numbers)
     found["plain gradient"] = plain_gradient_gram
     found["gradient"] = lambda g: cuda_dispatch.row_gram(g.movedim(1, -1), False)

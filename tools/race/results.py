@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -183,20 +183,15 @@ class ResultsFile:
 def _run(entry: dict[str, Any]) -> RunResult:
     own = {
         **entry,
-        "spec": _exactly(RunSpec, entry["spec"]),
+        "spec": RunSpec(**entry["spec"]),
         "losses": tuple(entry["losses"]),
         "seconds": tuple(entry["seconds"]),
     }
-    return _exactly(RunResult, own)
+    return RunResult(**own)
 
 
 def _cost(entry: dict[str, Any]) -> CostResult:
-    cost: CostResult = _exactly(CostResult, entry)
-    return replace(cost, early_due=tuple(cost.early_due))
-
-
-def _exactly(kind: type[Any], entry: dict[str, Any]) -> Any:
-    return kind(**entry)
+    return CostResult(**{**entry, "early_due": tuple(entry.get("early_due", ()))})
 
 
 def _one_entry_a_line(content: dict[str, list[Any]]) -> str:

@@ -9,6 +9,7 @@ import torch
 import typer
 from rich.console import Console
 
+from kfc_fx.errors import first_line
 from kfc_fx.tools.data import networks
 from kfc_fx.tools.failures import CommandError, import_extra, one_line_failures, writable
 from kfc_fx.tools.train import optimizers
@@ -83,6 +84,5 @@ def _usable_device(name: str) -> str:
     try:
         torch.zeros(1, device=name)
     except (AssertionError, NotImplementedError, RuntimeError) as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise CommandError(f"--device {name}: {first_line}") from error
+        raise CommandError(f"--device {name}: {first_line(error)}") from error
     return name

@@ -99,7 +99,7 @@ def prepare(spec: OptimizerSpec, network: nn.Module, example: Tensor) -> Prepare
         return Prepared(network, torch.optim.AdamW(network.parameters(), spec.lr), 0.0)
     started = time.perf_counter()
     compiled = kfc_fx.compile(network, likelihood="categorical")
-    compiled.trace(example)
+    compiled.kfc.trace(example)
     kfc = kfc_fx.KFC(compiled, lr=spec.lr, scaling=spec.scaling)
     return Prepared(compiled, kfc, time.perf_counter() - started)
 

@@ -12,8 +12,7 @@ import torch
 from torch import fx, nn
 
 import kfc_fx
-from kfc_fx.errors import OutputError
-from kfc_fx.install import CompiledModel
+from kfc_fx.errors import OutputError, first_line
 from kfc_fx.statistics.outputs import find_prediction
 from kfc_fx.statistics.request import Fisher, StatisticsRequest
 from kfc_fx.statistics.sums import BlockSums
@@ -74,7 +73,7 @@ def check_case(case: ModelCase) -> CaseReport:
     compiled = kfc_fx.compile(model, likelihood=case.likelihood)
     reset()
     started = time.perf_counter()
-    compiled.trace(*case.args, **case.kwargs)
+    compiled.kfc.trace(*case.args, **case.kwargs)
     capture_seconds = time.perf_counter() - started
     worst = compare(plain, observe(compiled, case, reset), "the compiled model")
     armed = _armed_step(compiled, case, reset, plain)
@@ -84,17 +83,17 @@ def check_case(case: ModelCase) -> CaseReport:
         size=case.size,
         parameters=sum(p.numel() for p in model.parameters()),
         in_blocks=share,
-        blocks=len(compiled.plan.blocks),
+        blocks=len(compiled.kfc.plan.blocks),
         generic=generic,
         capture_seconds=round(capture_seconds, 2),
-        graphs=len(compiled.plan.graphs),
+        graphs=len(compiled.kfc.plan.graphs),
         graph_breaks=_graph_breaks(breaks_before),
         bit_equal=max(worst, armed_worst) == 0,
         largest_difference=max(worst, armed_worst),
         statistics=sum(len(of_block) for of_block in sums.values()),
         compared=armed.compared,
         truth_error=armed.truth_error,
-        silent_blocks=len(compiled.plan.blocks) - len(sums),
+        silent_blocks=len(compiled.kfc.plan.blocks) - len(sums),
         symbolic=_symbolic(model, reset),
     )
 
@@ -117,7 +116,7 @@ class ArmedStep:
 
 
 def _armed_step(
-    compiled: CompiledModel,
+    compiled: nn.Module,
     case: ModelCase,
     reset: Callable[[], None],
     plain: Observation,
@@ -142,7 +141,7 @@ def _armed_step(
 
 
 def _armed_pass(
-    compiled: CompiledModel,
+    compiled: nn.Module,
     case: ModelCase,
     reset: Callable[[], None],
     plain: Observation,
@@ -164,23 +163,25 @@ def _armed_pass(
     wrong = list(check_statistics(sums))
     if wrong:
         raise CheckError(f"{len(wrong)} statistics are wrong: {'; '.join(wrong[:3])}")
-    if compiled.plan.blocks and not sums:
+    if compiled.kfc.plan.blocks and not sums:
         raise CheckError("no statistic was recorded")
     scale = 1.0 if fisher == "sampled" else None
     truth = _truth(compiled, case, reset, fisher)
-    found, truth_error, compared = problems(compiled.plan, sums, truth, scale, known_inputs=known)
+    found, truth_error, compared = problems(
+        compiled.kfc.plan, sums, truth, scale, known_inputs=known
+    )
     if found:
         raise CheckError(f"{fisher}: {len(found)} differ from the truth: {'; '.join(found[:3])}")
     return ArmedStep(sums, worst, compared, truth_error)
 
 
 def _truth(
-    compiled: CompiledModel, case: ModelCase, reset: Callable[[], None], fisher: Fisher
+    compiled: nn.Module, case: ModelCase, reset: Callable[[], None], fisher: Fisher
 ) -> LayerTruth:
     """What hooks on the uncompiled model see in the same pass."""
-    with watching_layers(compiled.original) as truth:
+    with watching_layers(compiled) as truth:
         reset()
-        output = compiled.original(*case.args, **case.kwargs)
+        output = compiled._call_impl(*case.args, **case.kwargs)
         if fisher == "empirical":
             loss_of(output).backward()
         else:
@@ -196,10 +197,10 @@ def _truth(
 # -- what the compiler says ----------------------------------------------------------------
 
 
-def _coverage(compiled: CompiledModel) -> tuple[float, dict[str, int]]:
+def _coverage(compiled: nn.Module) -> tuple[float, dict[str, int]]:
     """Share of trainable entries in blocks; entries without one by reason."""
-    sizes = {n: p.numel() for n, p in compiled.original.named_parameters() if p.requires_grad}
-    plan = compiled.plan
+    sizes = {n: p.numel() for n, p in compiled.named_parameters() if p.requires_grad}
+    plan = compiled.kfc.plan
     held = sum(sizes[name] for block in plan.blocks for name in block.parameters)
     generic: dict[str, int] = {}
     for spec in plan.generic:
@@ -221,7 +222,7 @@ def _graph_breaks(before: Counter[str]) -> dict[str, int]:
     found: dict[str, int] = {}
     since = Counter(torch._dynamo.utils.counters["graph_break"]) - before
     for reason, count in since.items():
-        line = str(reason).strip().splitlines()[0]
+        line = first_line(reason)
         found[line] = found.get(line, 0) + count
     return found
 

@@ -46,7 +46,6 @@ def zoo(
     seconds: Annotated[float, typer.Option(min=1, help="Time limit of one model.")] = 120,
     memory: Annotated[float, typer.Option(min=0.5, help="Memory limit of one model, GiB.")] = 8,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of one model.")] = 1,
-    jobs: Annotated[int, typer.Option(min=1, max=1, help="Models at a time: one.")] = 1,
     debug: Annotated[bool, typer.Option("--debug", help="Tracebacks in full.")] = False,
 ) -> None:
     """Capture real models at reduced size, and compare them with the uncompiled ones.
@@ -54,7 +53,6 @@ def zoo(
     Every model runs in a process of its own; one that fails, crashes or hangs is a failed row
     with the fact that stops it. The exit code is 1 if any of them failed.
     """
-    del jobs
     with one_line_failures(debug=debug):
         chosen = [e for e in _entries(library or []) if matches(e, patterns or [])]
         if not chosen:

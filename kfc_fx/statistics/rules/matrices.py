@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kfc_fx.kernels.dtypes import statistic_dtype
 from kfc_fx.kernels.geometry import ConvGeometry
-from kfc_fx.ops.library import statistic_dtype
 from kfc_fx.ops.patch_gram import patch_gram
 from kfc_fx.ops.row_gram import row_gram
 from kfc_fx.ops.separable_gram import separable_gram

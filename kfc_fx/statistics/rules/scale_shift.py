@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kfc_fx.ops.library import statistic_dtype
+from kfc_fx.kernels.dtypes import statistic_dtype
 from kfc_fx.statistics.share import BatchShare, scaled
 
 Norm = Literal["batch", "layer", "group", "rms", "none"]

@@ -58,16 +58,26 @@ def token_network(dropout: float = 0.5) -> TokenNet:
 
 
 def make(
-    net: nn.Module | None = None, *, norm_layers: bool = True, **options: object
-) -> tuple[kfc_fx.CompiledModel, kfc_fx.KFC]:
+    net: nn.Module | None = None,
+    *,
+    norm_layers: bool = True,
+    backend: str = "eager",
+    **options: object,
+) -> tuple[nn.Module, kfc_fx.KFC]:
     """A compiled network and a KFC with a fixed seed for it."""
-    compiled = kfc_fx.compile(conv_network() if net is None else net, norm_layers=norm_layers)
+    net = conv_network() if net is None else net
+    compiled = kfc_fx.compile(net, norm_layers=norm_layers, backend=backend)
     return compiled, kfc_fx.KFC(compiled, **{"lr": 0.01, "seed": 3, **options})
+
+
+def make_always_due(net: nn.Module, **options: object) -> tuple[nn.Module, kfc_fx.KFC]:
+    """:func:`make`, with statistics and refreshes due at every step."""
+    return make(net, **{"factor_interval": 1, "inverse_interval": 1, **options})
 
 
 def first_factors(
     net: nn.Module, x: Tensor, y: Tensor, **options: object
-) -> tuple[kfc_fx.CompiledModel, Mapping[str, kfc_fx.Factors]]:
+) -> tuple[nn.Module, Mapping[str, kfc_fx.Factors]]:
     """A compiled network and the factors of one batch, with its true targets."""
     compiled = kfc_fx.compile(net)
     opt = kfc_fx.KFC(compiled, lr=0.0, **{"fisher": "empirical", **options})
@@ -77,7 +87,7 @@ def first_factors(
 
 
 def losses(
-    compiled: kfc_fx.CompiledModel, opt: torch.optim.Optimizer, x: Tensor, y: Tensor, steps: int
+    compiled: nn.Module, opt: torch.optim.Optimizer, x: Tensor, y: Tensor, steps: int
 ) -> list[float]:
     """Train on one batch; the loss before each step."""
     seen = []
@@ -91,7 +101,7 @@ def losses(
     return seen
 
 
-def collector_of(compiled: kfc_fx.CompiledModel) -> Collector:
+def collector_of(compiled: nn.Module) -> Collector:
     """What takes the statistics of a model that has one optimizer."""
     (collector,) = compiled.kfc.collectors
     return collector
