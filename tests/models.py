@@ -153,7 +153,7 @@ def assert_equal_state(found: nn.Module, expected: nn.Module) -> None:
 
 def count_calls_of_emitting_graphs(monkeypatch) -> list[int]:
     """A list that grows by one at every call of an emitting graph compiled from now on."""
-    module = sys.modules["kfc_fx.compilation.compilation"]
+    module = sys.modules["kfc_fx.rewrite.emitting_graph"]
     calls: list[int] = []
     own = module.compile_emitting
 
@@ -168,6 +168,17 @@ def count_calls_of_emitting_graphs(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(module, "compile_emitting", counted)
     return calls
+
+
+def count_compiled_emitting_graphs(monkeypatch) -> list[int]:
+    """A list that grows by one whenever an emitting graph is compiled."""
+    module = sys.modules["kfc_fx.rewrite.emitting_graph"]
+    compiled: list[int] = []
+    own = module.compile_emitting
+    monkeypatch.setattr(
+        module, "compile_emitting", lambda *given: compiled.append(1) or own(*given)
+    )
+    return compiled
 
 
 def saved_state(opt: kfc_fx.KFC) -> dict:

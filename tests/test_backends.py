@@ -59,7 +59,7 @@ def test_gradients_statistics_and_steps_equal_those_of_eager(backend, eager):
 def test_evaluation_and_gradients_alternate(backend):
     net, reference = token_network(dropout=0.0).double(), token_network(dropout=0.0).double()
     compiled = kfc_fx.compile(net, backend=backend)
-    kfc_fx.KFC(compiled, lr=0.1)
+    _opt = kfc_fx.KFC(compiled, lr=0.1)
     x = IMAGES.double()
     for _ in range(2):
         compiled.eval()
@@ -75,7 +75,7 @@ def test_a_compiled_graph_is_not_retained_by_the_user_on_a_curvature_step():
     """A limit of AOTAutograd: a graph compiled to be retained by the Fisher pass says that it is
     not, when the user retains it too. The error is torch's and names retain_graph."""
     compiled = kfc_fx.compile(token_network(dropout=0.0).double(), backend="aot_eager")
-    kfc_fx.KFC(compiled, lr=0.1, fisher="empirical")
+    _opt = kfc_fx.KFC(compiled, lr=0.1, fisher="empirical")
     loss = torch.nn.functional.cross_entropy(compiled(IMAGES.double()), LABELS)
     with pytest.raises(RuntimeError, match="retain_graph=False"):
         loss.backward(retain_graph=True)

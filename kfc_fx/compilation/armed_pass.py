@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from torch import Tensor
+
 from kfc_fx.plan.forms import FactorForms
 from kfc_fx.plan.spec import BlockSpec
 from kfc_fx.rewrite.emitting import Emitters
+from kfc_fx.rewrite.emitting_graph import Emitted
 from kfc_fx.statistics.collector import Collector
 from kfc_fx.statistics.record import ForwardRecord
 from kfc_fx.statistics.share import WHOLE, BatchShare
+from kfc_fx.statistics.sums import add
 
 OwnerOf = Callable[[str], Collector | None]
 """Parameter name to the collector that its statistics are for."""
@@ -45,6 +49,21 @@ class ArmedPass:
                     self._owners[block.name] = self.records[owner]
             self._chosen = (revision, found)
         return self._chosen[1]
+
+    def probes_for(
+        self, block: BlockSpec, forms: FactorForms, weight: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Probes of a block for this pass, on the weight's device."""
+        record = self.record_of(block.name)
+        (collector,) = (own for own, of_it in self.records.items() if of_it is record)
+        return collector.probes_for(record, block, forms, weight)
+
+    def note(self, emitted: Emitted) -> None:
+        """Keep what a run of an emitting graph gives besides its outputs."""
+        for block, span, rows in zip(*emitted.rows, strict=True):
+            self.record_of(block.name).note_rows(block, span, rows)
+        for block, statistics in emitted.inputs:
+            add(self.record_of(block.name).inputs, block.name, statistics)
 
     def record_of(self, block: str) -> ForwardRecord:
         """The record that takes the statistics of a block."""

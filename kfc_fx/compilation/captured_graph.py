@@ -9,6 +9,8 @@ from torch import fx
 
 from kfc_fx.capture.graph import Stage
 from kfc_fx.plan.spec import GraphUses
+from kfc_fx.rewrite.emitting import Emitter, Emitters
+from kfc_fx.rewrite.emitting_graph import EmittingGraph, emitting_blocks, emitting_graph
 
 
 @dataclass
@@ -27,10 +29,16 @@ class GraphBinding:
     uses: GraphUses
     without_examples: tuple[int, ...] = ()
     """Positions of the outputs whose values do not depend on the examples."""
-    stages: list[Stage] = field(default_factory=list)
-    """What the passes of the emitting variant that ran last left behind."""
-    emitting: dict[object, Callable[..., object]] = field(default_factory=dict)
-    """Compiled emitting variants, by what they emit."""
+    emitting: dict[tuple[Emitter, ...], EmittingGraph] = field(default_factory=dict)
+    """The emitting graphs that were built, by the blocks that emit in them."""
+
+    def emitting_for(self, emitters: Emitters, backend: str) -> EmittingGraph | None:
+        """The graph in which those blocks emit, built where there is none yet; None where none of
+        them has a site in it."""
+        emit = emitting_blocks(self.uses.sites, emitters)
+        if emit and emit not in self.emitting:
+            self.emitting[emit] = emitting_graph(self.canonical, self.uses.sites, emit, backend)
+        return self.emitting.get(emit)
 
 
 @dataclass(frozen=True)
@@ -73,14 +81,6 @@ class CapturedGraph:
         return next(iter(self.bindings.values()))
 
     @property
-    def bound(self) -> list[BoundGraph]:
-        """The graph under each of its bindings."""
-        return [
-            BoundGraph(self.layer, (*self.captured, *b.stages), b.parameters, b.uses)
-            for b in self.bindings.values()
-        ]
-
-    @property
     def uses(self) -> GraphUses:
         """Every use of every parameter, under all bindings."""
         found = [binding.uses for binding in self.bindings.values()]
@@ -91,8 +91,10 @@ class CapturedGraph:
 
     @property
     def stages(self) -> list[Stage]:
-        """The graph after every pass, emitting under its first binding."""
-        return [*self.captured, *self.first.stages]
+        """The graph after every pass that has run: those of the capture, and those of the emitting
+        graph that was built last under the first binding, where one was."""
+        built = list(self.first.emitting.values())
+        return [*self.captured, *(built[-1].stages if built else ())]
 
     def stage(self, name: str) -> fx.GraphModule:
         """The graph module of one stage.

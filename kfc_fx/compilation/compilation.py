@@ -16,7 +16,6 @@ from torch import Tensor, fx, nn
 from kfc_fx.capture.canonicalise import canonicalise
 from kfc_fx.capture.concrete_numbers import number_inputs
 from kfc_fx.capture.dynamo import (
-    compile_emitting,
     compile_forward,
     compile_plain,
     dynamo_settings,
@@ -34,20 +33,19 @@ from kfc_fx.capture.symbolic import refuse_to_run, symbolic_graph
 from kfc_fx.compilation.account import Account
 from kfc_fx.compilation.armed_pass import ArmedPass
 from kfc_fx.compilation.bindings import Call, binding_of, parameter_inputs
-from kfc_fx.compilation.captured_graph import CapturedGraph, GraphBinding
+from kfc_fx.compilation.captured_graph import BoundGraph, CapturedGraph, GraphBinding
 from kfc_fx.compilation.options import CompileOptions
 from kfc_fx.compilation.owners import Owners
 from kfc_fx.compilation.uses_outside import next_number
 from kfc_fx.errors import CaptureError, OptionError, counted
-from kfc_fx.plan.forms import FactorForms, factor_forms, statistic_shapes
+from kfc_fx.plan.forms import FactorForms, factor_forms
 from kfc_fx.plan.spec import BlockSpec, CurvaturePlan
-from kfc_fx.rewrite.emitting import Emitters, counts_of_spans, emission_order, emitting_stages
+from kfc_fx.rewrite.emitting import Emitters
 from kfc_fx.statistics.collector import Collector
 from kfc_fx.statistics.fisher_pass import REENTRANT
 from kfc_fx.statistics.inputs import batch_size
 from kfc_fx.statistics.request import StatisticsRequest
 from kfc_fx.statistics.running import forward_shares
-from kfc_fx.statistics.sums import add
 from kfc_fx.statistics.tap import collect, tap
 
 STARTS_ANEW = (
@@ -226,7 +224,8 @@ class Compilation:
         return self._tapped(output, running)
 
     def trace(self, *args: Any, **kwargs: Any) -> CurvaturePlan:
-        """Capture the model for example inputs; buffers and random numbers stay as they were.
+        """Capture the model for example inputs and build its emitting graphs; buffers and random
+        numbers stay as they were.
 
         Raises:
             CaptureError: dynamo captured no graph of the model.
@@ -234,6 +233,7 @@ class Compilation:
         self.names.refresh()
         with state_preserved(self.model), torch.enable_grad():
             self._run(args, kwargs, recording=True)
+        self.emitting_graphs()
         return self.plan
 
     def trace_symbolic(self, *inputs: Tensor) -> CurvaturePlan:
@@ -242,6 +242,7 @@ class Compilation:
         missing = sum(node.op == "placeholder" for node in module.graph.nodes) - len(inputs)
         self._handle_graph("", module, [*inputs, *(None,) * missing])
         self._forward = refuse_to_run
+        self.emitting_graphs()
         return self.plan
 
     def collect_statistics(self, collector: Collector, *args: Any, **kwargs: Any) -> None:
@@ -371,12 +372,19 @@ class Compilation:
 
     @property
     def graphs(self) -> tuple[CapturedGraph, ...]:
-        """Captured graphs in the order of their capture, each with its stages."""
-        emitters = self._all_emitters()
+        """Captured graphs in the order of their capture, each with the stages that there are."""
+        return tuple(self._account.graphs)
+
+    def emitting_graphs(self) -> tuple[BoundGraph, ...]:
+        """Every captured graph under each of its bindings, with the stages of the emitting graph
+        for what is asked now. An emitting graph that there is not yet is built, and not run."""
+        found, emitters = [], self._all_emitters()
         for graph in self._account.graphs:
             for binding in graph.bindings.values():
-                self._emitting(graph, binding, emitters)
-        return tuple(self._account.graphs)
+                emitting = binding.emitting_for(emitters, self._backend(graph.layer))
+                stages = (*graph.captured, *(emitting.stages if emitting else ()))
+                found.append(BoundGraph(graph.layer, stages, binding.parameters, binding.uses))
+        return tuple(found)
 
     @property
     def breaks(self) -> tuple[GraphBreak, ...]:
@@ -502,39 +510,18 @@ class Compilation:
             return graph.run(*inputs)
         running.graphs += 1
         emitters = running.emitters(self.plan.blocks, self.owner_of, self.revision)
-        order = emission_order(binding.uses.sites, emitters)
-        if not order:
+        emitting = binding.emitting_for(emitters, self._backend(graph.layer))
+        if emitting is None:
             return graph.run(*inputs)
+        for block, forms in emitting.emitters:
+            running.record_of(block.name).emitted[block.name] = (block, forms)
         probes: list[Tensor] = []
-        for weight in order:
-            block, forms = emitters[weight]
-            record, collector = running.record_of(block.name), self.owner_of(weight)
-            record.emitted[block.name] = (block, forms)
-            if forms.output != "absent" and collector is not None:
-                parameter = self.model.get_parameter(weight)
-                probes += collector.probes_for(record, block, forms, parameter)
-        outputs, rows, *returned = self._emitting(graph, binding, emitters)(*inputs, *probes)
-        sites = [site for site in binding.uses.sites if site.weight in emitters]
-        blocks = [emitters[site.weight][0] for site in sites]
-        spans = [block.span(site) for block, site in zip(blocks, sites, strict=True)]
-        for block, span, count in zip(*counts_of_spans(blocks, spans, rows), strict=True):
-            running.record_of(block.name).note_rows(block, span, count)
-        alone = [emitters[s.weight] for s in sites if emitters[s.weight][1].output == "absent"]
-        for (block, forms), values in zip(alone, *returned or [()], strict=True):
-            names = statistic_shapes(block, forms)
-            taken = dict(zip(names, values, strict=True))
-            add(running.record_of(block.name).inputs, block.name, taken)
-        return outputs
-
-    def _emitting(
-        self, graph: CapturedGraph, binding: GraphBinding, emitters: Emitters
-    ) -> Callable[..., Any]:
-        key = tuple(emitters[w] for w in emission_order(binding.uses.sites, emitters))
-        if key not in binding.emitting:
-            binding.stages = emitting_stages(binding.canonical, binding.uses.sites, emitters)
-            module = binding.stages[-1].module
-            binding.emitting[key] = compile_emitting(self._backend(graph.layer), module)
-        return binding.emitting[key]
+        for block, forms in emitting.probed:
+            parameter = self.model.get_parameter(block.weight)
+            probes += running.probes_for(block, forms, parameter)
+        emitted = emitting(inputs, probes)
+        running.note(emitted)
+        return emitted.outputs
 
 
 def restored(model: nn.Module, options: dict[str, Any]) -> Compilation:

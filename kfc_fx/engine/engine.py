@@ -194,11 +194,11 @@ class UpdateEngine:
             total += count
         return total
 
-    @contextmanager
     def take_parameters(self, parameters: Mapping[str, Tensor]) -> None:
         """Update these tensors from now on, by the same names."""
         self.parameters = dict(parameters)
 
+    @contextmanager
     def transaction(self) -> Iterator[None]:
         """Put the state back as it was if the body raises.
 

@@ -17,9 +17,6 @@ from kfc_fx.plan.forms import DENSE_LIMIT, FactorForms
 from kfc_fx.plan.spec import FACTOR_LIMIT, BlockSpec
 from kfc_fx.statistics.inputs import batch_size
 
-WITHOUT_OPS = {"embedding": "counts", "scale_shift": "moments"}
-"""Method of kinds whose Ω takes no statistics op; those of diagonal factors are squares."""
-
 
 def block_entries(inspection: Inspection) -> list[dict[str, Any]]:
     """One entry for each block, in the order of the plan."""
@@ -80,8 +77,8 @@ def _entry(
 def chosen_method(block: BlockSpec, forms: FactorForms, calls: Sequence[OpCall]) -> tuple[str, str]:
     """Method of the patch side's factor, and why form and method are what they are."""
     reasons = _form_reasons(block, forms)
-    if block.kind in WITHOUT_OPS:
-        return WITHOUT_OPS[block.kind], "; ".join(reasons)
+    if block.layer.method:
+        return block.layer.method, "; ".join(reasons)
     if forms.input == "diagonal":
         return "squares", "; ".join(reasons)
     if not calls:
@@ -91,12 +88,8 @@ def chosen_method(block: BlockSpec, forms: FactorForms, calls: Sequence[OpCall])
 
 
 def _form_reasons(block: BlockSpec, forms: FactorForms) -> list[str]:
-    if block.kind == "scale_shift":
-        return ["the exact Fisher matrix of each channel's scale and shift"]
-    reasons = []
-    if block.kind == "embedding":
-        reasons.append("one-hot rows: Ω is diagonal, the tokens' frequencies")
-    elif forms.input == "diagonal":
+    reasons = [block.layer.why] if block.layer.why else []
+    if forms.input == "diagonal" and block.layer.diagonal_input == "wide":
         reasons.append(f"Ω would be {block.columns} wide, over {FACTOR_LIMIT}: its diagonal")
     if forms.input == "separable":
         limit = f", over {DENSE_LIMIT}" if block.columns > DENSE_LIMIT else ""
@@ -104,7 +97,7 @@ def _form_reasons(block: BlockSpec, forms: FactorForms) -> list[str]:
             f"Ω would be {block.columns} wide{limit}: {block.channels} channels and "
             f"{block.offsets} offsets apart"
         )
-    if forms.output == "diagonal":
+    if forms.output == "diagonal" and block.layer.diagonal_output == "wide":
         reasons.append(f"Γ would be {block.rows} wide, over {FACTOR_LIMIT}: its diagonal")
     for factor, side, parts in _cuts(block, forms):
         reasons.append(f"{factor} would be {side} wide, over the basis_limit: {parts} parts")

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from kfc_fx.capture.nodes import concrete, example_of
@@ -21,8 +23,8 @@ from kfc_fx.compilation.captured_graph import BoundGraph
 from kfc_fx.inspect.counting import Work, WorkCounter
 from kfc_fx.inspect.methods import OpCall, StatisticsObserver, counted_call
 from kfc_fx.inspect.nodes import shown_shape
-from kfc_fx.statistics.emission import EMISSIONS
-from kfc_fx.statistics.input_factors import INPUT_FACTORS
+from kfc_fx.statistics.emission import emit
+from kfc_fx.statistics.input_factors import input_statistics
 from kfc_fx.statistics.record import Destination, ForwardRecord, probe_for
 from kfc_fx.statistics.running import forward_shares
 from kfc_fx.statistics.share import WHOLE, BatchShare
@@ -55,30 +57,26 @@ def site_costs(graph: BoundGraph, share: BatchShare = WHOLE) -> list[SiteCost]:
     module = graph.stages[-1].module
     bodies = [region.body for region in regions(module.graph)]
     nodes = [node for own in (module, *bodies) for node in own.graph.nodes]
-    costs: dict[Any, Callable[[fx.Node, BatchShare], SiteCost]] = dict.fromkeys(
-        EMISSIONS, _site_cost
-    )
-    costs |= dict.fromkeys(INPUT_FACTORS.values(), _input_cost)
+    costs: dict[Any, Callable[[fx.Node, BatchShare], SiteCost]]
+    costs = {emit: _site_cost, input_statistics: _input_cost}
     return [costs[node.target](node, share) for node in nodes if node.target in costs]
 
 
 def _input_cost(node: fx.Node, share: BatchShare) -> SiteCost:
     observer = StatisticsObserver()
-    inputs = [_without_data(argument) for argument in node.args]
+    (inputs,), options = _call_without_data(node)
     with forward_shares(lambda _: share):
-        work = counted_call(observer.counter, lambda: node.target(*inputs, **node.kwargs))  # type: ignore[operator]
+        run = partial(input_statistics, inputs, **options)
+        work = counted_call(observer.counter, run)
     return SiteCost(node.meta["kfc_block"], work, tuple(observer.calls))
 
 
 def _site_cost(node: fx.Node, share: BatchShare) -> SiteCost:
     observer = StatisticsObserver()
-    y, *others = (_without_data(argument) for argument in node.args)
-    leaves = [o for a, o in zip(node.args[1:], others, strict=True) if _is_probe(a)]
+    (y, inputs, leaves), options = _call_without_data(node)
     to = Destination(ForwardRecord("sampled", share, running=True), "", "", quadratic=False)
-    given = [
-        probe_for(o, to) if _is_probe(a) else o for a, o in zip(node.args[1:], others, strict=True)
-    ]
-    output = node.target(y.requires_grad_(), *given, **node.kwargs)  # type: ignore[operator]
+    probes = tuple(probe_for(leaf, to) for leaf in leaves)
+    output = emit(y.requires_grad_(), inputs, probes, **options)
 
     def backward() -> None:
         torch.autograd.grad(output, leaves, torch.empty_like(output))
@@ -87,9 +85,12 @@ def _site_cost(node: fx.Node, share: BatchShare) -> SiteCost:
     return SiteCost(node.meta["kfc_block"], work, tuple(observer.calls))
 
 
-def _without_data(argument: Any) -> Any:
-    if not isinstance(argument, fx.Node):
-        return argument
+def _call_without_data(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a call, with tensors without data for the nodes among them."""
+    return map_arg(node.args, _without_data), dict(node.kwargs)  # type: ignore[return-value]
+
+
+def _without_data(argument: fx.Node) -> Tensor:
     shape = shown_shape(argument)
     assert shape is not None
     if _is_probe(argument):

@@ -16,8 +16,8 @@ from kfc_fx.compilation.captured_graph import BoundGraph
 from kfc_fx.inspect.graph_text import print_graph
 from kfc_fx.inspect.inspection import Inspection, changed_nodes
 from kfc_fx.inspect.nodes import dtype_of, shown_shape, source_of, target_name
-from kfc_fx.statistics.emission import EMISSIONS
-from kfc_fx.statistics.input_factors import INPUT_FACTORS
+from kfc_fx.statistics.emission import emit
+from kfc_fx.statistics.input_factors import input_statistics
 
 
 def graph_entries(inspection: Inspection) -> list[dict[str, Any]]:
@@ -135,6 +135,6 @@ def _role(shown: ShownNode, parameters: Mapping[str, str], sites: Mapping[str, s
         return "probe"
     if node.op == "placeholder":
         return "input"
-    if node.target in EMISSIONS or node.target in INPUT_FACTORS.values():
+    if node.target in (emit, input_statistics):
         return "emission"
     return "site" if sites.get(shown.name) is not None else "op"

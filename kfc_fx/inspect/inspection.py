@@ -133,7 +133,7 @@ def inspect_model(
     optimizer = options.optimizer(compiled)
     with without_passes(options.without):
         _capture(compiled, inputs, options.capture)
-        graphs = tuple(bound for graph in Compilation.of(compiled).graphs for bound in graph.bound)
+        graphs = Compilation.of(compiled).emitting_graphs()
     return Inspection(target, compiled, optimizer, tuple(inputs), options, graphs, tuple(notes))
 
 

@@ -60,13 +60,13 @@ def build_plan(
         if reason is None:
             uses = max(sum(s.weight == spec.name for s in graph.sites) for graph in graphs)
             block = _block(spec, sites, unmatched, specs, uses)
-            if block.kind == "linear":
+            if block.layer.takes_sharing:
                 block = replace(block, sharing=sharing_of(block.name, weight_sharing))
             reason = too_wide(block)
             blocks += [block] if reason is None else []
         if reason is not None:
             reasons[spec.name] = reason
-    check_patterns(weight_sharing, [b.name for b in blocks if b.kind == "linear"])
+    check_patterns(weight_sharing, [b.name for b in blocks if b.layer.takes_sharing])
     held = {name for block in blocks for name in block.parameters}
     generic = tuple(
         GenericSpec(s.name, s.shape, reasons.get(s.name) or _generic_reason(s, sites, unmatched))
@@ -131,7 +131,7 @@ def _refusal(
     """Why a weight that has sites is generic all the same; None where it gets a block."""
     if spec.is_complex:
         return "its weight is complex, and factors are of real layers"
-    if sites[0].kind == "scale_shift" and not norm_layers:
+    if sites[0].layer.is_norm and not norm_layers:
         return "scale of a norm layer, and norm_layers=False"
     if spec.name in unmatched:
         return f"also used by {unmatched[spec.name][0]}"
@@ -143,7 +143,7 @@ def _refusal(
         return "used by several calls, by some as its transpose"
     if len({site.bias for site in sites}) > 1:
         return "used by several calls with different biases"
-    if any(s.rows and not s.batch for s in sites) and _projections(spec, sites) > MOST_PROJECTIONS:
+    if _projections(spec, sites) > MOST_PROJECTIONS:
         return f"its rows are used in more than {MOST_PROJECTIONS} parts"
     if len({(site.geometry.kernel_size, site.geometry.groups) for site in sites}) > 1:
         return "used by several calls with different groups"
@@ -159,7 +159,6 @@ def _block(
 ) -> BlockSpec:
     own = sites[spec.name]
     bias = own[0].bias
-    batched = own[0].batch is not None
     if bias is not None:
         strangers = [
             s for w, group in sites.items() if w != spec.name for s in group if s.bias == bias
@@ -175,14 +174,16 @@ def _block(
         geometry=own[0].geometry,
         uses=uses,
         inputs_first=own[0].inputs_first,
-        projections=1 if batched else _projections(spec, own),
+        projections=_projections(spec, own),
         locations=own[0].locations,
-        added_bias=batched and bias is not None and len(specs[bias].shape) == 3,
+        bias_shape=() if bias is None else specs[bias].shape,
     )
 
 
 def _projections(spec: ParameterSpec, sites: Sequence[SiteSpec]) -> int:
     """Into how many projections of equal size the calls divide the rows of a weight."""
+    if sites[0].layer.slices != "rows":
+        return 1
     ends = [end for site in sites for end in site.rows or ()]
     packed = [spec.shape[0] // site.packed for site in sites]
     return spec.shape[0] // gcd(spec.shape[0], *ends, *packed)
@@ -206,7 +207,7 @@ def _generic_reason(spec: ParameterSpec, sites: Sites, unmatched: Unmatched) -> 
 
 def refuse_generic_layers(plan: CurvaturePlan, uses: Sequence[GraphUses]) -> None:
     """Raise :class:`CoverageError` for a conv or linear weight that is generic, naming the use."""
-    weights = {s.weight for use in uses for s in use.sites if s.kind not in ("scale_shift",)}
+    weights = {s.weight for use in uses for s in use.sites if not s.layer.is_norm}
     weights |= {u.parameter for use in uses for u in use.unmatched if u.may_be_layer}
     refused = [g for g in plan.generic if g.name in weights]
     if refused:

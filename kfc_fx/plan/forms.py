@@ -40,8 +40,8 @@ def check_input_factor(option: str) -> None:
 
 def factor_forms(block: BlockSpec, option: InputFactorOption = "auto") -> FactorForms:
     """The forms that ``block`` takes."""
-    diagonal = block.has_diagonal_output or block.kind == "scale_shift"  # Γ is one number there
-    return FactorForms(_input_form(block, option), "diagonal" if diagonal else "dense")
+    output: OutputFactor = "diagonal" if block.has_diagonal_output else "dense"
+    return FactorForms(_input_form(block, option), output)
 
 
 def cut(block: BlockSpec, forms: FactorForms, limit: int) -> FactorForms:
@@ -50,7 +50,7 @@ def cut(block: BlockSpec, forms: FactorForms, limit: int) -> FactorForms:
 
     Of Ω where it has no offsets, and of Γ where its rows are output channels.
     """
-    if block.kind in ("batched_linear", "scale_shift") or block.kind.startswith("conv_transpose"):
+    if not block.layer.is_cut:
         return forms
     dense_input = forms.input == "dense" and block.offsets == 1
     return replace(
@@ -69,18 +69,16 @@ def parts_of(side: int, limit: int) -> int:
 def takes_matrix_step(block: BlockSpec) -> bool:
     """Whether the block's parameters are a matrix that maps inputs to outputs, both sides narrow
     enough for products of that size: neither a table of embeddings nor a norm."""
-    if block.kind in ("embedding", "scale_shift"):
-        return False
-    return not (block.has_diagonal_input or block.has_diagonal_output)
+    diagonal = block.has_diagonal_input or block.has_diagonal_output
+    return block.layer.is_matrix and not diagonal
 
 
 def too_wide(block: BlockSpec) -> str | None:
     """Why a block has no factors: a side beyond the limit for which there is no diagonal form."""
-    sides = {"Ω": block.channels, "Γ": block.rows}
-    if block.kind == "linear":
-        return None
-    if block.kind == "embedding":
-        del sides["Ω"]
+    sides = {
+        "Ω": 0 if block.has_diagonal_input else block.channels,
+        "Γ": 0 if block.has_diagonal_output else block.rows,
+    }
     for factor, side in sides.items():
         if side > spec.FACTOR_LIMIT:
             return f"{factor} has side {side}, which exceeds the limit of {spec.FACTOR_LIMIT}"
@@ -101,7 +99,7 @@ def _input_form(block: BlockSpec, option: InputFactorOption) -> InputFactor:
 
 def quadratic_statistic(block: BlockSpec) -> str:
     """The statistic that is quadratic in the cotangent; the others do not depend on it."""
-    return "omega" if block.kind == "scale_shift" else "gamma"
+    return block.layer.quadratic
 
 
 def statistic_shapes(block: BlockSpec, forms: FactorForms) -> dict[str, tuple[int, int, int]]:

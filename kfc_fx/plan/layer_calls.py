@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from kfc_fx.capture.nodes import dimensions, shape_of
 from kfc_fx.kernels.geometry import LINEAR, ConvGeometry, conv_geometry
-from kfc_fx.plan.spec import BatchSpec, BlockKind, NormSpec
+from kfc_fx.plan.kinds import KINDS, LayerKind
+from kfc_fx.plan.spec import BatchSpec, NormSpec
 from kfc_fx.plan.weight_views import weight_view
 
 
@@ -20,7 +21,7 @@ from kfc_fx.plan.weight_views import weight_view
 class LayerCall:
     """A call that applies a layer: its operands and how it reads the weight."""
 
-    kind: BlockKind
+    kind: str
     x: object
     weight: object
     bias: object = None
@@ -34,8 +35,13 @@ class LayerCall:
     """How many projections of one input the rows of the whole weight hold."""
     batch: BatchSpec | None = None
 
+    @property
+    def layer(self) -> LayerKind:
+        """What is known of its kind."""
+        return KINDS[self.kind]
 
-CONVOLUTIONS: dict[object, BlockKind] = {
+
+_CONVOLUTIONS: dict[object, str] = {
     torch.conv1d: "conv1d",
     torch.conv2d: "conv2d",
     torch.conv3d: "conv3d",
@@ -64,7 +70,7 @@ def _convolution(node: fx.Node) -> LayerCall | None:
     geometry = _geometry(weight, stride, padding, dilation, groups)
     if geometry is None:
         return None
-    return LayerCall(CONVOLUTIONS[node.target], x, weight, bias, geometry=geometry)
+    return LayerCall(_CONVOLUTIONS[node.target], x, weight, bias, geometry=geometry)
 
 
 def _transposed_convolution(node: fx.Node) -> LayerCall | None:
@@ -74,7 +80,7 @@ def _transposed_convolution(node: fx.Node) -> LayerCall | None:
     geometry = _geometry(weight, stride, padding, dilation, groups)
     if geometry is None:
         return None
-    kind = CONVOLUTIONS[node.target]
+    kind = _CONVOLUTIONS[node.target]
     positions = frozenset((1,))
     return LayerCall(kind, x, weight, None, positions, geometry, inputs_first=True)
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from kfc_fx.capture.nodes import concrete
-from kfc_fx.plan.layer_calls import CONVOLUTIONS, LayerCall
+from kfc_fx.plan.layer_calls import LayerCall
 
 
 def locations_of(node: fx.Node, call: LayerCall) -> int:
@@ -17,8 +17,7 @@ def locations_of(node: fx.Node, call: LayerCall) -> int:
     Of ``[N, C, *spatial]``, ``[N, ..., C]``, and of a batched linear map ``[N, ...]`` besides its
     axes of entry and row. Examples and locations that share one axis are taken for examples.
     """
-    transposed = CONVOLUTIONS.get(node.target, "").startswith("conv_transpose")
-    counted = call.x if transposed else node
+    counted = call.x if call.layer.counts_inputs else node
     value = counted.meta.get("example_value") if isinstance(counted, fx.Node) else None
     if not isinstance(value, Tensor):
         return 0

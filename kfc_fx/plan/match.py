@@ -183,7 +183,7 @@ def _is_nested(call: LayerCall) -> bool:
     """Whether a call reads a nested tensor that its statistics are not taken of."""
     example = call.x.meta.get("example_value") if isinstance(call.x, fx.Node) else None
     nested = isinstance(example, torch.Tensor) and example.is_nested
-    return nested and call.kind not in ("linear", "embedding")
+    return nested and not call.layer.takes_nested
 
 
 def _is_read_by_sites_only(node: fx.Node, calls: Mapping[fx.Node, LayerCall | None]) -> bool:
@@ -230,22 +230,23 @@ def _of_parameters(
 
 def _reads_its_kind(call: LayerCall, weight: WeightView) -> bool:
     """Whether a layer of its kind may read a weight under such a view."""
-    base = dimensions(weight.base)
-    if call.kind == "batched_linear":
+    layer, base = call.layer, dimensions(weight.base)
+    if base < layer.least_dimensions:
+        return False
+    if layer.slices == "entries":
         return base == 3
-    if call.kind == "linear":
+    if layer.slices == "rows":
         whole = not weight.rows or call.inputs_first == weight.transposed
-        return base >= 2 and dimensions(call.weight) == base and whole
-    lowest = 1 if call.kind == "scale_shift" else 2
-    return base >= lowest and not weight.rows and not (weight.transposed and base > 2)
+        return dimensions(call.weight) == base and whole
+    return not weight.rows and not (weight.transposed and base > 2)
 
 
 def _fits(call: LayerCall, bias: WeightView, weight: WeightView) -> bool:
     """Whether a bias is cut as the weight is."""
-    if call.kind == "batched_linear" and (entries := shape_of(weight.base)):
+    if call.layer.slices == "entries" and (entries := shape_of(weight.base)):
         shape = shape_of(bias.base) or ()
         return bias.rows == weight.rows and len(shape) in (2, 3) and shape[0] == entries[0]
-    whole = call.kind != "linear" or dimensions(bias.base) == 1
+    whole = call.layer.slices != "rows" or dimensions(bias.base) == 1
     return whole and bias.rows == weight.rows
 
 

@@ -3,26 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from typing import Literal
 
 from kfc_fx.errors import KfcError
 from kfc_fx.kernels.geometry import ConvGeometry
 from kfc_fx.notebook import table_html
-
-BlockKind = Literal[
-    "linear",
-    "batched_linear",
-    "conv1d",
-    "conv2d",
-    "conv3d",
-    "conv_transpose1d",
-    "conv_transpose2d",
-    "conv_transpose3d",
-    "embedding",
-    "scale_shift",
-]
-
+from kfc_fx.plan.kinds import KINDS, Diagonal, LayerKind, Sides
 
 FACTOR_LIMIT = 8192
 """Widest side of a dense factor. One of this side takes 256 MiB in float32, its decomposition
@@ -77,7 +63,7 @@ class SiteSpec:
     input_node: str
     weight: str
     bias: str | None
-    kind: BlockKind
+    kind: str
     geometry: ConvGeometry
     inputs_first: bool
     location: str
@@ -98,9 +84,9 @@ class SiteSpec:
     """The checkpointed region whose graph holds the node; empty for the graph itself."""
 
     @property
-    def transposed_conv(self) -> bool:
-        """Whether the site is a transposed convolution, whose locations are its input's."""
-        return self.kind.startswith("conv_transpose")
+    def layer(self) -> LayerKind:
+        """What is known of its kind."""
+        return KINDS[self.kind]
 
 
 @dataclass(frozen=True)
@@ -142,7 +128,8 @@ class BlockSpec:
     """
 
     name: str
-    kind: BlockKind
+    kind: str
+    """Name of the kind of layer in ``kinds.KINDS``."""
     weight: str
     bias: str | None
     weight_shape: tuple[int, ...]
@@ -154,63 +141,49 @@ class BlockSpec:
     projections: int = 1
     """Of a linear layer whose rows are several projections, such as query, key and value: how
     many. Each is a block of its own."""
-    added_bias: bool = False
-    """Of a batched linear map: whether its bias is ``[E, 1, C_out]``, as ``baddbmm`` adds it."""
+    bias_shape: tuple[int, ...] = ()
+    """Shape of the bias; empty where the block has none."""
     sharing: Literal["expand", "reduce"] = "expand"
     """Of a linear layer: how its factors treat the locations that share the weight."""
     locations: int = 0
     """|T| of its first site with the inputs of the capture; 0 where that is not known."""
 
     @property
+    def layer(self) -> LayerKind:
+        """What is known of its kind."""
+        return KINDS[self.kind]
+
+    @property
+    def _sides(self) -> Sides:
+        groups = self.geometry.groups * self.projections
+        return self.layer.sides(self.weight_shape, self.inputs_first, groups)
+
+    @property
     def groups(self) -> int:
         """Blocks of this layer: one per group, per projection, per entry of a batched linear map,
         per channel of a norm."""
-        if self.kind == "scale_shift":
-            return prod(self.weight_shape)
-        if self.kind == "batched_linear":
-            return self.weight_shape[0]
-        return self.geometry.groups * self.projections
+        return self._sides.groups
 
     @property
     def grows_with_locations(self) -> bool:
         """Whether Ω is a sum over several locations, so that it grows with their number: images or
         texts of another size, which change |T|, change its scale."""
-        return self.kind != "scale_shift" and self.sharing == "expand" and self.locations > 1
+        return self.layer.sums_locations and self.sharing == "expand" and self.locations > 1
 
     @property
     def rows(self) -> int:
         """Side of Γ: output channels of one group; of a transposed convolution, times offsets."""
-        if self.kind == "scale_shift":
-            return 1
-        if self.kind == "batched_linear":
-            return self.weight_shape[2 if self.inputs_first else 1]
-        if self.inputs_first:
-            return prod(self.weight_shape[1:])
-        return self.weight_shape[0] // self.groups
+        return self._sides.rows
 
     @property
     def channels(self) -> int:
         """Input channels of one group."""
-        if self.kind == "scale_shift":
-            return 1
-        if self.kind == "batched_linear":
-            return self.weight_shape[1 if self.inputs_first else 2]
-        return self.weight_shape[0] // self.groups if self.inputs_first else self.weight_shape[1]
+        return self._sides.channels
 
     @property
     def offsets(self) -> int:
         """Kernel offsets |Δ| on the input side."""
-        single = self.inputs_first or self.kind in ("scale_shift", "batched_linear")
-        return 1 if single else prod(self.weight_shape[2:])
-
-    @property
-    def bias_shape(self) -> tuple[int, ...]:
-        """Shape of the bias, whether it is in the block or not."""
-        if self.kind == "scale_shift":
-            return self.weight_shape
-        if self.kind == "batched_linear":
-            return (self.groups, 1, self.rows) if self.added_bias else (self.groups, self.rows)
-        return (self.groups * self.rows,)
+        return self._sides.offsets
 
     @property
     def columns(self) -> int:
@@ -220,19 +193,19 @@ class BlockSpec:
     @property
     def has_diagonal_input(self) -> bool:
         """Whether Ω is diagonal, as an embedding's is, or kept so, as a wide linear layer's."""
-        wide = self.kind == "linear" and self.columns > FACTOR_LIMIT
-        return wide or self.kind == "embedding"
+        return _is_diagonal(self.layer.diagonal_input, self.columns)
 
     @property
     def has_diagonal_output(self) -> bool:
-        """Whether Γ is kept diagonal, as that of a wide linear layer is."""
-        return self.kind == "linear" and self.rows > FACTOR_LIMIT
+        """Whether Γ is diagonal, as the one number of a norm is, or kept so, as that of a wide
+        linear layer."""
+        return _is_diagonal(self.layer.diagonal_output, self.rows)
 
     def span(self, site: SiteSpec) -> tuple[int, int]:
         """The groups ``[start, stop)`` that one of the block's sites computes."""
         if site.rows is None:
             return (0, self.groups)
-        if self.kind == "batched_linear":
+        if self.layer.slices == "entries":
             return site.rows
         return (site.rows[0] // self.rows, site.rows[1] // self.rows)
 
@@ -240,6 +213,10 @@ class BlockSpec:
     def parameters(self) -> tuple[str, ...]:
         """Names of the parameters in the block, weight first."""
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+
+def _is_diagonal(when: Diagonal, side: int) -> bool:
+    return when == "always" or (when == "wide" and side > FACTOR_LIMIT)
 
 
 @dataclass(frozen=True)
@@ -319,7 +296,7 @@ class CurvaturePlan:
             uses = f", used {b.uses} times" if b.uses > 1 else ""
             shared = ", reduce" if b.sharing == "reduce" else ""
             omega = f"Ω {b.columns}" + (" diagonal" if b.has_diagonal_input else "²")
-            gamma = f"Γ {b.rows}" + (" diagonal" if b.has_diagonal_output else "²")
+            gamma = f"Γ {b.rows}" + (" diagonal" if b.has_diagonal_output and b.rows > 1 else "²")
             sides = f"{omega}, {gamma}"
             grows = f", Ω over {b.locations} locations" if b.grows_with_locations else ""
             lines.append(f"  block    {b.name}: {b.kind}, {sides}{times}{uses}{shared}{grows}")

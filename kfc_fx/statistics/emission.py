@@ -9,7 +9,6 @@ uses, and tracing compilers see nothing but pure functions.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,253 +18,45 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 
 from kfc_fx.capture.regions import is_run_again
-from kfc_fx.kernels.geometry import ConvGeometry
 from kfc_fx.statistics.record import Destination, ForwardRecord, destinations_of
-from kfc_fx.statistics.rules.batched_linear import Axes, BatchedLinearRule
-from kfc_fx.statistics.rules.matrices import (
-    ConvRule,
-    ConvTransposeRule,
-    EmbeddingRule,
-    EmissionRule,
-    LinearRule,
-    MatrixRule,
-)
-from kfc_fx.statistics.rules.scale_shift import Norm, ScaleShiftRule
+from kfc_fx.statistics.rules.matrices import EmissionRule, MatrixRule
+from kfc_fx.statistics.rules.table import rule
 from kfc_fx.statistics.share import WHOLE, BatchShare
 
-Pads = Sequence[tuple[int, int]]
 
-
-def emit_linear_factors(
+def emit(
     y: Tensor,
-    x: Tensor,
-    omega_probe: Tensor,
-    gamma_probe: Tensor,
-    *,
-    bias: bool,
-    diagonal_input: bool = False,
-    diagonal_output: bool = False,
-    projections: tuple[int, int, int] = (0, 1, 1),
-    reduce: bool = False,
-    block: str = "",
-    recomputed: bool = False,
-) -> Tensor:
-    """Identity on ``y`` that emits the Ω of ``x`` and the Γ of the cotangent of ``y``.
-
-    Args:
-        y: ``[..., C_out]``, output of a linear layer.
-        x: ``[..., C_in]``, its input.
-        omega_probe: ``[1, D, D]``, ``D = C_in + bias``; its gradient is ``Σ_n Σ_t a aᵀ``. Of a
-            diagonal factor, ``[1, 1, D]``.
-        gamma_probe: ``[1, C_out, C_out]``; its gradient is ``Σ_n Σ_t g gᵀ``. Of a diagonal
-            factor, ``[1, C_out, 1]``.
-        projections: ``(start, stop, P)`` where the weight holds P projections, of which ``y`` is
-            some; the probes are then ``[P, ...]``.
-        reduce: average x and sum the cotangent over all dimensions but the first and last.
-
-    Of a factor that is cut into k parts, the probe has k times the entries, each of a k-th of the
-    side, and no bias column.
-    """
-    rule = LinearRule(
-        bias,
-        diagonal_input,
-        diagonal_output,
-        *projections,
-        reduce=reduce,
-        input_parts=len(omega_probe) // projections[2],
-        output_parts=len(gamma_probe) // projections[2],
-    )
-    return _emit(block, recomputed, y, rule, (omega_probe, gamma_probe), x)
-
-
-def emit_factors(
-    y: Tensor,
-    x: Tensor,
-    omega_probe: Tensor,
-    gamma_probe: Tensor,
-    *,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Pads,
-    dilation: Sequence[int],
-    groups: int,
-    bias: bool,
-    block: str = "",
-    recomputed: bool = False,
-) -> Tensor:
-    """Identity on ``y`` that emits the dense Ω of a convolution's input and its Γ.
-
-    Args:
-        y: ``[N, C_out, *out]``, output of the convolution.
-        x: ``[N, C_in, *in]``, its input.
-        omega_probe: ``[groups, D, D]``, ``D = C_in/groups * |Δ| + bias``.
-        gamma_probe: ``[groups, C_out/groups, C_out/groups]``.
-
-    Factors may be cut into parts, as those of :func:`emit_linear_factors`, Ω of one offset.
-    """
-    geometry = conv_geometry(kernel_size, stride, padding, dilation, groups)
-    parts = len(omega_probe) // groups, len(gamma_probe) // groups
-    rule = ConvRule(geometry, bias, False, *parts)
-    return _emit(block, recomputed, y, rule, (omega_probe, gamma_probe), x)
-
-
-def emit_separable_factors(
-    y: Tensor,
-    x: Tensor,
-    channel_probe: Tensor,
-    offset_probe: Tensor,
-    gamma_probe: Tensor,
-    *,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Pads,
-    dilation: Sequence[int],
-    groups: int,
-    block: str = "",
-    recomputed: bool = False,
-) -> Tensor:
-    """As :func:`emit_factors`, with the two partial traces of Ω in place of Ω.
-
-    Args:
-        channel_probe: ``[groups, C_in/groups, C_in/groups]``, the trace over offsets.
-        offset_probe: ``[groups, |Δ|, |Δ|]``, the trace over channels.
-    """
-    geometry = conv_geometry(kernel_size, stride, padding, dilation, groups)
-    rule = ConvRule(geometry, False, True, output_parts=len(gamma_probe) // groups)
-    return _emit(block, recomputed, y, rule, (channel_probe, offset_probe, gamma_probe), x)
-
-
-def emit_transposed_factors(
-    y: Tensor,
-    x: Tensor,
-    omega_probe: Tensor,
-    gamma_probe: Tensor,
-    *,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Pads,
-    dilation: Sequence[int],
-    groups: int,
-    block: str = "",
-    recomputed: bool = False,
-) -> Tensor:
-    """Identity on ``y`` that emits the factors of a transposed convolution.
-
-    Args:
-        y: ``[N, C_out, *out]``, output of the transposed convolution.
-        x: ``[N, C_in, *in]``, its input.
-        omega_probe: ``[groups, C_in/groups, C_in/groups]``.
-        gamma_probe: ``[groups, R, R]``, ``R = C_out/groups * |Δ|``: patches of the cotangent.
-    """
-    rule = ConvTransposeRule(conv_geometry(kernel_size, stride, padding, dilation, groups))
-    return _emit(block, recomputed, y, rule, (omega_probe, gamma_probe), x)
-
-
-def emit_embedding_factors(
-    y: Tensor,
-    indices: Tensor,
-    omega_probe: Tensor,
-    gamma_probe: Tensor,
-    *,
-    padding_idx: int | None,
-    block: str = "",
-    recomputed: bool = False,
-) -> Tensor:
-    """Identity on ``y`` that emits the factors of an embedding.
-
-    Args:
-        y: ``[..., E]``, rows of the table.
-        indices: ``[...]``, their numbers.
-        omega_probe: ``[1, 1, V]``; its gradient counts every token.
-        gamma_probe: ``[1, E, E]``, or its parts.
-    """
-    rule = EmbeddingRule(omega_probe.shape[-1], padding_idx, len(gamma_probe))
-    return _emit(block, recomputed, y, rule, (omega_probe, gamma_probe), indices)
-
-
-def emit_scale_shift_factors(
-    y: Tensor,
-    x: Tensor,
-    omega_probe: Tensor,
-    gamma_probe: Tensor,
-    *running: Tensor,
-    norm: Norm,
-    shape: Sequence[int],
-    bias: bool,
-    groups: int = 1,
-    eps: float | None = None,
-    block: str = "",
-    recomputed: bool = False,
-) -> Tensor:
-    """Identity on ``y`` that emits the factor of a norm layer's scale and shift.
-
-    Args:
-        y: the layer's output, examples first.
-        x: its input.
-        omega_probe: ``[C, 2, 2]``, or ``[C, 1, 1]`` without bias; C the elements of ``shape``.
-        gamma_probe: ``[C, 1, 1]``; its gradient counts rows.
-        running: mean and variance that a batch norm in evaluation mode reads.
-        norm, shape, groups, eps: which norm, and its arguments.
-    """
-    rule = ScaleShiftRule(norm, tuple(shape), bias, groups, eps)
-    return _emit(block, recomputed, y, rule, (omega_probe, gamma_probe), x, *running)
-
-
-def emit_batched_linear_factors(
-    y: Tensor,
-    x: Tensor,
-    omega_probe: Tensor,
-    gamma_probe: Tensor,
-    *ends: Tensor,
-    bias: bool,
-    inputs: Axes,
-    outputs: Axes,
-    entries: tuple[int, int, int],
-    block: str = "",
-    recomputed: bool = False,
-) -> Tensor:
-    """Identity on ``y`` that emits the factors of a batched linear map, one pair for each entry.
-
-    Args:
-        y: its output, with the axes of entry and row that ``outputs`` names.
-        x: its input, with the axes of entry and channel that ``inputs`` names.
-        omega_probe: ``[E, D, D]``, ``D = C_in + bias``.
-        gamma_probe: ``[E, C_out, C_out]``.
-        ends: ``[E]`` where x is ``[S, C_in]``: the end of each entry's rows.
-        entries: ``(start, stop, E)``, the entries of the weight that ``y`` is of.
-    """
-    rule = BatchedLinearRule(bias, inputs, outputs, *entries)
-    return _emit(block, recomputed, y, rule, (omega_probe, gamma_probe), x, *ends)
-
-
-EMISSIONS = (
-    emit_batched_linear_factors,
-    emit_linear_factors,
-    emit_factors,
-    emit_separable_factors,
-    emit_transposed_factors,
-    emit_embedding_factors,
-    emit_scale_shift_factors,
-)
-"""Every emission, as it stands in a graph."""
-
-
-def _emit(
-    block: str,
-    recomputed: bool,
-    y: Tensor,
-    rule: EmissionRule,
+    inputs: tuple[Tensor, ...],
     probes: tuple[Tensor, ...],
-    *inputs: Tensor,
+    *,
+    kind: str,
+    block: str = "",
+    recomputed: bool = False,
+    **options: Any,
 ) -> Tensor:
-    inputs = tuple(map(_dense, inputs))
+    """Identity on ``y`` that emits the statistics of a layer.
+
+    Args:
+        y: the layer's output.
+        inputs: the layer's input, and what its rule reads besides: the running mean and variance
+            of a batch norm in evaluation mode, the ends of the rows of each entry of a batched
+            linear map.
+        probes: one of the shape of each statistic, in the order of ``plan.forms.statistic_shapes``.
+            The gradient of a probe is the sum of its statistic over examples and locations.
+        kind: of the layer, as in ``plan.kinds.KINDS``.
+        block: name of the layer's block, for the profiler.
+        recomputed: whether the call stands in a checkpointed region.
+        options: the fields of the kind's rule in ``rules.table.RULES``.
+    """
+    own = rule(kind, options)
+    inputs = tuple(map(unnested, inputs))
     to = destinations_of(probes)
     if not recomputed and _are_hooked(y):
         if is_run_again():
             return y  # it has emitted when it ran first
-        kept = Kept.of(rule, inputs, to[0].record.share if to else WHOLE)
+        kept = Kept.of(own, inputs, to[0].record.share if to else WHOLE)
         return _Emission.apply(y, kept, block, to, len(probes), *probes)
-    return _Emission.apply(y, rule, block, to, len(probes), *probes, *inputs)
+    return _Emission.apply(y, own, block, to, len(probes), *probes, *inputs)
 
 
 @dataclass(frozen=True)
@@ -349,14 +140,14 @@ def _taken(ctx: Any, cotangent: Tensor, record: ForwardRecord) -> tuple[Tensor |
     return (None,) * ctx.probes
 
 
-def _dense(tensor: Tensor) -> Tensor:
+def unnested(tensor: Tensor) -> Tensor:
     """Of a nested tensor, the rows of all its entries, one entry after the other."""
     return tensor.contiguous().values() if tensor.is_nested else tensor
 
 
 def _statistics(ctx: Any, cotangent: Tensor, share: BatchShare) -> tuple[Tensor, ...]:
     """What an emission returns for its probes."""
-    cotangent = _dense(cotangent)
+    cotangent = unnested(cotangent)
     if isinstance(ctx.rule, Kept):
         return ctx.rule.statistics(share, cotangent)
     x, *others = ctx.saved_tensors
@@ -376,16 +167,4 @@ def profiler_range(block: str, cotangent: Tensor) -> AbstractContextManager[obje
     return torch.profiler.record_function(f"kfc_fx::statistics {block}")
 
 
-def conv_geometry(
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Pads,
-    dilation: Sequence[int],
-    groups: int,
-) -> ConvGeometry:
-    pads = tuple((before, after) for before, after in padding)
-    return ConvGeometry(tuple(kernel_size), tuple(stride), pads, tuple(dilation), groups)
-
-
-for _emission in EMISSIONS:
-    torch.compiler.allow_in_graph(_emission)
+torch.compiler.allow_in_graph(emit)

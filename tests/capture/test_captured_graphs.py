@@ -18,6 +18,7 @@ from tests.models import (
     backward,
     collector_of,
     count_calls_of_emitting_graphs,
+    count_compiled_emitting_graphs,
     make,
     token_network,
 )
@@ -56,13 +57,47 @@ def test_every_stage_can_be_seen_as_code():
     assert all("def forward(self" in stage.code for stage in graph.stages)
     assert "probe_" not in graph.stage("canonical").code
     assert "probe_conv" in graph.stage("probes").code
-    assert graph.stage("probes").code.count("emit_") == 0
-    assert graph.stage("emissions").code.count("_emission_emit_") == 5
+    assert graph.stage("probes").code.count("emit") == 0
+    assert graph.stage("emissions").code.count("_emission_emit(") == 5
     assert "numel" not in graph.stage("emissions").code
     assert graph.stage("emitting").code.count("numel()") == 5
     assert "captured, canonical" in repr(graph)
     with pytest.raises(KeyError, match="stages: captured, canonical"):
         graph.stage("nonsense")
+
+
+def test_looking_at_graphs_builds_and_compiles_none(monkeypatch):
+    compiled_functions = count_compiled_emitting_graphs(monkeypatch)
+    compiled = kfc_fx.compile(token_network())
+    compiled(IMAGES)
+    (graph,) = compiled.kfc.graphs
+    assert [stage.name for stage in graph.stages] == ["captured", "canonical"]
+    repr(graph), repr(compiled), graph.uses
+    assert not compiled_functions
+    assert not graph.first.emitting
+    (bound,) = compiled.kfc.emitting_graphs()
+    assert [stage.name for stage in bound.stages][2:] == ["probes", "emissions", "emitting"]
+    assert compiled.kfc.emitting_graphs()[0].stages == bound.stages == tuple(graph.stages)
+    assert len(graph.first.emitting) == len(compiled_functions) == 1
+
+
+def test_stages_are_of_the_emitting_graph_that_was_built_last():
+    """Not of the one that ran last, or was looked at."""
+    compiled, opt = make(token_network(), factor_interval=1)
+    backward(compiled)
+    opt.step()
+    (graph,) = compiled.kfc.graphs
+    first = list(graph.stages)
+    kfc_fx.KFC(compiled, lr=0.01, scaling="spectral")
+    assert graph.stages == first
+    (asked,) = compiled.kfc.emitting_graphs()
+    assert asked.stages[-1].name == "input statistics"
+    assert graph.stages == list(asked.stages)
+    compiled.forms_of = opt.options.forms_of
+    (asked,) = compiled.kfc.emitting_graphs()
+    assert list(asked.stages) == first
+    assert graph.stages[-1].name == "input statistics"
+    assert len(graph.first.emitting) == 2
 
 
 def test_tracing_shares_its_graph_with_training():

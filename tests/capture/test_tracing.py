@@ -31,7 +31,7 @@ def test_stages_and_update_are_artefacts_of_the_structured_trace(tmp_path):
     text = log.read_text()
     for name in ("canonical", "probes", "emissions", "emitting", "update"):
         assert f'"name": "kfc_fx_{name}"' in text, name
-    assert "emit_linear_factors(" in text
+    assert "emission_emit(" in text
     assert "def accumulate(" in text
 
 

@@ -11,8 +11,6 @@ from torch.nn import functional as F
 
 import kfc_fx
 from kfc_fx.linalg.polar import COEFFICIENTS, SAFETY
-from kfc_fx.statistics import emission
-from kfc_fx.statistics.input_factors import INPUT_FACTORS
 from tests.models import (
     IMAGES,
     LABELS,
@@ -235,11 +233,6 @@ def test_every_kind_of_matrix_has_the_input_factor_of_the_other_scalings():
     assert set(found["spectral"]) == set(found["adam"]) >= {"conv", "up", "experts", "last"}
     for name, factors in found["spectral"].items():
         torch.testing.assert_close(factors.omega, found["adam"][name].omega)
-
-
-def test_every_emission_of_a_matrix_has_its_input_statistic():
-    others = {emission.emit_embedding_factors, emission.emit_scale_shift_factors}
-    assert set(INPUT_FACTORS) == set(emission.EMISSIONS) - others
 
 
 def test_statistics_wait_for_the_backward_pass():

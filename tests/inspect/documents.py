@@ -136,7 +136,7 @@ class _Network:
         count = {**site, "name": self.name("numel"), "target": "numel", "role": "op"}
         count |= {"args": [output], "shape": None, "dtype": None, "block": None}
         count |= {"module": "", "module_type": ""}
-        emission = {**site, "name": self.name("emit_factors"), "target": "emit_factors"}
+        emission = {**site, "name": self.name("emit"), "target": "emit"}
         emission |= {"args": [output, source, *probes], "role": "emission", "block": block}
         self.emitting += [count, emission]
         self.emitted[output] = emission["name"]

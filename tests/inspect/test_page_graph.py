@@ -51,7 +51,7 @@ def test_a_module_that_is_called_again_is_drawn_again(page):
 
 def test_statistics_are_nodes(page):
     page.toggle("module:conv1#0")
-    assert page.item("node:emit_factors").get_attribute("class").startswith("item emission")
+    assert page.item("node:emit").get_attribute("class").startswith("item emission")
     texts = page.item("node:probe_conv1_omega").text
     assert "Ω" in texts
     assert "[576, 576]" in texts

@@ -63,10 +63,10 @@ def test_enter_opens_and_closes(page):
 
 def test_down_leaves_an_open_module(page):
     page.toggle("module:conv1#0")
-    page.box("node:emit_factors").click()
+    page.box("node:emit").click()
     for _ in range(3):
         page.press(DOWN)
-    assert page.selected() not in ("node:emit_factors", None)
+    assert page.selected() not in ("node:emit", None)
 
 
 def test_arrows_go_sideways(page):

@@ -1,6 +1,6 @@
 """Runs the Triton kernels' tests in Triton's interpreter.
 
-In processes of their own: Triton decides when a kernel is defined whether it is compiled or
+In a process of their own: Triton decides when a kernel is defined whether it is compiled or
 interpreted, and everything else in the suite must see it compiled.
 """
 
@@ -27,17 +27,19 @@ if OLD_INTERPRETER and Version(numpy.__version__) >= Version("2.4"):
 
 HERE = Path(__file__).parent
 SUITES = sorted(
-    path.name
+    path
     for path in HERE.glob("test_triton_*.py")
     if path.stem not in ("test_triton_interpreter", "test_triton_offline")
 )
 
 
-@pytest.mark.parametrize("suite", SUITES)
-def test_kernels_in_the_interpreter(suite: str) -> None:
+def test_kernels_in_the_interpreter() -> None:
+    """All suites in one process: it takes longer to start than most of them to run."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / suite)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", *map(str, SUITES)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    for suite in SUITES:
+        assert suite.name in done.stdout
     assert " passed" in done.stdout, done.stdout
     assert " skipped" not in done.stdout, done.stdout

@@ -41,12 +41,14 @@ def test_a_sparse_gradient_is_refused_by_name():
         opt.step()
 
 
-@pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("average", [None, 5.0])
+@pytest.mark.parametrize(
+    ("scaling", "average"), [*((scaling, None) for scaling in SCALINGS), ("adam", 5.0)]
+)
 def test_parameters_without_a_gradient_stay_with_their_state(scaling, average):
     options = {"average": average, "inverse_interval": 1000, "norm_layers": False}
     compiled, opt = make(scaling=scaling, weight_decay=0.1, **options)
-    train(compiled, opt, 21)  # the next has no refresh, which would turn the moments
+    # The next step has no refresh, which would turn the moments.
+    train(compiled, opt, 21 if scaling == "inverse" else 9)
     before, saved = parameters(compiled), copy.deepcopy(opt.state_dict()["kfc"])
     F.cross_entropy(compiled(IMAGES), LABELS).backward()
     net = compiled

@@ -202,7 +202,7 @@ def test_by_default_gradients_of_the_loss_serve_where_only_directions_count(
     likelihood, options, fisher
 ):
     compiled = kfc_fx.compile(conv_network(), likelihood=likelihood)
-    kfc_fx.KFC(compiled, **options)
+    _opt = kfc_fx.KFC(compiled, **options)
     assert collector_of(compiled).request.fisher == fisher
 
 
@@ -234,7 +234,7 @@ def test_a_loss_that_the_model_computes_gives_the_same_statistics(backend):
 
 def test_where_the_scale_matters_the_loss_must_be_seen():
     compiled = kfc_fx.compile(WithLoss())
-    kfc_fx.KFC(compiled, lr=0.01, fisher="empirical", scaling="eigen")
+    _opt = kfc_fx.KFC(compiled, lr=0.01, fisher="empirical", scaling="eigen")
     with pytest.raises(kfc_fx.OutputError, match=r"loss was not computed from it.*sampled"):
         compiled(IMAGES, LABELS)["loss"].backward()
     assert not collector_of(compiled).taking
@@ -268,7 +268,7 @@ def summed(losses: list[Callable[[], torch.Tensor]]) -> None:
 def one_within_the_other(losses: list[Callable[[], torch.Tensor]]) -> None:
     first, *others = losses
     loss = first()
-    loss.register_hook(lambda _: one_by_one(others))
+    loss.register_hook(lambda _: torch.enable_grad()(one_by_one)(others))
     loss.backward()
 
 

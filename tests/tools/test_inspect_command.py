@@ -102,8 +102,8 @@ def test_a_diff_shows_what_a_pass_did():
     shown = looked_at("--view", "graph", "--diff", "probes", "emissions")
     added = [line for line in shown.splitlines() if line.startswith("+ ")]
     removed = [line for line in shown.splitlines() if line.startswith("- ")]
-    assert sum("emit_factors(" in line for line in added) == 3
-    assert not any("emit_" in line for line in removed)
+    assert sum("emission.emit(" in line and "kind='conv2d'" in line for line in added) == 3
+    assert not any("emit" in line for line in removed)
     assert "created by" not in shown
     same = looked_at("--view", "graph", "--diff", "probes", "probes")
     assert same == "graph 0: probes and probes are the same\n"

@@ -9,6 +9,7 @@ the Fisher matrix of ``W[e]`` per example of the batch, as for any other layer.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch.nn import functional as F
 
 from kfc_fx.ops.grouped_row_gram import grouped_row_gram
 from kfc_fx.ops.row_gram import row_gram
+from kfc_fx.plan.forms import FactorForms
+from kfc_fx.plan.spec import BlockSpec, SiteSpec
 from kfc_fx.statistics.share import BatchShare
 
 Axes = tuple[int | None, int]
@@ -23,15 +26,23 @@ Axes = tuple[int | None, int]
 
 @dataclass(frozen=True)
 class BatchedLinearRule:
-    """Entries ``[start, stop)`` of ``total``; ``inputs`` and ``outputs`` are the axes of entry and
-    channel. An input without an entry axis is every entry's."""
+    """An input without an entry axis is every entry's. Ω is ``[E, D, D]``, ``D = C_in + bias``, and
+    Γ ``[E, C_out, C_out]``."""
 
     bias: bool
-    inputs: Axes
-    outputs: Axes
-    start: int
-    stop: int
-    total: int
+    entries: tuple[int, int, int]
+    """``(start, stop, E)``: the entries ``[start, stop)`` of the E that the weight holds."""
+    input_axes: Axes
+    """Of entry and channel in the input, counted from the end."""
+    output_axes: Axes
+    """Of entry and row in the output."""
+
+    @classmethod
+    def of(cls, block: BlockSpec, site: SiteSpec, _: FactorForms) -> Self:
+        """See :class:`~kfc_fx.statistics.rules.matrices.EmissionRule`."""
+        assert site.batch is not None
+        entries = (*block.span(site), block.groups)
+        return cls(block.bias is not None, entries, site.batch.inputs, site.batch.outputs)
 
     def statistics(
         self, share: BatchShare, x: Tensor, g: Tensor, *ends: Tensor
@@ -46,19 +57,21 @@ class BatchedLinearRule:
 
     def output_statistics(self, _: BatchShare, g: Tensor, *ends: Tensor) -> tuple[Tensor, ...]:
         """Γ of every entry."""
-        gamma = grouped_row_gram(g, ends[0]) if ends else _grams(g, self.outputs, False)
+        gamma = grouped_row_gram(g, ends[0]) if ends else _grams(g, self.output_axes, False)
         return (self._placed(gamma),)
 
     def input_statistics(self, _: BatchShare, x: Tensor, *ends: Tensor) -> tuple[Tensor, ...]:
         """Ω of every entry."""
         if ends:
             return (self._placed(grouped_row_gram(x, ends[0], bias=self.bias)),)
-        omega = _grams(x, self.inputs, self.bias)
-        return (self._placed(omega.expand(self.stop - self.start, -1, -1)),)
+        omega = _grams(x, self.input_axes, self.bias)
+        start, stop = self.entries[:2]
+        return (self._placed(omega.expand(stop - start, -1, -1)),)
 
     def _placed(self, factors: Tensor) -> Tensor:
         """Among those of all entries; the absent ones are zero."""
-        return F.pad(factors, (0, 0, 0, 0, self.start, self.total - self.stop))
+        start, stop, total = self.entries
+        return F.pad(factors, (0, 0, 0, 0, start, total - stop))
 
 
 def _grams(x: Tensor, axes: Axes, bias: bool) -> Tensor:

@@ -1,15 +1,15 @@
 """What each kind of layer emits: its factor statistics from its input and output cotangent.
 
-A rule is pure data; ``statistics`` returns one tensor per probe, unnormalised sums over examples
-and locations, in the order of ``plan.forms.statistic_shapes``, each estimated from a part of the
-batch.
+A rule is pure data: its fields are the options of an emission in a graph. ``statistics`` returns
+one tensor per probe, unnormalised sums over examples and locations, in the order of
+``plan.forms.statistic_shapes``, each estimated from a part of the batch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from math import prod
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,11 +20,17 @@ from kfc_fx.kernels.geometry import ConvGeometry
 from kfc_fx.ops.patch_gram import patch_gram
 from kfc_fx.ops.row_gram import row_gram
 from kfc_fx.ops.separable_gram import separable_gram
+from kfc_fx.plan.forms import FactorForms
+from kfc_fx.plan.spec import BlockSpec, SiteSpec
 from kfc_fx.statistics.share import BatchShare, scaled
 
 
 class EmissionRule(Protocol):
     """The statistics of one kind of layer."""
+
+    @classmethod
+    def of(cls, block: BlockSpec, site: SiteSpec, forms: FactorForms) -> Self:
+        """The rule of a site of a block whose factors have these forms."""
 
     def statistics(
         self, share: BatchShare, x: Tensor, g: Tensor, *others: Tensor
@@ -50,18 +56,34 @@ class MatrixRule(EmissionRule, Protocol):
 class LinearRule:
     """Rows of ``[..., C_in]`` and ``[..., C_out]``; a diagonal factor keeps squares alone.
 
-    ``C_out`` may be the projections ``[start, stop)`` of those that a weight holds; they share Ω.
+    Ω is ``[P, D, D]``, ``D = C_in + bias``, and Γ ``[P, C_out, C_out]``; diagonal factors are
+    ``[P, 1, D]`` and ``[P, C_out, 1]``. A factor that is cut into k parts has k times the entries,
+    each of a k-th of the side, and no bias column.
     """
 
     bias: bool
     diagonal_input: bool = False
     diagonal_output: bool = False
-    start: int = 0
-    stop: int = 1
-    projections: int = 1
+    projections: tuple[int, int, int] = (0, 1, 1)
+    """``(start, stop, P)``: the output is of the projections ``[start, stop)`` of the P that the
+    weight holds; all share Ω."""
     reduce: bool = False
+    """Average the input and sum the cotangent over all dimensions but the first and last."""
     input_parts: int = 1
     output_parts: int = 1
+
+    @classmethod
+    def of(cls, block: BlockSpec, site: SiteSpec, forms: FactorForms) -> Self:
+        """See :class:`EmissionRule`."""
+        return cls(
+            bias=block.bias is not None,
+            diagonal_input=forms.input == "diagonal",
+            diagonal_output=forms.output == "diagonal",
+            projections=(*block.span(site), block.projections),
+            reduce=block.sharing == "reduce",
+            input_parts=forms.input_parts,
+            output_parts=forms.output_parts,
+        )
 
     def statistics(self, share: BatchShare, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`EmissionRule`."""
@@ -76,7 +98,7 @@ class LinearRule:
         g, scale = share.cut(g)
         if self.reduce and g.dim() > 2:
             g = g.sum(tuple(range(1, g.dim() - 1)))
-        columns = g.tensor_split((self.stop - self.start) * self.output_parts, dim=-1)
+        columns = g.tensor_split(self._used * self.output_parts, dim=-1)
         if self.diagonal_output:
             gamma = torch.stack([_row_squares(own)[:, None] for own in columns])
         else:
@@ -94,9 +116,14 @@ class LinearRule:
             omega = torch.stack([row_gram(part) for part in x.tensor_split(self.input_parts, -1)])
         else:
             omega = row_gram(x, bias=self.bias)[None]
-        if self.projections > 1:
-            omega = omega.repeat(self.stop - self.start, 1, 1)
+        if self.projections[2] > 1:
+            omega = omega.repeat(self._used, 1, 1)
         return scaled((self._placed(omega, self.input_parts),), scale)
+
+    @property
+    def _used(self) -> int:
+        start, stop, _ = self.projections
+        return stop - start
 
     def _rows(self, x: Tensor) -> int:
         """Of one example; a vector is one row."""
@@ -104,21 +131,54 @@ class LinearRule:
 
     def _placed(self, factors: Tensor, parts: int) -> Tensor:
         """Among those of all projections, which share one Ω; the absent ones are zero."""
-        if self.projections == 1:
+        start, stop, projections = self.projections
+        if projections == 1:
             return factors
-        ends = self.start * parts, (self.projections - self.stop) * parts
+        ends = start * parts, (projections - stop) * parts
         return F.pad(factors, (0, 0, 0, 0, *ends))
 
 
 @dataclass(frozen=True)
-class ConvRule:
-    """A convolution of ``[N, C, *spatial]``, its Ω dense or in its two partial traces."""
+class _Convolution:
+    """The numbers of a convolution, as a graph holds them."""
 
-    geometry: ConvGeometry
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @property
+    def geometry(self) -> ConvGeometry:
+        """The same as one value."""
+        return ConvGeometry(self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
+
+
+@dataclass(frozen=True)
+class ConvRule(_Convolution):
+    """A convolution of ``[N, C, *spatial]``, its Ω dense or in its two partial traces.
+
+    Ω is ``[groups, D, D]``, ``D = C_in/groups * |Δ| + bias``, or its traces over offsets and over
+    channels, ``[groups, C_in/groups, C_in/groups]`` and ``[groups, |Δ|, |Δ|]``; Γ is
+    ``[groups, C_out/groups, C_out/groups]``. Factors may be cut as those of :class:`LinearRule`, Ω
+    of one offset.
+    """
+
     bias: bool
     separable: bool = False
     input_parts: int = 1
     output_parts: int = 1
+
+    @classmethod
+    def of(cls, block: BlockSpec, site: SiteSpec, forms: FactorForms) -> Self:
+        """See :class:`EmissionRule`."""
+        return cls(
+            **_options(site.geometry),
+            bias=block.bias is not None,
+            separable=forms.input == "separable",
+            input_parts=forms.input_parts,
+            output_parts=forms.output_parts,
+        )
 
     def statistics(self, share: BatchShare, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`EmissionRule`."""
@@ -131,19 +191,19 @@ class ConvRule:
     def output_statistics(self, share: BatchShare, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`MatrixRule`."""
         g, scale = share.cut(_batched(g, self.geometry))
-        return scaled((_pixel_gram(g, self.geometry.groups * self.output_parts),), scale)
+        return scaled((_pixel_gram(g, self.groups * self.output_parts),), scale)
 
     def input_statistics(self, share: BatchShare, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`MatrixRule`."""
         x = _batched(x, self.geometry)
         locations = prod(self.geometry.output_size(x.shape[2:]))
-        channels = x.shape[1] // (self.geometry.groups * self.input_parts)
+        channels = x.shape[1] // (self.groups * self.input_parts)
         if self.separable:
             x, scale = share.cut(x, locations, max(channels, self.geometry.offsets))
             return scaled(separable_gram(x, **_options(self.geometry)), scale)
         x, scale = share.cut(x, locations, channels * self.geometry.offsets)
         if self.input_parts > 1:  # of one offset: parts are groups of channels
-            groups = self.geometry.groups * self.input_parts
+            groups = self.groups * self.input_parts
             omega = _patch_gram(x, replace(self.geometry, groups=groups), bias=False)
         else:
             omega = _patch_gram(x, self.geometry, self.bias)
@@ -151,14 +211,18 @@ class ConvRule:
 
 
 @dataclass(frozen=True)
-class ConvTransposeRule:
+class ConvTransposeRule(_Convolution):
     """A transposed convolution: the roles swap, patches are those of the output's cotangent.
 
     ``y[s·t + d·δ − p] += W[:, :, δ]ᵀ x[t]``, so the gradient of W sums ``x[t]`` times the patch
-    of g at t, as the convolution with the same geometry cuts it.
+    of g at t, as the convolution with the same geometry cuts it. Ω is
+    ``[groups, C_in/groups, C_in/groups]`` and Γ ``[groups, R, R]``, ``R = C_out/groups * |Δ|``.
     """
 
-    geometry: ConvGeometry
+    @classmethod
+    def of(cls, block: BlockSpec, site: SiteSpec, forms: FactorForms) -> Self:
+        """See :class:`EmissionRule`."""
+        return cls(**_options(site.geometry))
 
     def statistics(self, share: BatchShare, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`EmissionRule`."""
@@ -177,18 +241,23 @@ class ConvTransposeRule:
     def input_statistics(self, share: BatchShare, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`MatrixRule`."""
         x = _batched(x, self.geometry)
-        groups = self.geometry.groups
-        x, scale = share.cut(x, prod(x.shape[2:]), x.shape[1] // groups)
-        return scaled((_pixel_gram(x, groups),), scale)
+        x, scale = share.cut(x, prod(x.shape[2:]), x.shape[1] // self.groups)
+        return scaled((_pixel_gram(x, self.groups),), scale)
 
 
 @dataclass(frozen=True)
 class EmbeddingRule:
-    """Rows of a table: the input factor of one-hot rows is diagonal, the tokens' frequencies."""
+    """Rows ``[..., E]`` of a table ``[tokens, E]``: the input factor of one-hot rows is diagonal,
+    the tokens' frequencies ``[1, 1, tokens]``; Γ is ``[1, E, E]``, or its parts."""
 
     tokens: int
     padding_idx: int | None = None
     output_parts: int = 1
+
+    @classmethod
+    def of(cls, block: BlockSpec, site: SiteSpec, forms: FactorForms) -> Self:
+        """See :class:`EmissionRule`."""
+        return cls(block.channels, site.padding_idx, forms.output_parts)
 
     def statistics(self, share: BatchShare, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """``x`` holds indices; those of ``padding_idx`` count as empty rows. All are counted: that

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from kfc_fx.kernels.dtypes import statistic_dtype
+from kfc_fx.plan.forms import FactorForms
+from kfc_fx.plan.spec import BlockSpec, SiteSpec
 from kfc_fx.statistics.share import BatchShare, scaled
-
-Norm = Literal["batch", "layer", "group", "rms", "none"]
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,18 @@ class ScaleShiftRule:
     along the first dimension. The block is ``F_c ⊗ 1``, so that its Γ counts rows.
     """
 
-    norm: Norm
+    norm: str
     shape: tuple[int, ...]
     bias: bool
     groups: int = 1
     eps: float | None = None
+
+    @classmethod
+    def of(cls, block: BlockSpec, site: SiteSpec, _: FactorForms) -> Self:
+        """See :class:`~kfc_fx.statistics.rules.matrices.EmissionRule`."""
+        assert site.norm is not None
+        norm, bias = site.norm, block.bias is not None
+        return cls(norm.norm, block.weight_shape, bias, norm.groups, norm.eps)
 
     def statistics(
         self, share: BatchShare, x: Tensor, g: Tensor, *running: Tensor
