@@ -13,7 +13,13 @@ from kfc_fx.errors import (
     StepError,
 )
 from kfc_fx.install import compile, uncompile
+from kfc_fx.optim.generic import GenericAdamW, GenericSGD
 from kfc_fx.optim.kfc import KFC
+from kfc_fx.optim.scalings.adam import Adam
+from kfc_fx.optim.scalings.eigen import Eigen
+from kfc_fx.optim.scalings.inverse import Inverse
+from kfc_fx.optim.scalings.spectral import Spectral
+from kfc_fx.optim.statistics import Statistics
 from kfc_fx.plan.spec import BlockSpec, CurvaturePlan, GenericSpec
 from kfc_fx.statistics.likelihood import Bernoulli, Categorical, Gaussian
 
@@ -21,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "KFC",
+    "Adam",
     "Bernoulli",
     "BlockSpec",
     "CaptureError",
@@ -28,13 +35,19 @@ __all__ = [
     "Compilation",
     "CoverageError",
     "CurvaturePlan",
+    "Eigen",
     "Factors",
     "Gaussian",
+    "GenericAdamW",
+    "GenericSGD",
     "GenericSpec",
+    "Inverse",
     "KfcError",
     "KfcWarning",
     "OptionError",
     "OutputError",
+    "Spectral",
+    "Statistics",
     "StatisticsError",
     "StepError",
     "compile",

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import kfc_fx
 from kfc_fx.statistics.collector import Collector
+from tests.options import kfc
 
 GENERATOR = torch.Generator().manual_seed(1)
 IMAGES = torch.randn(12, 2, 6, 6, generator=GENERATOR)
@@ -67,12 +68,12 @@ def make(
     """A compiled network and a KFC with a fixed seed for it."""
     net = conv_network() if net is None else net
     compiled = kfc_fx.compile(net, norm_layers=norm_layers, backend=backend)
-    return compiled, kfc_fx.KFC(compiled, **{"lr": 0.01, "seed": 3, **options})
+    return compiled, kfc(compiled, **{"lr": 0.01, "seed": 3, **options})
 
 
 def make_always_due(net: nn.Module, **options: object) -> tuple[nn.Module, kfc_fx.KFC]:
     """:func:`make`, with statistics and refreshes due at every step."""
-    return make(net, **{"factor_interval": 1, "inverse_interval": 1, **options})
+    return make(net, **{"every": 1, "refresh_every": 1, **options})
 
 
 def first_factors(
@@ -80,7 +81,7 @@ def first_factors(
 ) -> tuple[nn.Module, Mapping[str, kfc_fx.Factors]]:
     """A compiled network and the factors of one batch, with its true targets."""
     compiled = kfc_fx.compile(net)
-    opt = kfc_fx.KFC(compiled, lr=0.0, **{"fisher": "empirical", **options})
+    opt = kfc(compiled, lr=0.0, **{"fisher": "empirical", **options})
     F.cross_entropy(compiled(x), y).backward()
     opt.step()
     return compiled, opt.factors

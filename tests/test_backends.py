@@ -7,6 +7,7 @@ import torch
 
 import kfc_fx
 from tests.models import IMAGES, LABELS, backward, collector_of, parameters, token_network
+from tests.options import kfc
 
 SIZES = (12, 7, 5)
 """Batch of each step: two with statistics, then a plain one."""
@@ -15,8 +16,8 @@ SIZES = (12, 7, 5)
 def run(backend: str) -> dict[str, object]:
     net = token_network(dropout=0.0).double()
     compiled = kfc_fx.compile(net, backend=backend)
-    options = {"fisher": "empirical", "scaling": "inverse", "clip": None, "factor_samples": None}
-    opt = kfc_fx.KFC(compiled, lr=0.01, **options)
+    options = {"fisher": "empirical", "scaling": "inverse", "clip": None, "samples": None}
+    opt = kfc(compiled, lr=0.01, **options)
     outputs, gradients, sums, armed = [], [], [], []
     for step, size in enumerate(SIZES):
         if step == 2:
@@ -75,7 +76,7 @@ def test_a_compiled_graph_is_not_retained_by_the_user_on_a_curvature_step():
     """A limit of AOTAutograd: a graph compiled to be retained by the Fisher pass says that it is
     not, when the user retains it too. The error is torch's and names retain_graph."""
     compiled = kfc_fx.compile(token_network(dropout=0.0).double(), backend="aot_eager")
-    _opt = kfc_fx.KFC(compiled, lr=0.1, fisher="empirical")
+    _opt = kfc(compiled, lr=0.1, fisher="empirical")
     loss = torch.nn.functional.cross_entropy(compiled(IMAGES.double()), LABELS)
     with pytest.raises(RuntimeError, match="retain_graph=False"):
         loss.backward(retain_graph=True)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kfc_fx
+from tests.options import kfc
 
 
 def test_one_linear_layer_with_gaussian_likelihood_takes_the_natural_gradient_step():
@@ -17,7 +18,7 @@ def test_one_linear_layer_with_gaussian_likelihood_takes_the_natural_gradient_st
     x, target = torch.randn(50, 4).double(), torch.randn(50, 3).double()
     noise = torch.linalg.qr(torch.randn(50, 50).double()).Q[:, :3] * 50**0.5
     compiled = kfc_fx.compile(net, likelihood=lambda z: noise)  # Γ = noiseᵀ noise / N = I
-    opt = kfc_fx.KFC(compiled, lr=1.0, scaling="inverse", damping=0.0, clip=None, momentum=0.0)
+    opt = kfc(compiled, lr=1.0, scaling="inverse", damping=0.0, clip=None, momentum=0.0)
     (0.5 * (compiled(x) - target).square().sum() / 50).backward()
     opt.step()
     torch.testing.assert_close(opt.factors["0"].gamma, torch.eye(3).double())
@@ -32,7 +33,7 @@ def test_gaussian_likelihood_samples_give_that_step_on_average():
     net = nn.Sequential(nn.Linear(4, 3)).double()
     x, target = torch.randn(20000, 4).double(), torch.randn(20000, 3).double()
     compiled = kfc_fx.compile(net, likelihood="gaussian")
-    opt = kfc_fx.KFC(compiled, lr=1.0, scaling="inverse", damping=0.0, clip=None, momentum=0.0)
+    opt = kfc(compiled, lr=1.0, scaling="inverse", damping=0.0, clip=None, momentum=0.0)
     (0.5 * (compiled(x) - target).square().sum() / len(x)).backward()
     opt.step()
     ones = torch.cat([x, torch.ones(len(x), 1).double()], 1)
@@ -86,9 +87,7 @@ class PreMapped(Mapped):
 
 def outputs_after_a_step(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     compiled = kfc_fx.compile(net, likelihood="gaussian")  # softmax scores have a singular Γ
-    opt = kfc_fx.KFC(
-        compiled, lr=0.3, scaling="inverse", damping=0.0, clip=None, momentum=0.0, seed=5
-    )
+    opt = kfc(compiled, lr=0.3, scaling="inverse", damping=0.0, clip=None, momentum=0.0, seed=5)
     F.mse_loss(compiled(x), y).backward()
     before = compiled(x).detach()
     opt.step()

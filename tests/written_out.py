@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kfc_fx
+from tests.options import kfc
 from tests.oracle import categorical_cotangent, exact_factors, matrix_of, parameters_of
 
 LAYERS = ("0", "2", "4", "7")
@@ -95,7 +96,7 @@ class WrittenOut:
 
 def run_kfc(net, data, **options):
     compiled = kfc_fx.compile(net)
-    opt = kfc_fx.KFC(compiled, fisher="empirical", **{"factor_samples": None, **options})
+    opt = kfc(compiled, fisher="empirical", **{"samples": None, **options})
     for x, y in data:
         F.cross_entropy(compiled(x), y).backward()
         opt.step()

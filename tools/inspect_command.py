@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from kfc_fx.codegen.spec import Scaling
 from kfc_fx.inspect.document import build_document, code_document
 from kfc_fx.inspect.dot import dot_text
 from kfc_fx.inspect.graph_view import diff_view, find_stage, graph_view, passes_view
@@ -22,6 +21,7 @@ from kfc_fx.inspect.summary_view import summary_view
 from kfc_fx.inspect.target import Subject, load_checkpoint, parse_arguments, resolve_target
 from kfc_fx.inspect.update_text import prove_update
 from kfc_fx.inspect.update_view import proof_view, update_view, whole_update
+from kfc_fx.optim.scalings.table import SCALINGS
 from kfc_fx.tools.failures import CommandError, one_line_failures, unknown_name, writable
 from kfc_fx.tools.terminal import show, show_json, show_text
 
@@ -91,7 +91,7 @@ def inspect(
             "with --save FILE.png."
         ),
     ] = None,
-    scaling: Annotated[Scaling, typer.Option(help="KFC's scaling.")] = "adam",
+    scaling: Annotated[str, typer.Option(help=f"KFC's scaling: {', '.join(SCALINGS)}.")] = "adam",
     input_factor: Annotated[str, typer.Option(help="auto, dense or separable.")] = "auto",
     weight_sharing: Annotated[
         str, typer.Option(help="Of linear layers over tokens or pixels: expand or reduce.")
@@ -114,7 +114,7 @@ def inspect(
     """
     with one_line_failures(debug=debug):
         options = ViewOptions(view, stage, diff, part, run, as_json, save, report)
-        _check_names(options, capture)
+        _check_names(options, capture, scaling)
         subject = resolve_target(target, parse_arguments(model_arg or []))
         if checkpoint is not None:
             load_checkpoint(subject.model, checkpoint)
@@ -139,11 +139,13 @@ def _evaluate(subject: Subject) -> None:
     subject.model.eval()
 
 
-def _check_names(options: ViewOptions, capture: str) -> None:
+def _check_names(options: ViewOptions, capture: str, scaling: str) -> None:
     if options.view not in VIEWS:
         raise unknown_name("view", options.view, VIEWS)
     if capture not in CAPTURES:
         raise unknown_name("capture", capture, CAPTURES)
+    if scaling not in SCALINGS:
+        raise unknown_name("scaling", scaling, SCALINGS)
     wanted = {
         "--diff": (options.diff is not None, "graph"),
         "--part": (options.part is not None, "update"),

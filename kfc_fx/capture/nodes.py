@@ -56,7 +56,7 @@ def module_of(node: fx.Node) -> tuple[str, str]:
 
 def _module_path(path: str) -> str:
     """``layer1.0.conv1`` from dynamo's spelling of the same path."""
-    for prefix in ("L['model']", "L['self']", "model"):
+    for prefix in ("L['model'].__self__", "L['model']", "L['self']", "model"):
         path = path.removeprefix(prefix)
     path = path.replace("._modules", "").replace("['", ".").replace("']", "")
     return path.strip(".")

@@ -6,9 +6,9 @@ Everything else is an argument of the code.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal
 
-from kfc_fx.plan.choices import Scaling
 from kfc_fx.plan.forms import FactorForms, statistic_shapes
 from kfc_fx.plan.spec import BlockSpec
 
@@ -18,6 +18,20 @@ GenericRule = Literal["adamw", "sgd"]
 Clip = Literal["none", "factors", "exact", "model"]
 """How the vectors v are scaled: not at all, by a bound on ν that is taken from the factors or from
 the exact Fisher matrix, or by the rates that the exact quadratic model is least at."""
+
+
+@dataclass(frozen=True)
+class ScalingSpec:
+    """A scaling as generated code knows it."""
+
+    name: str
+    """In the names of arguments and in comments: ``spectral``, and ``spectral_2`` for blocks of the
+    same scaling with other options."""
+    generator: ModuleType
+    """A module that is a :class:`~kfc_fx.codegen.scalings.rules.ScalingRule`."""
+
+    def __str__(self) -> str:
+        return self.name
 
 
 @dataclass(frozen=True)
@@ -32,7 +46,7 @@ class StackSpec:
     """
 
     key: str
-    scaling: Scaling
+    scaling: ScalingSpec
     forms: FactorForms
     blocks: tuple[BlockSpec, ...]
     device: str
@@ -94,7 +108,7 @@ class StackSpec:
     @property
     def counts_examples(self) -> bool:
         """Whether the state has the number of examples that a gradient is the mean of."""
-        return self.scaling == "eigen"
+        return bool(self.scaling.generator.COUNTS_EXAMPLES)
 
     @property
     def matrix_shape(self) -> tuple[int, int, int]:
@@ -128,16 +142,19 @@ class UpdateSpec:
     stacks: tuple[StackSpec, ...]
     generic: tuple[GenericParameter, ...]
     generic_rule: GenericRule
-    momentum: tuple[Scaling | Literal["generic"], ...]
+    momentum: tuple[ScalingSpec | Literal["generic"], ...]
     """The scalings whose blocks keep a momentum, and whether generic parameters do."""
-    nesterov: tuple[Scaling, ...]
+    nesterov: tuple[ScalingSpec, ...]
     """The scalings whose momentum takes Nesterov's step ahead."""
-    orthogonalise: bool
-    """Whether "adam" moves what it has scaled towards its polar factor."""
+    orthogonalize: tuple[ScalingSpec, ...]
+    """The scalings that move what they have scaled towards its polar factor."""
     weight_decay: bool
     clip: Clip
     average: bool
-    masters: tuple[str, ...]
+    own_momenta: bool
+    """Whether each stack and each generic parameter has a momentum of its own, in place of one
+    number for all of a scaling."""
+    master_weights: tuple[str, ...]
     """Parameters in half precision that are updated through a copy in single precision."""
     partial: bool
     """Whether some block has no gradient in this step, so that updates must be masked."""
@@ -159,22 +176,38 @@ class UpdateSpec:
         return (*in_blocks, *(g.name for g in self.generic))
 
     @property
-    def scalings(self) -> tuple[Scaling, ...]:
+    def scalings(self) -> tuple[ScalingSpec, ...]:
         """Those in use, in the order of their first stack."""
         return tuple(dict.fromkeys(stack.scaling for stack in self.stacks))
 
-    def stacks_of(self, scaling: Scaling) -> list[StackSpec]:
+    def stacks_of(self, scaling: ScalingSpec) -> list[StackSpec]:
         """The stacks of one scaling."""
         return [stack for stack in self.stacks if stack.scaling == scaling]
+
+    def has_own_momenta(self, scaling: ScalingSpec) -> bool:
+        """Whether the momentum of a scaling is by stack. That of the quadratic model is one."""
+        return self.own_momenta and scaling in self.momentum and self.clip != "model"
 
     def factors_in_basis_of(self, stack: StackSpec) -> tuple[str, ...]:
         """The factors of a stack whose EMA is kept in its eigenbasis; between a statistic and the
         refresh after it they are written out."""
-        if not self.factors_in_basis or stack.scaling not in ("adam", "eigen"):
+        if not self.factors_in_basis or not stack.scaling.generator.KEEPS_BASES:
             return ()
         return tuple(stack.basis_shapes)
 
-    def option(self, name: str, scaling: Scaling) -> str:
+    def option(self, name: str, scaling: ScalingSpec) -> str:
         """The argument that holds an option of a scaling: ``damping``, or where several scalings
         are in use ``damping_spectral``."""
         return name if len(self.scalings) == 1 else f"{name}_{scaling}"
+
+
+def describe(stack: StackSpec) -> str:
+    """One comment line: shape and members of a stack."""
+    names = ", ".join(block.name or "the model itself" for block in stack.blocks)
+    grouped = f" in {stack.depth} groups" if stack.depth > len(stack.blocks) else ""
+    return f"{stack.key}: {counted(len(stack.blocks), 'layer')}{grouped}: {names}"
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 layer``, ``2 layers``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

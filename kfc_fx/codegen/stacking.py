@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from kfc_fx.codegen.spec import StackSpec
-from kfc_fx.plan.choices import BlockChoice
+from kfc_fx.codegen.spec import ScalingSpec, StackSpec
 from kfc_fx.plan.forms import FactorForms
 from kfc_fx.plan.spec import BlockSpec
+
+
+@dataclass(frozen=True)
+class BlockChoice:
+    """What the options say of a block."""
+
+    scaling: ScalingSpec
+    forms: FactorForms
 
 
 def stack_blocks(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from kfc_fx.codegen.text.source import UpdateProgram
+from kfc_fx.engine.step_inputs import Number, StepInputs
 
 STEP_FUNCTIONS = ("precondition", "apply")
 """Those of every step; the others decompose matrices, which inductor does not generate code for."""
@@ -21,16 +22,22 @@ def compile_step(program: UpdateProgram) -> None:
             program.functions[name] = torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def tensor_arguments(given: Mapping[str, Any], device: str) -> dict[str, Any]:
+def with_tensors(inputs: StepInputs, device: str) -> StepInputs:
     """Numbers that change from step to step as tensors: as numbers they would be fixed in the
     compiled code, and each new one would cost a compilation."""
-    found: dict[str, Any] = {"step": _scalar(given["step"], device)}
-    found["lr"] = {**given["lr"], "generic": [_scalar(r, device) for r in given["lr"]["generic"]]}
-    if "shrink" in given:
-        found["shrink"] = [_scalar(value, device) for value in given["shrink"]]
-    return found
+
+    def listed(values: Any) -> Any:
+        return [_scalar(value, device) for value in values] if isinstance(values, list) else values
+
+    return replace(
+        inputs,
+        step=_scalar(inputs.step, device),
+        generic_rates=listed(inputs.generic_rates),
+        generic_momentum=listed(inputs.generic_momentum),
+        shrink=listed(inputs.shrink),
+    )
 
 
-def _scalar(value: float, device: str) -> torch.Tensor:
+def _scalar(value: Number, device: str) -> torch.Tensor:
     # A fill takes its number along; a copy from the host would wait for the device.
-    return torch.full((), value, dtype=torch.float32, device=device)
+    return torch.full((), float(value), dtype=torch.float32, device=device)

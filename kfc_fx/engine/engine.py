@@ -14,20 +14,27 @@ from torch.profiler import record_function
 from kfc_fx.artifacts import record_artifact
 from kfc_fx.codegen.pieces.generic import moments_at_start
 from kfc_fx.codegen.program import generate
-from kfc_fx.codegen.scalings.rules import VECTOR_RULES
 from kfc_fx.codegen.spec import StackSpec, UpdateSpec
 from kfc_fx.codegen.text.source import UpdateProgram
-from kfc_fx.engine.compiled_step import compile_step, tensor_arguments
-from kfc_fx.engine.factors import Factors, joined
-from kfc_fx.engine.masters import MasterWeights
+from kfc_fx.engine.compiled_step import compile_step, with_tensors
+from kfc_fx.engine.factors import Factors, factors_of
+from kfc_fx.engine.master_weights import MasterWeights
 from kfc_fx.engine.screening import ScreenedStatistics
-from kfc_fx.engine.state import SavedState, entries_of, fitting, stacked_state, state_by_block
+from kfc_fx.engine.state import SavedState, fitting, stacked_state, state_by_block
 from kfc_fx.engine.static_step import StaticStep
-from kfc_fx.linalg.eigenbasis import from_basis
+from kfc_fx.engine.step_inputs import (
+    Momenta,
+    OptionNumbers,
+    StepInputs,
+    StepNumbers,
+    arguments,
+    momenta_by_stack,
+    refresh_arguments,
+)
 
 MOST_STATIC = 2
 """Sets of parameters with gradients whose steps are recorded; each has buffers of its own."""
-GENERIC_STATE = ("generic_m", "generic_v")
+GENERIC_STATE = ("m", "v")
 
 
 class UpdateEngine:
@@ -45,8 +52,12 @@ class UpdateEngine:
         *,
         compiled: bool = False,
         captured: bool = False,
+        momenta: Momenta | None = None,
     ) -> None:
+        """``momenta``: those that code may be compiled or recorded with as fixed numbers; a step
+        with others takes its own as tensors."""
         self.spec = spec
+        self._momenta = momenta
         self._compiled = compiled
         self._captured = captured and not spec.pauses
         self._static: dict[UpdateSpec, StaticStep] = {}
@@ -57,31 +68,23 @@ class UpdateEngine:
         self.waiting = bool(self.anew)
         """Whether there are blocks without statistics."""
         self.started = saved.started and not self.anew
-        self.state: dict[str, Tensor] = stacked_state(spec, kept)
+        self.state = stacked_state(spec, kept)
+        """By stack and name."""
         self.generic = {
             name: {key: self._placed(name, value, wide=True) for key, value in entry.items()}
             for name, entry in saved.generic.items()
         }
         self.average = {
-            name: self._placed(name, value, wide=name in spec.masters)
+            name: self._placed(name, value, wide=name in spec.master_weights)
             for name, value in saved.average.items()
         }
-        self._masters = MasterWeights(parameters, saved.masters)
+        self._master_weights = MasterWeights(parameters, saved.master_weights)
         self._programs: dict[UpdateSpec, UpdateProgram] = {}
 
     @property
     def blocks(self) -> list[Any]:
         """The blocks of all stacks."""
         return [block for stack in self.spec.stacks for block in stack.blocks]
-
-    @property
-    def _factors_in_basis(self) -> list[str]:
-        """Keys of the factors that are written out only from ``accumulate`` to ``refresh``."""
-        return [
-            f"{factor}_{stack.key}"
-            for stack in self.spec.stacks
-            for factor in self.spec.factors_in_basis_of(stack)
-        ]
 
     @property
     def program(self) -> UpdateProgram:
@@ -100,87 +103,59 @@ class UpdateEngine:
     def accumulate(self, statistics: ScreenedStatistics) -> None:
         """New statistics into the EMA of the factors."""
         with record_function("kfc_fx::accumulate"):
-            self.state |= self.program.functions["accumulate"](
+            fresh = self.program.functions["accumulate"](
                 statistics.sums, statistics.examples, statistics.rows, statistics.rate, self.state
             )
+        self._update(fresh)
         self.waiting = False
 
-    def refresh(self, arguments: Mapping[str, Any]) -> list[str]:
+    def refresh(self, options: OptionNumbers) -> list[str]:
         """Factors into inverses, bases or whitening matrices; returns the blocks for which that
-        failed.
-
-        Args:
-            arguments: values for the generated function's arguments besides the state.
-        """
-        in_basis = self._factors_in_basis
-        if in_basis and in_basis[0] not in self.state:
+        failed."""
+        written_out = {s.key: self.spec.factors_in_basis_of(s) for s in self.spec.stacks}
+        if any(set(names) - set(self.state[key]) for key, names in written_out.items()):
             return []  # no statistics since the last refresh: it would change nothing
-        functions = self.program.functions
-        name = "start" if "start" in functions and not self.started else "refresh"
+        given = refresh_arguments(self.program, self.state, options, first=not self.started)
         with record_function("kfc_fx::refresh"):
-            fresh, failed = self._call(self.program, name, {**arguments, "state": self.state})
-        self.state |= fresh
-        for key in in_basis:
-            del self.state[key]
+            found = self.program.functions["refresh"](**given)
+        self._update({key: entries for key, (entries, _) in found.items()})
+        for key, names in written_out.items():
+            for name in names:
+                del self.state[key][name]
         self.started = not self.waiting
-        return self._failed_blocks(failed)
+        return self._failed_blocks({key: failed for key, (_, failed) in found.items()})
 
     def apply(
         self,
         gradients: Mapping[str, Tensor],
-        arguments: Mapping[str, Any],
+        numbers: StepNumbers,
         scales_of: Callable[..., dict[str, Tensor]],
-    ) -> dict[str, Any]:
+    ) -> dict[str, Tensor]:
         """One step; returns what it reports, ν and the clip scale.
 
         Args:
             gradients: by name; parameters without one are left alone.
-            arguments: values for the generated function's other arguments.
+            numbers: rates, momenta and options of this step.
             scales_of: called in the middle of a step that pauses, with v by parameter name and,
                 for the quadratic model, the momentum; returns ``nu``, or ``step_size`` and
                 ``momentum``.
         """
-        spec = self._present(gradients)
+        spec = self._spec_of(gradients, numbers.momenta)
         program = self.program_for(spec)
-        given = {**arguments, "parameters": self.parameters, "gradients": gradients}
-        given["state"] = self.state | self._lists(spec, given)
-        given["masters"] = self._masters.of(spec.masters)
-        given["lr"] = {
-            **given["lr"],
-            "generic": [given["lr"]["generic"][g.name] for g in spec.generic],
-        }
-        if spec.weight_decay:
-            still = self._without_gradient(gradients)
-            shrink = given["shrink"]
-            given["shrink"] = [1.0 if n in still else shrink[n] for n in spec.parameters]
-        if spec.partial:
-            gradients, given["active"] = self._filled(gradients)
-            given["gradients"] = gradients
+        inputs = self._inputs(spec, gradients, numbers)
         if self._captures(spec):
-            static = self._static_step(spec, program, given)
+            static = self._static_step(program, inputs)
             with record_function("kfc_fx::apply"):
-                result = static.run(given)
-            self._masters.note_written()
-            return self._commit(spec, {**result, **static.report})
-        if self._compiled:
-            given |= tensor_arguments(given, spec.stacks[0].device)
-        moments: dict[str, Tensor] = {}
-        if spec.pauses:
-            given["v"], *views, moments = self._call(program, "precondition", given)
-            scales = scales_of(*views)
-            momentum = scales.pop("momentum", None)
-            if momentum is not None:
-                given |= dict.fromkeys(self._momentum_arguments(spec), momentum)
-            given |= scales
-        with record_function("kfc_fx::apply"):
-            result = self._call(program, "apply", given)
-        self._masters.note_written()
-        return self._commit(spec, {**moments, **result})
+                result = static.run(inputs)
+        else:
+            result = self._run(program, inputs, scales_of)
+        self._master_weights.note_written()
+        return self._commit(spec, result)
 
-    def guards(self, gradients: Mapping[str, Tensor]) -> bool:
+    def guards(self, gradients: Mapping[str, Tensor], momenta: Momenta) -> bool:
         """Whether a step on these gradients looks itself, on the device, whether they are finite;
         :meth:`take_skipped` tells afterwards."""
-        return self._captures(self._present(gradients))
+        return self._captures(self._spec_of(gradients, momenta))
 
     def take_skipped(self) -> int:
         """How many of the steps since the last call were not taken; one synchronisation for each
@@ -205,7 +180,7 @@ class UpdateEngine:
         Generated functions write to no state tensor, so that references are enough.
         """
         before = (
-            dict(self.state),
+            {key: dict(own) for key, own in self.state.items()},
             {name: dict(entry) for name, entry in self.generic.items()},
             dict(self.average),
             self.started,
@@ -226,39 +201,36 @@ class UpdateEngine:
                 for name, entry in self.generic.items()
             },
             {name: value.clone() for name, value in self.average.items()},
-            self._masters.saved(),
+            self._master_weights.saved(),
             self.started,
         )
 
     def factors(self, block: str) -> Factors:
         """Bias-corrected factors of a block."""
         stack = next(s for s in self.spec.stacks if block in s.spans)
-        span = stack.spans[block]
-
-        def own(name: str) -> Tensor:
-            return entries_of(self.state[f"{name}_{stack.key}"], stack, span)
-
-        def corrected(name: str) -> Tensor | None:
-            if name in self.spec.factors_in_basis_of(stack):
-                value = from_basis(own(f"q_{name}"), own(f"eigenvalues_{name}"))
-            elif f"{name}_{stack.key}" in self.state:
-                value = own(name)
-            else:
-                return None
-            parts = stack.parts.get(name, 1)
-            corner = own("locations") if name == "omega" and stack.has_bias_apart else None
-            return (joined(value, parts, corner) if parts > 1 else value) / mass
-
-        mass = own("mass").clamp(min=1e-12)
-        return Factors(
-            output=corrected("gamma"),
-            dense=corrected("omega"),
-            channel=corrected("channel"),
-            offset=corrected("offset"),
-            locations=corrected("locations"),
-        )
+        return factors_of(self.spec, stack, self.state[stack.key], block)
 
     # -- one step ------------------------------------------------------------------------
+
+    def _run(
+        self,
+        program: UpdateProgram,
+        inputs: StepInputs,
+        scales_of: Callable[..., dict[str, Tensor]],
+    ) -> dict[str, Any]:
+        """The step launch by launch; between its halves the exact Fisher matrix is asked."""
+        functions, spec = program.functions, program.spec
+        if self._compiled:
+            inputs = with_tensors(inputs, spec.stacks[0].device)
+        moments: dict[str, dict[str, Tensor]] = {}
+        if spec.pauses:
+            found = functions["precondition"](**arguments(program, "precondition", inputs))
+            views = [found[name] for name in ("views", "momenta") if name in found]
+            inputs = inputs.scaled(found["v"], scales_of(*views))
+            moments = found.get("state", {})
+        with record_function("kfc_fx::apply"):
+            result = functions["apply"](**arguments(program, "apply", inputs))
+        return result | {key: own | result.get(key, {}) for key, own in moments.items()}
 
     def _captures(self, spec: UpdateSpec) -> bool:
         """Whether the step of a spec is static: where all blocks have gradients, and of generic
@@ -266,30 +238,58 @@ class UpdateEngine:
         known = spec in self._static or len(self._static) < MOST_STATIC
         return self._captured and not spec.partial and known
 
-    def _static_step(
-        self, spec: UpdateSpec, program: UpdateProgram, given: Mapping[str, Any]
-    ) -> StaticStep:
-        """That of a spec, made anew where it does not fit any more."""
-        static = self._static.get(spec)
-        if static is None or not static.fits(given):
-            fresh = StaticStep(spec, program, given)
+    def _static_step(self, program: UpdateProgram, inputs: StepInputs) -> StaticStep:
+        """That of a program, made anew where it does not fit any more."""
+        static = self._static.get(program.spec)
+        if static is None or not static.fits(inputs):
+            fresh = StaticStep(program, inputs)
             if static is not None:
                 fresh.skipped += static.skipped
-            self._static[spec] = static = fresh
+            self._static[program.spec] = static = fresh
         return static
 
-    @staticmethod
-    def _call(program: UpdateProgram, function: str, given: Mapping[str, Any]) -> Any:
-        """Call a generated function with those of the given values that it takes."""
-        nodes = program.graphs[function].graph.nodes
-        names = [str(node.target) for node in nodes if node.op == "placeholder"]
-        return program.functions[function](**{name: given[name] for name in names})
+    def _spec_of(self, gradients: Mapping[str, Tensor], momenta: Momenta) -> UpdateSpec:
+        """The spec for the gradients and the momenta of a step."""
+        spec = self._present(gradients)
+        fixed = self._compiled or self._captured
+        own = momenta.differ(spec) or (fixed and momenta != self._momenta)
+        return replace(spec, own_momenta=True) if own else spec
 
-    @staticmethod
-    def _momentum_arguments(spec: UpdateSpec) -> list[str]:
-        """Arguments for the momentum of the scalings that step by a vector."""
-        kept = [scaling for scaling in spec.scalings if scaling in VECTOR_RULES]
-        return [spec.option("momentum", scaling) for scaling in kept if scaling in spec.momentum]
+    def _inputs(
+        self, spec: UpdateSpec, gradients: Mapping[str, Tensor], numbers: StepNumbers
+    ) -> StepInputs:
+        """Everything that a step reads."""
+        still = self._without_gradient(gradients) if spec.weight_decay else set()
+        self._start_generic(spec, gradients, numbers)
+        self._start_average(spec)
+        active: dict[str, Tensor] = {}
+        if spec.partial:
+            gradients, active = self._filled(gradients)
+        own, momenta = spec.own_momenta, numbers.momenta
+        kept = [scaling for scaling in spec.scalings if scaling in spec.momentum]
+        generic = [momenta.generic[parameter.name] for parameter in spec.generic]
+        return StepInputs(
+            parameters={name: self.parameters[name] for name in spec.parameters},
+            gradients=gradients,
+            state=self.state,
+            generic={n: [self.generic[p.name][n] for p in spec.generic] for n in GENERIC_STATE},
+            average=[self.average[name] for name in spec.parameters] if spec.average else [],
+            master_weights=self._master_weights.of(spec.master_weights),
+            active=active,
+            step=numbers.step,
+            rates=numbers.rates,
+            generic_rates=[numbers.generic_rates[p.name] for p in spec.generic],
+            momenta={s: momenta.of_scaling(spec, s) or 0.0 for s in kept},
+            stack_momenta=momenta_by_stack(spec, momenta) if own else {},
+            generic_momentum=generic if own else next(iter(generic), 0.0),
+            shrink=[1.0 if name in still else numbers.shrink[name] for name in spec.parameters]
+            if spec.weight_decay
+            else [],
+            options=numbers.options,
+            generic_options=numbers.generic,
+            clip=numbers.clip,
+            average_decay=numbers.average_decay,
+        )
 
     def _present(self, gradients: Mapping[str, Tensor]) -> UpdateSpec:
         """The spec for the parameters that have a gradient in this step."""
@@ -298,8 +298,8 @@ class UpdateEngine:
         if len(generic) == len(self.spec.generic) and not partial:
             return self.spec
         held = {g.name for g in generic} | {p for b in self.blocks for p in b.parameters}
-        masters = tuple(name for name in self.spec.masters if name in held)
-        return replace(self.spec, generic=generic, partial=partial, masters=masters)
+        master_weights = tuple(name for name in self.spec.master_weights if name in held)
+        return replace(self.spec, generic=generic, partial=partial, master_weights=master_weights)
 
     def _placed(self, name: str, value: Tensor, *, wide: bool) -> Tensor:
         """A state tensor on its parameter's device, in its dtype or, ``wide``, at least float32."""
@@ -316,24 +316,22 @@ class UpdateEngine:
             for name in block.parameters
         }
 
-    def _lists(self, spec: UpdateSpec, given: Mapping[str, Any]) -> dict[str, Any]:
-        """State of the generic parameters and of the average, as the lists the code takes."""
-        for parameter in spec.generic:
-            if parameter.name not in self.generic:
-                gradient = self._placed(
-                    parameter.name, given["gradients"][parameter.name], wide=True
-                )
-                moments = moments_at_start(spec, gradient, given["generic_momentum"], given["step"])
-                self.generic[parameter.name] = dict(zip(GENERIC_STATE, moments, strict=True))
-        if spec.average:
-            for name in spec.parameters:
-                own = self._placed(name, self.parameters[name], wide=name in spec.masters)
-                self.average.setdefault(name, own.clone())
-        lists: dict[str, Any] = {
-            name: [self.generic[p.name][name] for p in spec.generic] for name in GENERIC_STATE
-        }
-        lists["average"] = [self.average[name] for name in spec.parameters if spec.average]
-        return lists
+    def _start_generic(
+        self, spec: UpdateSpec, gradients: Mapping[str, Tensor], numbers: StepNumbers
+    ) -> None:
+        """Moments of generic parameters that have a gradient for the first time."""
+        decay, step = numbers.generic.second_moment_decay, numbers.step
+        for name in (parameter.name for parameter in spec.generic):
+            if name not in self.generic:
+                gradient = self._placed(name, gradients[name], wide=True)
+                momentum = numbers.momenta.generic[name]
+                moments = moments_at_start(spec, gradient, momentum, decay, step)
+                self.generic[name] = dict(zip(GENERIC_STATE, moments, strict=True))
+
+    def _start_average(self, spec: UpdateSpec) -> None:
+        for name in spec.parameters if spec.average else ():
+            own = self._placed(name, self.parameters[name], wide=name in spec.master_weights)
+            self.average.setdefault(name, own.clone())
 
     def _filled(
         self, gradients: Mapping[str, Tensor]
@@ -350,24 +348,26 @@ class UpdateEngine:
             active[stack.key] = torch.tensor(flags, device=stack.device)[:, None, None]
         return filled, active
 
-    def _commit(self, spec: UpdateSpec, returned: Mapping[str, Any]) -> dict[str, Any]:
+    def _update(self, fresh: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Put new entries of stacks in place of old ones."""
+        self.state = {key: own | dict(fresh.get(key, {})) for key, own in self.state.items()}
+
+    def _commit(self, spec: UpdateSpec, returned: Mapping[str, Any]) -> dict[str, Tensor]:
+        """New state in place of the old; returns the report."""
         result = dict(returned)
-        report: dict[str, Any] = {
-            name: result.pop(name) for name in ("nu", "clip_scale") if name in result
-        }
-        for name in GENERIC_STATE:
-            for parameter, value in zip(spec.generic, result.pop(name, ()), strict=False):
-                self.generic[parameter.name][name] = value
+        report: dict[str, Tensor] = result.pop("report", {})
+        for key, values in result.pop("generic", {}).items():
+            for parameter, value in zip(spec.generic, values, strict=True):
+                self.generic[parameter.name][key] = value
         for name, value in zip(spec.parameters, result.pop("average", ()), strict=False):
             self.average[name] = value
-        self.state |= result
+        self._update(result)
         return report
 
-    def _failed_blocks(self, failed: Mapping[str, Sequence[Tensor]]) -> list[str]:
+    def _failed_blocks(self, failed: Mapping[str, Tensor]) -> list[str]:
         """Names of blocks with a failure; one synchronisation for all stacks."""
         first = self.spec.stacks[0].device
-        merged = {key: torch.stack(list(flags)).any(0) for key, flags in failed.items()}
-        flat = torch.cat([flags.to(first) for flags in merged.values()]).tolist()
+        flat = torch.cat([flags.to(first) for flags in failed.values()]).tolist()
         if not any(flat):
             return []
         names: list[str] = []

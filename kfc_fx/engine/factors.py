@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kfc_fx.codegen.spec import StackSpec, UpdateSpec
+from kfc_fx.engine.state import entries_of
 from kfc_fx.errors import KfcError
+from kfc_fx.linalg.eigenbasis import from_basis
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,36 @@ class Factors:
             corners = self.locations.reshape(-1, 1, 1)
             blocks = [torch.block_diag(b, c) for b, c in zip(blocks, corners, strict=True)]
         return torch.stack(blocks)
+
+
+def factors_of(
+    spec: UpdateSpec, stack: StackSpec, state: Mapping[str, Tensor], block: str
+) -> Factors:
+    """Bias-corrected factors of a block, from the state of its stack."""
+    span = stack.spans[block]
+
+    def own(name: str) -> Tensor:
+        return entries_of(state[name], stack, span)
+
+    def corrected(name: str) -> Tensor | None:
+        if name in spec.factors_in_basis_of(stack):
+            value = from_basis(own(f"q_{name}"), own(f"eigenvalues_{name}"))
+        elif name in state:
+            value = own(name)
+        else:
+            return None
+        parts = stack.parts.get(name, 1)
+        corner = own("locations") if name == "omega" and stack.has_bias_apart else None
+        return (joined(value, parts, corner) if parts > 1 else value) / mass
+
+    mass = own("mass").clamp(min=1e-12)
+    return Factors(
+        output=corrected("gamma"),
+        dense=corrected("omega"),
+        channel=corrected("channel"),
+        offset=corrected("offset"),
+        locations=corrected("locations"),
+    )
 
 
 def _squeezed(stacked: Tensor) -> Tensor:

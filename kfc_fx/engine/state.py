@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kfc_fx.codegen.pieces.bases import eigenvalue_entries
-from kfc_fx.codegen.scalings.rules import RULES
+from kfc_fx.codegen.scalings.rules import rule_of
 from kfc_fx.codegen.spec import StackSpec, StateEntry, UpdateSpec
 from kfc_fx.linalg.eigenbasis import from_basis, in_basis
 
@@ -25,7 +25,7 @@ class SavedState:
     blocks: dict[str, dict[str, Tensor]]
     generic: dict[str, dict[str, Tensor]]
     average: dict[str, Tensor]
-    masters: dict[str, Tensor]
+    master_weights: dict[str, Tensor]
     started: bool = False
 
     @classmethod
@@ -40,12 +40,12 @@ class SavedState:
             {name: dict(entry) for name, entry in saved[part].items()}
             for part in ("blocks", "generic")
         )
-        average, masters = dict(saved["average"]), dict(saved["masters"])
-        return cls(blocks, generic, average, masters, saved["started"])
+        average, master_weights = dict(saved["average"]), dict(saved["master_weights"])
+        return cls(blocks, generic, average, master_weights, saved["started"])
 
 
 def state_entries(spec: UpdateSpec, stack: StackSpec) -> dict[str, StateEntry]:
-    """State of a stack by name, without the stack's key."""
+    """State of a stack by name."""
     in_basis = spec.factors_in_basis_of(stack)
     entries = {
         name: StateEntry(shape, "zeros")
@@ -58,7 +58,7 @@ def state_entries(spec: UpdateSpec, stack: StackSpec) -> dict[str, StateEntry]:
         entries["locations"] = StateEntry((stack.depth, 1, 1), "zeros")
     if stack.counts_examples:
         entries["examples"] = StateEntry((stack.depth, 1, 1), "ones")
-    rule = RULES[stack.scaling]
+    rule = rule_of(stack.scaling)
     return entries | rule.state_entries(stack, momentum=stack.scaling in spec.momentum)
 
 
@@ -83,14 +83,17 @@ def fitting(
     return found
 
 
-def stacked_state(spec: UpdateSpec, saved: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Stacked tensors by ``"<name>_<key>"``, from saved blocks where there are any.
+def stacked_state(
+    spec: UpdateSpec, saved: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, dict[str, Tensor]]:
+    """Stacked tensors by stack and name, from saved blocks where there are any.
 
     Args:
         saved: block name to state name to tensor, as :func:`fitting` returns it.
     """
-    state = {}
+    state: dict[str, dict[str, Tensor]] = {}
     for stack in spec.stacks:
+        own = state.setdefault(stack.key, {})
         for name, entry in state_entries(spec, stack).items():
             tensor = _initial(entry, stack)
             parts = {
@@ -103,15 +106,17 @@ def stacked_state(spec: UpdateSpec, saved: Mapping[str, Mapping[str, Tensor]]) -
                 tensor = tensor.mT.contiguous().mT
             for span, part in parts.items():
                 entries_of(tensor, stack, span).copy_(part)
-            state[f"{name}_{stack.key}"] = tensor
+            own[name] = tensor
     return state
 
 
-def state_by_block(spec: UpdateSpec, state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def state_by_block(
+    spec: UpdateSpec, state: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, dict[str, Tensor]]:
     """The inverse of :func:`stacked_state`: copies, block name to state name to tensor."""
     return {
         block: {
-            name: entries_of(state[f"{name}_{stack.key}"], stack, span).clone()
+            name: entries_of(state[stack.key][name], stack, span).clone()
             for name in state_entries(spec, stack)
         }
         for stack in spec.stacks

@@ -7,15 +7,17 @@ finite is decided there too, and a step on gradients that are not changes nothin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kfc_fx.codegen.scalings.rules import VECTOR_RULES
-from kfc_fx.codegen.spec import UpdateSpec
+from kfc_fx.codegen.scalings.rules import steps_by_vector
+from kfc_fx.codegen.spec import ScalingSpec
 from kfc_fx.codegen.text.source import UpdateProgram
+from kfc_fx.engine.step_inputs import StepInputs, arguments
 from kfc_fx.errors import warn
 
 ALIGNMENT = 64
@@ -41,77 +43,63 @@ class StaticStep:
     reads: those that :meth:`run` returns belong to the optimizer's state from then on.
     """
 
-    def __init__(
-        self,
-        spec: UpdateSpec,
-        program: UpdateProgram,
-        given: Mapping[str, Any],
-    ) -> None:
-        """``given``: arguments of ``apply``, tensors on one device."""
-        self._function = program.functions["apply"]
-        placeholders = [n for n in program.graphs["apply"].graph.nodes if n.op == "placeholder"]
-        self._names = [str(node.target) for node in placeholders]
-        self._vector_momenta = [
-            spec.option("momentum", scaling) for scaling in spec.momentum if scaling in VECTOR_RULES
-        ]
-        self.device = next(iter(given["parameters"].values())).device
-        self._fixed = {name: given[name] for name in ("parameters", "masters") if name in given}
-        self._places = _places(self._fixed)
-        self._shapes = {n: (g.shape, g.dtype) for n, g in given["gradients"].items()}
-        self._flat, self._gradients = _flat_like(given["gradients"])
-        used = _entries_read(program)
+    def __init__(self, program: UpdateProgram, inputs: StepInputs) -> None:
+        """``inputs``: of the first step, tensors on one device."""
+        self._program = program
+        self.device = next(iter(inputs.parameters.values())).device
+        self._fixed = inputs
+        self._places = _places(inputs)
+        self._shapes = _shapes(inputs.gradients)
+        self._flat, self._gradients = _flat_like(inputs.gradients)
         self._state = {
-            name: [t.detach().clone() for t in _listed(given["state"][name])] for name in used
+            key: {name: inputs.state[key][name].detach().clone() for name in names}
+            for key, names in program.state_of_step.items()
         }
-        self._lists = {name for name in used if not isinstance(given["state"][name], Tensor)}
-        self._rates = {key: rate.clone() for key, rate in given["lr"].items() if key != "generic"}
-        self._loaded_rates: dict[str, Tensor] = {}
-        self._numbers = {
-            "generic": _Numbers(given["lr"]["generic"], self._flat),
-            "shrink": _Numbers(given.get("shrink", ()), self._flat),
-        }
-        self._constants = {
-            name: value
-            for name, value in given.items()
-            if name in self._names
-            and name not in ("parameters", "masters", "gradients", "state", "lr", "shrink", "step")
-        }
+        self._generic = {n: [_copy(t) for t in values] for n, values in inputs.generic.items()}
+        self._average = [_copy(tensor) for tensor in inputs.average]
+        self._rates = _Columns(inputs.rates)
+        self._momenta = _Columns(inputs.stack_momenta)
+        self._generic_rates = _Numbers(inputs.generic_rates, self._flat)
+        self._generic_momenta = _Numbers(_own(inputs.generic_momentum), self._flat, listed=True)
+        self._shrink = _Numbers(inputs.shrink, self._flat)
         self._step = torch.zeros((), dtype=_number_dtype(self._flat), device=self.device)
         self._expected_step = 0
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         """Steps so far on gradients that were not finite; on the device."""
-        self.report: dict[str, Tensor] = {}
+        self._report: dict[str, Tensor] = {}
         self._calls = 0
         self._replay: Replay | None = None
 
-    def fits(self, given: Mapping[str, Any]) -> bool:
-        """Whether a step on other arguments can be taken: same parameters, same sizes."""
-        shapes = {n: (g.shape, g.dtype) for n, g in given["gradients"].items()}
-        fixed = {name: given[name] for name in self._fixed}
+    def fits(self, inputs: StepInputs) -> bool:
+        """Whether a step on other inputs can be taken: same parameters, same sizes, same numbers
+        where those are fixed."""
         return (
-            shapes == self._shapes
-            and _places(fixed) == self._places
-            and self._numbers["generic"].fits(given["lr"]["generic"])
-            and self._numbers["shrink"].fits(given.get("shrink", ()))
+            _shapes(inputs.gradients) == self._shapes
+            and _places(inputs) == self._places
+            and inputs.momenta == self._fixed.momenta
+            and self._generic_rates.fits(inputs.generic_rates)
+            and self._generic_momenta.fits(_own(inputs.generic_momentum))
+            and self._shrink.fits(inputs.shrink)
         )
 
-    def run(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """One step; returns the state tensors that it read and wrote.
+    def run(self, inputs: StepInputs) -> dict[str, Any]:
+        """One step; returns the state that it wrote, and what it reports.
 
         Args:
-            given: as in the constructor; ``step`` counts from one.
+            inputs: ``step`` counts from one.
         """
-        self._load(given)
+        self._load(inputs)
         if self._calls and self._replay is None:
             self._replay = self._recorded()
         self._calls += 1
         (self._replay or self._body)()
-        written = [t for values in self._fixed.values() for t in values.values()]
         # A replay writes without autograd's knowing, which would let a stale backward pass.
-        torch.autograd.graph.increment_version(written)
+        torch.autograd.graph.increment_version(_written(inputs))
         return {
-            name: buffers if name in self._lists else buffers[0]
-            for name, buffers in self._state.items()
+            **self._state,
+            "generic": self._generic,
+            "average": self._average,
+            "report": self._report,
         }
 
     def forget_skipped(self, count: int) -> None:
@@ -120,29 +108,33 @@ class StaticStep:
 
     # -- between steps -------------------------------------------------------------------
 
-    def _load(self, given: Mapping[str, Any]) -> None:
+    def _load(self, inputs: StepInputs) -> None:
         names = list(self._gradients)
         torch._foreach_copy_(
-            [self._gradients[name] for name in names], [given["gradients"][name] for name in names]
+            [self._gradients[name] for name in names], [inputs.gradients[name] for name in names]
         )
-        old: list[Tensor] = []
-        new: list[Tensor] = []
-        for name, buffers in self._state.items():
-            for buffer, tensor in zip(buffers, _listed(given["state"][name]), strict=True):
-                if buffer is not tensor:
-                    old.append(buffer)
-                    new.append(tensor)
-        if old:
-            torch._foreach_copy_(old, new)
-        for key, rate in self._rates.items():
-            if self._loaded_rates.get(key) is not given["lr"][key]:
-                rate.copy_(given["lr"][key])
-                self._loaded_rates[key] = given["lr"][key]
-        self._numbers["generic"].load(given["lr"]["generic"])
-        self._numbers["shrink"].load(given.get("shrink", ()))
-        if given["step"] != self._expected_step:
-            self._step.fill_(float(given["step"]))
-        self._expected_step = given["step"] + 1
+        self._load_state(inputs)
+        self._rates.load(inputs.rates)
+        self._momenta.load(inputs.stack_momenta)
+        self._generic_rates.load(inputs.generic_rates)
+        self._generic_momenta.load(_own(inputs.generic_momentum))
+        self._shrink.load(inputs.shrink)
+        if inputs.step != self._expected_step:
+            self._step.fill_(float(inputs.step))
+        self._expected_step = int(inputs.step) + 1
+
+    def _load_state(self, inputs: StepInputs) -> None:
+        pairs = [
+            (buffer, inputs.state[key][name])
+            for key, own in self._state.items()
+            for name, buffer in own.items()
+        ]
+        for name, buffers in self._generic.items():
+            pairs += zip(buffers, inputs.generic[name], strict=True)
+        pairs += zip(self._average, inputs.average, strict=True)
+        moved = [(buffer, tensor) for buffer, tensor in pairs if buffer is not tensor]
+        if moved:
+            torch._foreach_copy_([pair[0] for pair in moved], [pair[1] for pair in moved])
 
     def _recorded(self) -> Replay:
         try:
@@ -161,52 +153,88 @@ class StaticStep:
         one = finite.to(torch.float32)
         for flat in self._flat:
             flat.masked_fill_(~finite, 0)
-        result = self._function(**self._arguments(one))
-        self.report = {name: result.pop(name) for name in ("nu", "clip_scale") if name in result}
-        for name, value in result.items():
-            for buffer, fresh in zip(self._state[name], _listed(value), strict=True):
-                torch.where(finite, fresh, buffer, out=buffer)
+        given = arguments(self._program, "apply", self._inputs(one))
+        result = self._program.functions["apply"](**given)
+        self._report = result.pop("report", {})
+        for buffer, fresh in self._renewed(result):
+            torch.where(finite, fresh, buffer, out=buffer)
         self._step += one
         self.skipped += ~finite
+
+    def _renewed(self, result: Mapping[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Buffers of the state, and the tensors to put into them."""
+        for key, own in self._state.items():
+            for name, fresh in result.get(key, {}).items():
+                yield own[name], fresh
+        for name, values in result.get("generic", {}).items():
+            yield from zip(self._generic[name], values, strict=True)
+        yield from zip(self._average, result.get("average", ()), strict=True)
 
     def _all_finite(self) -> Tensor:
         norms = [torch.linalg.vector_norm(flat, float("inf")) for flat in self._flat]
         return torch.stack([norm.float() for norm in norms]).isfinite().all()
 
-    def _arguments(self, one: Tensor) -> dict[str, Any]:
-        """The arguments of ``apply``. ``one`` is 0 where gradients are not finite: they are zeros
-        then, rates and the momentum of vectors too, and the step is zero."""
-        arguments = dict(self._constants)
-        for name in self._vector_momenta:
-            arguments[name] = arguments[name] * one
-        state = {
-            name: buffers if name in self._lists else buffers[0]
-            for name, buffers in self._state.items()
+    def _inputs(self, one: Tensor) -> StepInputs:
+        """The inputs in buffers. ``one`` is 0 where gradients are not finite: they are zeros then,
+        rates and the momentum of vectors too, and the step is zero."""
+        vectors = [stack.key for stack in self._program.spec.stacks if _is_by_vector(stack.scaling)]
+        fixed = self._fixed
+        generic = self._generic_momenta.values() if self._generic_momenta.count else None
+        return replace(
+            fixed,
+            gradients=self._gradients,
+            state=self._state,
+            generic=self._generic,
+            average=self._average,
+            step=self._step,
+            rates=self._rates.times(one),
+            momenta={
+                scaling: momentum * one if _is_by_vector(scaling) else momentum
+                for scaling, momentum in fixed.momenta.items()
+            },
+            stack_momenta=self._momenta.times(one, vectors),
+            generic_rates=self._generic_rates.times(one),
+            generic_momentum=fixed.generic_momentum if generic is None else generic,
+            shrink=self._shrink.towards_one(one),
+        )
+
+
+class _Columns:
+    """Columns by stack in buffers of their own, copied where another one is given."""
+
+    def __init__(self, columns: Mapping[str, Tensor]) -> None:
+        self._buffers = {key: column.clone() for key, column in columns.items()}
+        self._loaded: dict[str, Tensor] = {}
+
+    def load(self, columns: Mapping[str, Tensor]) -> None:
+        for key, buffer in self._buffers.items():
+            if self._loaded.get(key) is not columns[key]:
+                buffer.copy_(columns[key])
+                self._loaded[key] = columns[key]
+
+    def times(self, one: Tensor, keys: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Those of ``keys``, by default all, times ``one``, and the others."""
+        return {
+            key: buffer * one if keys is None or key in keys else buffer
+            for key, buffer in self._buffers.items()
         }
-        rates: dict[str, Any] = {key: rate * one for key, rate in self._rates.items()}
-        rates["generic"] = self._numbers["generic"].times(one)
-        arguments |= self._fixed
-        arguments |= {"gradients": self._gradients, "state": state, "lr": rates}
-        if "shrink" in self._names:
-            arguments["shrink"] = self._numbers["shrink"].towards_one(one)
-        if "step" in self._names:
-            arguments["step"] = self._step
-        return {name: arguments[name] for name in self._names}
 
 
 class _Numbers:
     """One number for each of some parameters, on the device: a single one where all are equal,
-    which ``_foreach`` functions take in one launch."""
+    which ``_foreach`` functions take in one launch; ``listed``, always a list."""
 
-    def __init__(self, values: Sequence[float], gradients: Sequence[Tensor]) -> None:
-        self._count, self._uniform = len(values), _is_uniform(values)
+    def __init__(
+        self, values: Sequence[float], gradients: Sequence[Tensor], *, listed: bool = False
+    ) -> None:
+        self.count, self._uniform = len(values), _is_uniform(values) and not listed
         self._size = 1 if self._uniform else len(values)
         dtype, device = _number_dtype(gradients), gradients[0].device
         self._values = torch.zeros(self._size, dtype=dtype, device=device)
         self._loaded: list[float] | None = None
 
     def fits(self, values: Sequence[float]) -> bool:
-        return len(values) == self._count and (not self._uniform or _is_uniform(values))
+        return len(values) == self.count and (not self._uniform or _is_uniform(values))
 
     def load(self, values: Sequence[float]) -> None:
         wanted = [float(value) for value in values[: self._size]]
@@ -214,6 +242,9 @@ class _Numbers:
             for number, value in enumerate(wanted):  # a fill takes its number along, unlike a copy
                 self._values[number].fill_(value)
             self._loaded = wanted
+
+    def values(self) -> Any:
+        return self._given(self._values)
 
     def times(self, one: Tensor) -> Any:
         return self._given(self._values * one)
@@ -235,19 +266,29 @@ def _is_uniform(values: Sequence[float]) -> bool:
     return len(values) > 0 and all(value == values[0] for value in values)
 
 
-def _listed(value: Any) -> list[Tensor]:
-    return [value] if isinstance(value, Tensor) else list(value)
+def _own(momentum: Any) -> list[float]:
+    """Where generic parameters have momenta of their own, these."""
+    return momentum if isinstance(momentum, list) else []
 
 
-def _places(fixed: Mapping[str, Mapping[str, Tensor]]) -> tuple[int, ...]:
-    return tuple(t.data_ptr() for values in fixed.values() for t in values.values())
+def _is_by_vector(scaling: ScalingSpec) -> bool:
+    return steps_by_vector(scaling.generator)
 
 
-def _entries_read(program: UpdateProgram) -> list[str]:
-    """Names of the state entries that ``apply`` takes."""
-    graph = program.graphs["apply"].graph
-    state = next(node for node in graph.nodes if node.op == "placeholder" and node.name == "state")
-    return list(dict.fromkeys(str(user.args[1]) for user in state.users))
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def _shapes(gradients: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (gradient.shape, gradient.dtype) for name, gradient in gradients.items()}
+
+
+def _written(inputs: StepInputs) -> list[Tensor]:
+    return [*inputs.parameters.values(), *inputs.master_weights.values()]
+
+
+def _places(inputs: StepInputs) -> list[int]:
+    return [tensor.data_ptr() for tensor in _written(inputs)]
 
 
 def _flat_like(gradients: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:

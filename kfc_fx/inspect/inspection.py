@@ -19,8 +19,10 @@ from kfc_fx.errors import KfcError, TargetError
 from kfc_fx.inspect.inputs import InputSpec
 from kfc_fx.inspect.quiet import without_logs
 from kfc_fx.install import compile
+from kfc_fx.optim.groups import Group
 from kfc_fx.optim.kfc import KFC
-from kfc_fx.optim.update_spec import Group, real_parameters, update_spec
+from kfc_fx.optim.statistics import Statistics
+from kfc_fx.optim.update_spec import real_parameters, update_spec
 from kfc_fx.plan.spec import CurvaturePlan
 from kfc_fx.statistics.request import StatisticsRequest
 
@@ -50,9 +52,8 @@ class InspectionOptions:
 
     def optimizer(self, compiled: nn.Module, seed: int | None = None) -> KFC:
         """The optimizer whose update is looked at."""
-        return KFC(
-            compiled, lr=0.01, scaling=self.scaling, input_factor=self.input_factor, seed=seed
-        )
+        statistics = Statistics(input_factor=self.input_factor)  # type: ignore[arg-type]
+        return KFC(compiled, lr=0.01, scaling=self.scaling, statistics=statistics, seed=seed)
 
 
 @dataclass(frozen=True)

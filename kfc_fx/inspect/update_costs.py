@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from kfc_fx.codegen.spec import StackSpec, UpdateSpec
 from kfc_fx.engine.engine import UpdateEngine
 from kfc_fx.engine.screening import ScreenedStatistics
 from kfc_fx.engine.state import SavedState, state_entries
+from kfc_fx.engine.step_inputs import StepNumbers, refresh_arguments
 from kfc_fx.inspect.counting import Work, WorkCounter
 from kfc_fx.inspect.methods import counted_call
+from kfc_fx.optim.groups import Group
 from kfc_fx.optim.options import KFCOptions
-from kfc_fx.optim.rates import learning_rates, option_arguments
-from kfc_fx.optim.update_spec import Group
+from kfc_fx.optim.rates import generic_numbers, learning_rates, momenta, option_numbers
 
 
 @dataclass(frozen=True)
@@ -64,22 +64,16 @@ def update_work(
     counter = WorkCounter()
     statistics = _statistics(engine.spec)
     accumulate = counted_call(counter, lambda: engine.accumulate(statistics))
-    refresh = engine.program.functions["refresh"]
-    given = {**option_arguments(engine.spec, options), "state": engine.state}
-    taken = {name: given[name] for name in argument_names(engine.program.graphs["refresh"])}
-    refreshed = counted_call(counter, lambda: refresh(**taken))
+    program, scalings = engine.program, option_numbers(engine.spec, options)
+    given = refresh_arguments(program, engine.state, scalings, first=False)
+    refreshed = counted_call(counter, lambda: program.functions["refresh"](**given))
     gradients = {name: torch.empty_like(without_data[name]) for name in spec.parameters}
-    arguments = _arguments(engine.spec, options, groups)
+    numbers = _numbers(engine.spec, options, groups)
     scales = dict.fromkeys(("nu", "step_size", "momentum"), torch.empty((), device="meta"))
     applied = counted_call(
-        counter, lambda: engine.apply(gradients, arguments, lambda *_: dict(scales))
+        counter, lambda: engine.apply(gradients, numbers, lambda *_: dict(scales))
     )
     return UpdateWork(accumulate, refreshed, applied)
-
-
-def argument_names(module: fx.GraphModule) -> list[str]:
-    """Names of the arguments of a generated function."""
-    return [str(node.target) for node in module.graph.nodes if node.op == "placeholder"]
 
 
 def _statistics(spec: UpdateSpec) -> ScreenedStatistics:
@@ -97,14 +91,17 @@ def _empty(shape: tuple[int, ...], stack: StackSpec) -> Tensor:
     return torch.empty(shape, dtype=getattr(torch, stack.dtype), device="meta")
 
 
-def _arguments(
-    spec: UpdateSpec, options: KFCOptions, groups: Mapping[str, Group]
-) -> dict[str, Any]:
-    """Arguments of ``apply``; their values do not change its work."""
-    return {
-        **option_arguments(spec, options),
-        "lr": learning_rates(spec, groups, 1.0),
-        "step": 1,
-        "shrink": dict.fromkeys(spec.parameters, 1.0),
-        "average_decay": 0.5,
-    }
+def _numbers(spec: UpdateSpec, options: KFCOptions, groups: Mapping[str, Group]) -> StepNumbers:
+    """The numbers of a step; their values do not change its work."""
+    rates = learning_rates(spec, groups, 1.0)
+    return StepNumbers(
+        step=1,
+        rates=rates.stacks,
+        generic_rates=rates.generic,
+        momenta=momenta(spec, options, groups),
+        options=option_numbers(spec, options),
+        generic=generic_numbers(options),
+        clip=options.bound.clip if options.bound else None,
+        shrink=dict.fromkeys(spec.parameters, 1.0),
+        average_decay=0.5,
+    )

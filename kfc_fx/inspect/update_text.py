@@ -17,7 +17,7 @@ from kfc_fx.codegen.text.source import UpdateProgram
 from kfc_fx.errors import TargetError
 from kfc_fx.inspect.inspection import Inspection
 
-PARTS = ("start", "accumulate", "refresh", "apply")
+PARTS = ("accumulate", "refresh", "apply")
 SEED = 0
 
 
@@ -89,7 +89,7 @@ def _step(
     floats = [o for o in outputs if isinstance(o, Tensor) and o.is_floating_point()]
     torch.stack([output.float().square().mean() for output in floats]).sum().backward()
     if functions is not None:
-        engine = optimizer.engine
+        engine = optimizer._engine
         own = engine.program_for
 
         def printed(spec: UpdateSpec) -> UpdateProgram:

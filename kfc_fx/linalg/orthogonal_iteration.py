@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kfc_fx.kernels.cpu_matmul import matmul
+from kfc_fx.linalg.eigenbasis import eigenbasis
 from kfc_fx.linalg.precision import ieee_products
 
 FLOOR = 2.0
@@ -17,6 +18,12 @@ the smallest eigenvectors are told apart visibly less."""
 INDEPENDENT = 0.3
 """Least distance of a column of length one from the span of those before it that Cholesky QR is
 trusted with: it leaves columns orthonormal to 1e-5 in single precision."""
+
+
+def next_basis(factor: Tensor, basis: Tensor, *, first: bool) -> tuple[Tensor, Tensor]:
+    """:func:`orthogonal_iteration`, or at the ``first`` refresh, where there is no basis to go on
+    from, :func:`kfc_fx.linalg.eigenbasis.eigenbasis`."""
+    return eigenbasis(factor) if first else orthogonal_iteration(factor, basis)
 
 
 def orthogonal_iteration(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:

@@ -73,7 +73,7 @@ def polar_factor_by_gram(matrix: Tensor, late: torch.dtype | None = None) -> Ten
     return x.mT if tall else x
 
 
-def orthogonalisers(
+def orthogonalizers(
     grams: list[Tensor], share: float, dtype: torch.dtype | None = None
 ) -> list[Tensor]:
     """M for which ``M X`` is ``share`` times the polar factor of X plus ``1 − share`` times X, both

@@ -42,6 +42,16 @@ def cholesky_whitening(factor: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     return _checked(inverse.mT, damped, (info != 0) | ~are_finite(inverse))
 
 
+def next_whitening(
+    factor: Tensor, whitening: Tensor, damping: float, *, first: bool
+) -> tuple[Tensor, Tensor]:
+    """:func:`newton_schulz_whitening`, or at the ``first`` refresh, where there is no W to go on
+    from, :func:`cholesky_whitening`."""
+    if first:
+        return cholesky_whitening(factor, damping)
+    return newton_schulz_whitening(factor, whitening, damping)
+
+
 def newton_schulz_whitening(
     factor: Tensor, whitening: Tensor, damping: float
 ) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -11,10 +10,12 @@ from kfc_fx.codegen.spec import UpdateSpec
 from kfc_fx.compilation import Compilation
 from kfc_fx.engine.engine import UpdateEngine
 from kfc_fx.engine.state import SavedState
+from kfc_fx.engine.step_inputs import Momenta
 from kfc_fx.errors import OptionError, warn
+from kfc_fx.optim.groups import Group, check_second_beta
 from kfc_fx.optim.options import KFCOptions
-from kfc_fx.optim.rates import learning_rates
-from kfc_fx.optim.update_spec import Group, real_parameters, update_spec
+from kfc_fx.optim.rates import LearningRates, learning_rates, momenta
+from kfc_fx.optim.update_spec import real_parameters, update_spec
 
 
 class Binding:
@@ -33,7 +34,8 @@ class Binding:
         self._engine: UpdateEngine | None = None
         self._key: object = None
         self._loaded = SavedState.empty()
-        self._rates: tuple[object, dict[str, Any]] = (None, {})
+        self._rates: tuple[object, LearningRates] = (None, LearningRates({}, {}))
+        self._momenta: tuple[object, Momenta] = (None, Momenta({}, {}))
 
     def by_name(self, groups: Sequence[Group]) -> dict[str, Group]:
         """Parameter group by parameter name."""
@@ -50,7 +52,7 @@ class Binding:
         key = (
             self._compilation.revision,
             tuple((p.requires_grad, p.device, p.dtype) for p in parameters.values()),
-            tuple((len(g["params"]), g["weight_decay"] > 0) for g in groups),
+            tuple((len(g["params"]), g["weight_decay"] > 0, g["betas"][0] > 0) for g in groups),
         )
         if self._engine is None or self._key != key:
             spec = update_spec(self._compilation, self._options, parameters, self.by_name(groups))
@@ -59,7 +61,12 @@ class Binding:
                 _check_one_device(spec, parameters, compiled=compiled)
                 captured = _captures(spec, parameters, graph)
                 engine = UpdateEngine(
-                    spec, self.saved(), parameters, compiled=compiled, captured=captured
+                    spec,
+                    self.saved(),
+                    parameters,
+                    compiled=compiled,
+                    captured=captured,
+                    momenta=momenta(spec, self._options, self.by_name(groups)),
                 )
                 self._check_loaded(engine.anew)
                 self._tell_of_lost_blocks(spec)
@@ -73,13 +80,36 @@ class Binding:
         """The engine of the last step, if there was one."""
         return self._engine
 
-    def learning_rates(self, engine: UpdateEngine, groups: Sequence[Group]) -> dict[str, Any]:
-        """Rates as the generated code takes them, rebuilt only when one has changed."""
+    def learning_rates(self, engine: UpdateEngine, groups: Sequence[Group]) -> LearningRates:
+        """The rates of a step, rebuilt only when one has changed."""
         key = (id(engine), tuple(float(group["lr"]) for group in groups))
         if self._rates[0] != key:
             ratio = self._options.generic_ratio
             self._rates = (key, learning_rates(engine.spec, self.by_name(groups), ratio))
         return self._rates[1]
+
+    def momenta(self, engine: UpdateEngine, groups: Sequence[Group]) -> Momenta:
+        """The momenta of a step, rebuilt only when one has changed.
+
+        Raises:
+            OptionError: a group sets one, and the quadratic model chooses the momentum.
+        """
+        key = (id(engine), tuple(group["betas"] for group in groups))
+        if self._momenta[0] != key:
+            self._check_betas(groups)
+            found = momenta(engine.spec, self._options, self.by_name(groups))
+            self._momenta = (key, found)
+        return self._momenta[1]
+
+    def _check_betas(self, groups: Sequence[Group]) -> None:
+        for group in groups:
+            check_second_beta(group, self._options.betas)
+            first = group["betas"][0]
+            if first != self._options.betas[0] and self._options.clipping == "model":
+                raise OptionError(
+                    f"a group has betas[0]={first}, and quadratic_model takes the momentum of "
+                    "every step from the model: leave betas as they are (cycle_momentum=False)"
+                )
 
     def saved(self) -> SavedState:
         """State of the engine; before there is one, the state that it will start from."""

@@ -13,6 +13,13 @@ from torch import Tensor
 
 from kfc_fx.errors import warn
 
+COUNTS = ("steps", "statistics_steps", "refreshes", "skipped_steps", "missed_statistics")
+COUNTS_BY_BLOCK = ("dropped_statistics", "inverse_failures")
+LAST_VALUES = (
+    *("damping", "reduction_ratio", "largest_step"),
+    *("nu", "clip_scale", "step_size", "momentum"),
+)
+
 
 @dataclass
 class Diagnostics:
@@ -35,8 +42,9 @@ class Diagnostics:
     seconds: Counter[str] = field(default_factory=Counter)
     """Seconds of the host so far: in "gradient" (between steps, but for the next part),
     "statistics", "refresh" and "update". A GPU may still be at work when they end."""
-    damping: float = 0.0
-    """Of the scaling that the optimizer was made with; changes where it is adapted."""
+    damping: float | None = None
+    """Of the scaling that the optimizer was made with, None for "adam", which has none; changes
+    where it is adapted."""
     reduction_ratio: float | None = None
     """Last change of the loss over what the quadratic model predicted; None before the first."""
     last_largest_step: Tensor | None = field(default=None, repr=False)
@@ -94,18 +102,23 @@ class Diagnostics:
             if counts[block] == 1:
                 warn(f"layer {block!r} {what} (opt.diagnostics.{counter} counts these)")
 
+    def as_dict(self) -> dict[str, float]:
+        """Everything as flat numbers, for loggers; reading it may wait for the device.
+
+        Counts by block are their sums, seconds are ``seconds_gradient`` and so on. What is None is
+        left out.
+        """
+        numbers: dict[str, float | None] = {
+            name: getattr(self, name) for name in (*COUNTS, *LAST_VALUES)
+        }
+        numbers |= {name: sum(getattr(self, name).values()) for name in COUNTS_BY_BLOCK}
+        numbers |= {f"seconds_{part}": seconds for part, seconds in self.seconds.items()}
+        return {name: number for name, number in numbers.items() if number is not None}
+
     def counters(self) -> dict[str, object]:
         """The counters as plain data, for ``state_dict``."""
-        return {
-            "steps": self.steps,
-            "statistics_steps": self.statistics_steps,
-            "refreshes": self.refreshes,
-            "skipped_steps": self.skipped_steps,
-            "missed_statistics": self.missed_statistics,
-            "dropped_statistics": dict(self.dropped_statistics),
-            "inverse_failures": dict(self.inverse_failures),
-            "damping": self.damping,
-        }
+        counters: dict[str, object] = {name: getattr(self, name) for name in (*COUNTS, "damping")}
+        return counters | {name: dict(getattr(self, name)) for name in COUNTS_BY_BLOCK}
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from kfc_fx.optim.exact.fisher_vector import fisher_gram
 from kfc_fx.optim.exact.quadratic_model import best_combination, inner_products, predicted_change
 from kfc_fx.optim.exact.trial import Trial, adapted_damping
 from kfc_fx.optim.options import KFCOptions
+from kfc_fx.optim.scalings.inverse import Inverse
 from kfc_fx.statistics.collector import Collector
 
 
@@ -32,11 +33,11 @@ class ExactFisher:
         self._options, self._diagnostics = options, diagnostics
 
     @property
-    def inverse_damping(self) -> float:
-        """γ of "inverse", as it was adapted."""
-        if self._options.scaling == "inverse":
+    def inverse_damping(self) -> float | None:
+        """γ as it was adapted, where the general scaling is "inverse"; else None."""
+        if isinstance(self._options.scaling, Inverse):
             return self._diagnostics.damping
-        return self._options.damping_of("inverse")
+        return None
 
     def scales(
         self,
@@ -83,7 +84,7 @@ class ExactFisher:
         Args:
             trial: from before the step.
             closure: gives the loss of the same batch, now after the step.
-            loss, gradients: from before the step.
+            loss, gradients: from before the step; gradients of what is minimized.
         """
         interval, diagnostics = self._options.adapt_damping, self._diagnostics
         assert interval is not None
@@ -97,21 +98,25 @@ class ExactFisher:
         with trial.repeated(), torch.enable_grad():
             after = torch.as_tensor(closure()).detach()
         gained = after.double() - torch.as_tensor(loss).detach().double()
+        if self._options.maximize:
+            gained = -gained
         diagnostics.reduction_ratio = ratio = float(gained / predicted.to(gained.device))
-        diagnostics.damping = adapted_damping(diagnostics.damping, ratio, interval)
+        diagnostics.damping = adapted_damping(self._damping, ratio, interval)
 
     @property
     def _damping(self) -> float:
         """λ: the damping of the scalings that step by a vector."""
-        if "inverse" in self._options.scalings:
-            return self.inverse_damping
-        return self._options.damping_of("eigen")
+        adapted = self.inverse_damping
+        damping = self._options.damping if adapted is None else adapted
+        assert damping is not None
+        return damping
 
     def _gram(
         self, vectors: Sequence[Mapping[str, Tensor]], at: Mapping[str, Tensor] | None = None
     ) -> Tensor:
         """``vᵢᵀ F vⱼ`` on the last batch."""
-        inputs, samples = self._collector.last_inputs, self._options.clip_samples
+        inputs, bound = self._collector.last_inputs, self._options.bound
+        samples = bound.clip_samples if bound else None
         if inputs is None:
             raise StepError(
                 "the exact Fisher matrix needs a forward pass through the compiled model"

@@ -12,13 +12,14 @@ from kfc_fx.errors import StepError
 
 
 def named_gradients(
-    groups: Sequence[Mapping[str, Any]], names: Mapping[Tensor, str]
+    groups: Sequence[Mapping[str, Any]], names: Mapping[Tensor, str], *, maximize: bool = False
 ) -> dict[str, Tensor]:
-    """The gradients that there are, by parameter name.
+    """The gradients that there are of what is minimized, by parameter name.
 
     Args:
         groups: parameter groups of an optimizer.
         names: parameter to name.
+        maximize: take those of the negative of what was differentiated, in new tensors.
 
     Raises:
         StepError: no parameter has a gradient, or one is sparse.
@@ -36,6 +37,8 @@ def named_gradients(
                 f"the gradient of {name} is sparse, which KFC does not take: make its layer with "
                 "sparse=False"
             )
+    if maximize:
+        return dict(zip(gradients, torch._foreach_neg(list(gradients.values())), strict=True))
     return gradients
 
 

@@ -17,16 +17,24 @@ from kfc_fx.engine.engine import UpdateEngine
 from kfc_fx.engine.factors import Factors
 from kfc_fx.engine.screening import screen
 from kfc_fx.engine.state import SavedState
+from kfc_fx.engine.step_inputs import OptionNumbers, StepNumbers
 from kfc_fx.errors import OptionError, StatisticsError, StepError, warn
-from kfc_fx.install import compilation_of, compile
 from kfc_fx.optim.binding import Binding
 from kfc_fx.optim.diagnostics import Diagnostics
 from kfc_fx.optim.exact_fisher import ExactFisher
+from kfc_fx.optim.generic import Generic
 from kfc_fx.optim.gradients import all_finite, named_gradients, relative_distance
-from kfc_fx.optim.options import KFCOptions, check_group
-from kfc_fx.optim.rates import option_arguments
+from kfc_fx.optim.groups import check_group
+from kfc_fx.optim.options import KFCOptions
+from kfc_fx.optim.other_options import refuse_torch_options, refuse_unknown
+from kfc_fx.optim.rates import generic_numbers, option_numbers
 from kfc_fx.optim.run_report import Progress, append_entry
-from kfc_fx.optim.schedule import averaging_rate, schedule_for
+from kfc_fx.optim.scalings.scaling import Scaling
+from kfc_fx.optim.scalings.table import scaling_of
+from kfc_fx.optim.schedule import Schedule, averaging_rate
+from kfc_fx.optim.shown import shown
+from kfc_fx.optim.statistics import Statistics
+from kfc_fx.optim.target import target_of
 from kfc_fx.optim.update_spec import real_parameters
 from kfc_fx.statistics.inputs import inputs_of
 from kfc_fx.statistics.request import StatisticsRequest
@@ -39,217 +47,109 @@ class KFC(torch.optim.Optimizer):
     """Approximate natural gradient with Kronecker factors (Grosse & Martens 2016).
 
     Args:
-        model: what :func:`kfc_fx.compile` has compiled; one that is not compiled is now, by the
-            defaults.
-        params: parameters or parameter groups to update; by default all of the model. A group
-            may set ``lr`` and ``weight_decay``. Weight and bias of one layer share their ``lr``.
-        lr: learning rate α; by default 0.01 ("adam"), 0.07 ("spectral") or 0.03 ("eigen",
-            "inverse"). "adam" took at most 1.05 times the steps of its best rate at 0.01 on five
-            different tasks, "spectral" as many at 0.07, but 3.5 times on one of them
-            (``benchmarks/train.md``). It is that of all blocks: one whose scaling ``blocks``
-            changes wants a parameter group with a rate of its own.
-        scaling: how a gradient is scaled by the factors of its block. ``"adam"``: Adam in the
-            eigenbasis of Ω ⊗ Γ. ``"spectral"``: steepest descent under the spectral norm in the
-            metric of Ω, which needs no Fisher pass and keeps no Γ. ``"eigen"``: EKFAC, a second
-            moment in the eigenbasis (George et al. 2018). ``"inverse"``: the paper's algorithm 1
-            (KFC-pre).
-        blocks: options of some blocks, by glob on block names:
-            ``{"layer4.*": {"scaling": "spectral", "input_factor": "dense"}}``; the last match
-            counts.
-        momentum: decay of the first moment ("adam", 0.9; "spectral", 0.95), or μ of
-            ``p ← μ p + v`` ("eigen" and "inverse", 0.7).
-        nesterov: let the momentum of blocks take Nesterov's step ahead, ``β m + (1 − β) g`` in
-            place of m, or ``μ p + v`` in place of p; by default with "adam" and "spectral" (as in
-            Dozat 2016), not with "eigen" and "inverse" (as published).
-        damping: γ. Of factored Tikhonov damping, and λ of ν ("inverse", 0.01); beside the second
-            moment ("eigen", 0.01); relative to Ω's mean eigenvalue ("spectral", 0.3). "adam" has
-            none but ``eps``.
+        params: a model that :func:`kfc_fx.compile` has compiled, one that is not is compiled now by
+            the defaults; or some of its parameters, named parameters or parameter groups beside
+            ``model``. A group may set ``lr``, ``weight_decay`` and
+            ``betas``; weight and bias of one layer share their ``lr``. The first of ``betas`` is
+            the momentum of the group's blocks and generic parameters, where it is not the default.
+        lr: learning rate α, a number or a tensor; by default that of the scaling, 0.01 ("adam"),
+            0.07 ("spectral") or 0.03 ("eigen", "inverse"). A block whose scaling ``blocks`` changes
+            wants a parameter group with a rate of its own.
         weight_decay: decoupled, ``θ ← (1 − lr·weight_decay) θ``.
-        ema_decay: decay of the factors' moving average. Of the first 2/(1 − ema_decay) statistics
-            the n-th weighs n times the first instead.
-        factor_interval: T_s, steps between statistics. It begins as one step and grows by a quarter
-            of the steps so far until it is T_s, and so does T_f.
-        factor_samples: examples of each batch that statistics are estimated from, the first
-            ones: a number, None for all, or "auto" for a quarter of the batch but at least 32; of
-            sampled targets half, at least 128 (all with another backend than "eager"). With "auto"
-            and targets that are not sampled, Ω of a layer with many locations is estimated from no
-            more rows than 8 times its side, but from 8 examples and a sixteenth of the batch at
-            least. The factor products cost that share, the Fisher pass all the same. A layer whose
-            input does not lead with the examples takes the same share of what it leads with.
-        inverse_interval: T_f, steps between refreshes of the inverses or bases. Where it equals
-            ``factor_interval``, "adam" and "eigen" keep the moving average of a factor F as its
-            eigenbasis Q and the diagonal of ``Qᵀ F Q``: half of the memory, and what orthogonal
-            iteration leaves beside the diagonal is forgotten.
-        clip: C, the bound on ν = vᵀFv + λ vᵀv of a step ("eigen", "inverse"); None for no bound.
-        clip_by: ``"factors"`` computes ν from the Kronecker factors, which costs nothing;
-            ``"exact"`` from Fisher-vector products through the model.
-        clip_samples: examples of the batch that the exact Fisher matrix is taken of, for ν, the
-            quadratic model and the adapted damping; all by default.
-        quadratic_model: take step size and momentum of every step from the exact quadratic model
-            of the loss instead of ``lr``, ``momentum`` and ``clip`` ("inverse"; Martens & Grosse
-            2015, sections 6.4 and 7). Costs two forward-mode passes a step. ``lr`` is that of
-            generic parameters then.
-        adapt_damping: T₁, steps between adaptations of the damping to how well the quadratic
-            model predicts the loss ("inverse"; there, section 6.5; 5 in the paper); None keeps the
-            damping. Needs ``step(closure)``, and calls the closure once more at those steps, to
-            see the loss that the step has led to.
+        scaling: how a gradient is scaled by the factors of its block: :class:`kfc_fx.Adam`,
+            :class:`kfc_fx.Spectral`, :class:`kfc_fx.Eigen` or :class:`kfc_fx.Inverse`, which have
+            the options of each, or a name that stands for its defaults.
+        blocks: options of some blocks, by glob on block names: a scaling, or a dict of ``scaling``
+            and ``input_factor``, as in ``{"layer4.*": kfc_fx.Spectral(damping=0.1)}``; the last
+            match counts.
+        statistics: what factors are estimated from, and how often: :class:`kfc_fx.Statistics`.
+        generic: rule for parameters without a block: :class:`kfc_fx.GenericAdamW`,
+            :class:`kfc_fx.GenericSGD` or a name; by default that of the scaling, "adamw" beside
+            "adam" and "spectral", "sgd" beside the others.
         average: τ in steps of the Polyak average ``θ̄ ← ξ θ̄ + (1 − ξ) θ``, ``ξ = e^(−1/τ)``;
             None for no average. See :meth:`averaged`.
-        fisher: what Γ is estimated from. ``"sampled"``: targets from the model's predictive
-            distribution, by a backward pass of their own. ``"empirical"``: the gradient of the
-            loss, within its backward pass, at the scale of the likelihood's. By default "empirical"
-            for "adam" with classes, which takes eigenvectors of Γ alone; else "sampled".
-        input_factor: ``"dense"``, ``"separable"``, or ``"auto"``: separable for convolutions
-            whose dense Ω is wider than 1024.
-        basis_limit: widest side of an eigenbasis ("adam", "eigen"). A dense factor of a linear or
-            pointwise layer, or of output channels, that is wider is cut into equal parts, each with
-            a basis of its own, as if channels of two parts were uncorrelated.
-        second_moment_decay: decay of the second moment ("adam", "eigen").
-        eps: ε of "adam".
-        orthogonalise: how far "adam" moves the scaled gradient of a matrix, ``m̂ / (sqrt(v̂) + ε)``,
-            from itself (0) to its polar factor (1), the nearest semi-orthogonal matrix, which Muon
-            takes of the momentum; the Frobenius norm stays.
-        generic: rule for parameters without a block, ``"adamw"`` or ``"sgd"``; by default
-            "adamw" beside "adam" and "spectral", "sgd" beside the others. With "spectral" the
-            tables of embeddings, norms and sides beyond the limit of a dense factor are generic.
-        generic_lr_ratio: learning rate of generic parameters relative to their group's; by
-            default 1, and 0.1 beside "spectral", whose rates are larger than AdamW's.
-        masters: update parameters in bfloat16 or float16 through a copy in float32, which keeps
-            the steps that rounding would drop.
+        master_weights: update parameters in bfloat16 or float16 through a copy in float32, which
+            keeps the steps that rounding would drop.
         compile_update: run the step, but not the refreshes, through ``torch.compile`` with
             ``fullgraph=True``: its pointwise ends become one loop. The first step compiles.
-        cuda_graph: replay the step, but not statistics and refreshes, as a CUDA graph, which
-            spares its launches and asks the device for nothing; by default wherever all parameters
-            are on one GPU and ν is not exact. It keeps a second copy of the gradients, and the
-            memory of a step's intermediates between steps. A gradient
-            that is not finite is found on the device then, and counted when that is next read.
+        cuda_graph: replay the step, but not statistics and refreshes, as a CUDA graph, which spares
+            its launches and asks the device for nothing. None does so wherever all parameters are
+            on one GPU and ν is not exact. The graph keeps a second copy of the gradients, and the
+            memory of a step's intermediates. A gradient that is not finite is found on the device
+            then, and counted when ``diagnostics`` is next read.
+        maximize: ascend what was differentiated.
         seed: of the sampled targets; by default torch's initial seed.
+        model: the compiled model, where ``params`` are some of its parameters.
+        foreach, fused, capturable, differentiable: None or False; torch's own optimizers have them.
 
     Raises:
-        OptionError: an option is unknown or out of range, or does not fit the backend, or a
-            parameter is not the model's.
+        OptionError: an option is unknown, of the wrong type or out of range, or does not fit the
+            backend, or a parameter is not the model's.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        params: Iterable[Any] | None = None,
+        params: nn.Module | Iterable[Any],
+        lr: float | Tensor | None = None,
         *,
-        lr: float | None = None,
-        scaling: str = "adam",
-        momentum: float | None = None,
-        nesterov: bool | None = None,
-        damping: float | None = None,
         weight_decay: float = 0.0,
-        ema_decay: float = 0.95,
-        factor_interval: int = 20,
-        factor_samples: int | str | None = "auto",
-        inverse_interval: int = 20,
-        clip: float | None = 1e-2,
-        clip_by: str = "factors",
-        clip_samples: int | None = None,
-        quadratic_model: bool = False,
-        adapt_damping: int | None = None,
+        scaling: str | Scaling = "adam",
+        blocks: Mapping[str, str | Scaling | Mapping[str, Any]] | None = None,
+        statistics: Statistics = Statistics(),  # noqa: B008 - frozen
+        generic: str | Generic | None = None,
         average: float | None = None,
-        fisher: str | None = None,
-        input_factor: str = "auto",
-        basis_limit: int = 512,
-        second_moment_decay: float = 0.95,
-        eps: float = 1e-8,
-        orthogonalise: float = 0.7,
-        generic: str | None = None,
-        generic_lr_ratio: float | None = None,
-        masters: bool = False,
+        master_weights: bool = False,
         compile_update: bool = False,
         cuda_graph: bool | None = None,
-        blocks: Mapping[str, Mapping[str, Any]] | None = None,
+        maximize: bool = False,
         seed: int | None = None,
+        model: nn.Module | None = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool | None = None,
+        differentiable: bool | None = None,
+        **unknown: Any,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise OptionError(f"KFC takes a model, got {type(model).__name__}")
-        compilation = Compilation.of(compile(model) if compilation_of(model) is None else model)
-        self.options = KFCOptions(
-            scaling=scaling,  # type: ignore[arg-type]
-            momentum=momentum,
-            nesterov=nesterov,
-            damping=damping,
-            ema_decay=ema_decay,
-            factor_interval=factor_interval,
-            factor_samples=factor_samples,  # type: ignore[arg-type]
-            inverse_interval=inverse_interval,
-            clip=clip,
-            clip_by=clip_by,  # type: ignore[arg-type]
-            clip_samples=clip_samples,
-            quadratic_model=quadratic_model,
-            adapt_damping=adapt_damping,
-            average=average,
-            fisher=fisher,  # type: ignore[arg-type]
-            input_factor=input_factor,  # type: ignore[arg-type]
-            basis_limit=basis_limit,
-            second_moment_decay=second_moment_decay,
-            eps=eps,
-            orthogonalise=orthogonalise,
-            generic=generic,  # type: ignore[arg-type]
-            generic_lr_ratio=generic_lr_ratio,
-            masters=masters,
-            compile_update=compile_update,
-            cuda_graph=cuda_graph,
-            blocks=blocks or {},
+        refuse_torch_options(
+            foreach=foreach, fused=fused, capturable=capturable, differentiable=differentiable
         )
-        lr = self.options.default_lr if lr is None else lr
-        check_group({"lr": lr, "weight_decay": weight_decay})
-        partly = compilation.options.backend == "eager"
-        if factor_samples not in (None, "auto") and not partly:
-            raise OptionError(
-                f"factor_samples needs backend='eager', got "
-                f"{compilation.options.backend!r}: a compiled "
-                "backward pass has the part of the batch that it takes fixed in its code"
-            )
-        parameters = compilation.model.parameters()
-        if self.options.needs_inputs and any(p.is_complex() for p in parameters):
-            raise OptionError(
-                "clip_by='exact', quadratic_model and adapt_damping take the exact Fisher matrix "
-                "of all parameters, and some of the model's are complex: leave them out"
-            )
+        refuse_unknown(unknown, scaling_of("scaling", scaling))
+        self.options = options = KFCOptions(
+            *(scaling, blocks, generic, statistics, average),
+            *(master_weights, compile_update, cuda_graph, maximize, seed),
+        )
+        compilation, chosen = target_of(params, model)
+        _check_model(compilation, options)
         self._compilation = compilation
         compilation.names.refresh_if_changed()
-        self._binding = Binding(compilation, self.options)
-        chosen = list(compilation.model.parameters() if params is None else params)
-        if not chosen:
-            raise OptionError("there is nothing to optimize: the model has no parameters")
-        request = StatisticsRequest(
-            forms=self.options.forms_of,
-            fisher=self.options.fisher_for(compilation.options.likelihood),
-            scale_free=self.options.scale_free,
-            samples=self.options.factor_samples if partly else None,
-            keep_inputs=self.options.needs_inputs,
-            seed=seed,
-        )
-        self._collector = compilation.attach(request, ())
+        self._binding = Binding(compilation, options)
+        self._collector = compilation.attach(_request(compilation, options), ())
         self._made = False  # it takes no parameters of others before all of it is checked
-        super().__init__(chosen, {"lr": lr, "weight_decay": weight_decay})
-        self.schedule = schedule_for(self.options.scalings, factor_interval, inverse_interval)
-        self._diagnostics = Diagnostics(damping=self.options.damping_of(self.options.scaling))
+        lr = options.scaling.lr if lr is None else lr
+        super().__init__(chosen, {"lr": lr, "betas": options.betas, "weight_decay": weight_decay})
+        every, refresh_every = statistics.every, statistics.refresh_every
+        self.schedule = Schedule(every, refresh_every, options.first_steps)
+        self._diagnostics = Diagnostics(damping=getattr(options.scaling, "damping", None))
         self._last_step_ended: float | None = None
         self._reported = Progress(0, {})
         self._warned: set[str] = set()
         self._made = True
         compilation.assign(self._collector, self._binding.by_name(self.param_groups))
-        self._exact = ExactFisher(compilation, self._collector, self.options, self._diagnostics)
+        self._exact = ExactFisher(compilation, self._collector, options, self._diagnostics)
         self._arm()
 
     # -- torch.optim.Optimizer -------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its parameters must be the compiled model's, and it may set ``lr`` and
-        ``weight_decay``.
+        """Add a group; its parameters must be the compiled model's, and it may set ``lr``,
+        ``weight_decay`` and ``betas``.
 
         Raises:
             OptionError: it has other parameters, or sets another option; nothing is added then.
         """
         given = param_group["params"]
         params = [given] if isinstance(given, Tensor) else list(given)
-        check_group({**self.defaults, **param_group})
+        check_group({**self.defaults, **param_group}, self.options.betas)
         for entry in params:
             parameter = entry[1] if isinstance(entry, tuple) else entry  # named, as torch allows
             if isinstance(parameter, Tensor) and parameter not in self._binding.names:
@@ -282,11 +182,13 @@ class KFC(torch.optim.Optimizer):
         if trial is not None and loss is None:
             raise StepError("adapt_damping needs a closure that returns the loss; it returned None")
         self._check_owner()
-        gradients = named_gradients(self.param_groups, self._binding.names)
+        maximize = self.options.maximize
+        gradients = named_gradients(self.param_groups, self._binding.names, maximize=maximize)
         if self._collector.armed:
             self._compilation.note_gradients(gradients)
-        engine, diagnostics = self._bound_engine(), self._diagnostics
-        if not engine.guards(gradients) and not all_finite(gradients.values()):
+        engine, diagnostics = self._engine, self._diagnostics
+        momenta = self._binding.momenta(engine, self.param_groups)
+        if not engine.guards(gradients, momenta) and not all_finite(gradients.values()):
             self._note_skipped(1)
             self._collector.take()
             return loss
@@ -299,7 +201,7 @@ class KFC(torch.optim.Optimizer):
             self._use_statistics(engine)
             with diagnostics.timed("update"):
                 scales_of = partial(self._exact.scales, gradients)
-                report = engine.apply(gradients, self._arguments(engine), scales_of)
+                report = engine.apply(gradients, self._numbers(engine), scales_of)
         if before is not None:
             moved = [engine.parameters[name].detach() for name in gradients]
             diagnostics.note_step(relative_distance(before, moved))
@@ -358,6 +260,9 @@ class KFC(torch.optim.Optimizer):
 
     # -- what users look at ----------------------------------------------------------------
 
+    def __repr__(self) -> str:
+        return shown(self.options, self.param_groups, self._binding.current)
+
     @property
     def diagnostics(self) -> Diagnostics:
         """Counters, timings and last values; reading it may wait for the device."""
@@ -369,18 +274,13 @@ class KFC(torch.optim.Optimizer):
     @property
     def factors(self) -> Mapping[str, Factors]:
         """Factors by block name: ``opt.factors["conv1"].omega`` and ``.gamma``."""
-        engine = self._bound_engine()
+        engine = self._engine
         return {block.name: engine.factors(block.name) for block in engine.blocks}
-
-    @property
-    def engine(self) -> UpdateEngine:
-        """What runs the generated update: its spec, its state and its programs."""
-        return self._bound_engine()
 
     @property
     def update_source(self) -> str:
         """Source of the generated update."""
-        return self.engine.program.source
+        return self._engine.program.source
 
     def save_report(self, path: str | Path, *, loss: float | Tensor | None = None) -> None:
         """Add to a report of the run: step, loss, rates, time by part; spectra of all factors.
@@ -418,7 +318,7 @@ class KFC(torch.optim.Optimizer):
         finally:
             _copy_into(own, kept)
 
-    def initialise(self, batches: Iterable[Any]) -> None:
+    def initialize(self, batches: Iterable[Any]) -> None:
         """Take the first factors from some batches, without a step.
 
         Args:
@@ -433,9 +333,9 @@ class KFC(torch.optim.Optimizer):
             args, kwargs = inputs_of(batch)
             self._compilation.collect_statistics(self._collector, *args, **kwargs)
         if not self._collector.sums.blocks:
-            raise StatisticsError("initialise got no batch with statistics; pass at least one")
+            raise StatisticsError("initialize got no batch with statistics; pass at least one")
         with torch.no_grad():
-            self._use_statistics(self._bound_engine())
+            self._use_statistics(self._engine)
         self._collector.take()
 
     # -- one step ------------------------------------------------------------------------
@@ -473,7 +373,7 @@ class KFC(torch.optim.Optimizer):
         step, diagnostics = self._diagnostics.steps, self._diagnostics
         statistics = self._collector.sums
         if statistics.blocks:
-            rate = averaging_rate(diagnostics.statistics_steps, self.options.ema_decay)
+            rate = averaging_rate(diagnostics.statistics_steps, self.options.statistics.decay)
             screened = screen(statistics, engine.spec.stacks, rate)
             diagnostics.count("dropped_statistics", screened.dropped, DROPPED)
             with diagnostics.timed("statistics"):
@@ -485,7 +385,7 @@ class KFC(torch.optim.Optimizer):
         due = not engine.started or at_once or self.schedule.refresh_due(step)
         if due and not engine.waiting:  # there is nothing to make a basis of for some blocks
             with diagnostics.timed("refresh"):
-                failed = engine.refresh(self._option_arguments(engine))
+                failed = engine.refresh(self._option_numbers(engine))
             diagnostics.count("inverse_failures", failed, UNDECOMPOSED)
             diagnostics.refreshes += 1
 
@@ -521,27 +421,37 @@ class KFC(torch.optim.Optimizer):
             self._warned.add(reason)
             warn(text)
 
-    def _arguments(self, engine: UpdateEngine) -> dict[str, Any]:
-        options = self.options
-        arguments: dict[str, Any] = {
-            "lr": self._binding.learning_rates(engine, self.param_groups),
-            "step": self._diagnostics.steps + 1,
-            **self._option_arguments(engine),
-        }
+    def _numbers(self, engine: UpdateEngine) -> StepNumbers:
+        options, groups = self.options, self.param_groups
+        rates = self._binding.learning_rates(engine, groups)
+        shrink: dict[str, float] = {}
         if engine.spec.weight_decay:
-            arguments["shrink"] = {
+            shrink = {
                 name: 1 - float(group["lr"]) * group["weight_decay"]
-                for name, group in self._binding.by_name(self.param_groups).items()
+                for name, group in self._binding.by_name(groups).items()
             }
+        decay = 0.0
         if options.average is not None:
-            arguments["average_decay"] = float(torch.tensor(-1 / options.average).double().exp())
-        return arguments
+            decay = float(torch.tensor(-1 / options.average).double().exp())
+        return StepNumbers(
+            step=self._diagnostics.steps + 1,
+            rates=rates.stacks,
+            generic_rates=rates.generic,
+            momenta=self._binding.momenta(engine, groups),
+            options=self._option_numbers(engine),
+            generic=generic_numbers(options),
+            clip=options.bound.clip if options.bound else None,
+            shrink=shrink,
+            average_decay=decay,
+        )
 
-    def _bound_engine(self) -> UpdateEngine:
+    @property
+    def _engine(self) -> UpdateEngine:
+        """What runs the generated update: its spec, its state and its programs."""
         return self._binding.engine(self.param_groups)
 
-    def _option_arguments(self, engine: UpdateEngine) -> dict[str, Any]:
-        return option_arguments(engine.spec, self.options, self._exact.inverse_damping)
+    def _option_numbers(self, engine: UpdateEngine) -> OptionNumbers:
+        return option_numbers(engine.spec, self.options, self._exact.inverse_damping)
 
     def _arm(self) -> None:
         """Let the next forward pass emit, if statistics are due at the next step, or there are
@@ -564,6 +474,34 @@ def refuse_several_processes() -> None:
                 "ranks: each would take its own factors, and the replicas would drift apart. Train "
                 "in one process, or by an optimizer of torch.optim"
             )
+
+
+def _check_model(compilation: Compilation, options: KFCOptions) -> None:
+    """Raise :class:`OptionError` for options that do not go with the model or its backend."""
+    samples, backend = options.statistics.samples, compilation.options.backend
+    if samples not in (None, "auto") and backend != "eager":
+        raise OptionError(
+            f"Statistics: samples needs backend='eager', got {backend!r}: a compiled backward pass "
+            "has the part of the batch that it takes fixed in its code"
+        )
+    if options.needs_inputs and any(p.is_complex() for p in compilation.model.parameters()):
+        raise OptionError(
+            "clip_by='exact', quadratic_model and adapt_damping take the exact Fisher matrix of "
+            "all parameters, and some of the model's are complex: leave them out"
+        )
+
+
+def _request(compilation: Compilation, options: KFCOptions) -> StatisticsRequest:
+    """The statistics that the options ask for."""
+    return StatisticsRequest(
+        forms=options.by_block.forms_of,
+        fisher=options.fisher_for(compilation.options.likelihood),
+        scale_free=options.scale_free,
+        samples=options.statistics.samples if compilation.options.backend == "eager" else None,
+        keep_inputs=options.needs_inputs,
+        seed=options.seed,
+        maximize=options.maximize,
+    )
 
 
 def _copy_into(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

@@ -1,21 +1,38 @@
-"""Learning rates and options as arguments of the generated code."""
+"""Learning rates, momenta and options as the numbers of a step."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+
+from torch import Tensor
 
 from kfc_fx.codegen.spec import UpdateSpec
 from kfc_fx.engine.host_numbers import stack_columns
+from kfc_fx.engine.step_inputs import GenericNumbers, Momenta, Number, OptionNumbers
 from kfc_fx.errors import OptionError
+from kfc_fx.optim.groups import Group, momentum_of
 from kfc_fx.optim.options import KFCOptions
-from kfc_fx.optim.update_spec import Group
+from kfc_fx.optim.scalings.inverse import Inverse
+
+ADAMW_EPS = 1e-8
+"""The default of torch.optim.AdamW."""
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """The learning rates of one step."""
+
+    stacks: Mapping[str, Tensor]
+    """By the key of the stack, ``[depth, 1, 1]``."""
+    generic: Mapping[str, float]
+    """By the name of the parameter."""
 
 
 def learning_rates(
     spec: UpdateSpec, groups: Mapping[str, Group], generic_ratio: float
-) -> dict[str, Any]:
-    """``lr`` argument of the generated update: by stack ``[depth, 1, 1]``, and a list for generic.
+) -> LearningRates:
+    """The rates of the stacks and of the generic parameters.
 
     Args:
         groups: parameter group by parameter name.
@@ -35,32 +52,56 @@ def learning_rates(
                     "they are one block [W b]; give them one rate"
                 )
             column += [weight_rate] * block.groups
-    rates: dict[str, Any] = dict(stack_columns(columns, spec.stacks))
-    rates["generic"] = {p.name: generic_ratio * float(groups[p.name]["lr"]) for p in spec.generic}
-    return rates
+    generic = {p.name: generic_ratio * float(groups[p.name]["lr"]) for p in spec.generic}
+    return LearningRates(stack_columns(columns, spec.stacks), generic)
 
 
-def option_arguments(
-    spec: UpdateSpec, options: KFCOptions, inverse_damping: float | None = None
-) -> dict[str, Any]:
-    """Options as arguments of the generated code, by the names that it may have for them.
+def momenta(spec: UpdateSpec, options: KFCOptions, groups: Mapping[str, Group]) -> Momenta:
+    """The momentum of each stack and of each generic parameter.
 
     Args:
-        inverse_damping: of "inverse", where it was adapted.
+        groups: parameter group by parameter name; one that sets another first beta than the default
+            has it in place of those of the scalings and of the generic rule.
     """
-    arguments: dict[str, Any] = {
-        "generic_momentum": options.generic_momentum,
-        "clip": options.clip,
-    }
+    stacks: dict[str, Number] = {}
+    columns: dict[str, list[float]] = {}
+    for stack in spec.stacks:
+        own = options.by_block.value_of(stack.scaling).first_beta
+        found = [
+            momentum_of(groups[block.weight], options.betas, own)
+            for block in stack.blocks
+            for _ in range(block.groups)
+        ]
+        if len(set(found)) == 1:
+            stacks[stack.key] = found[0]
+        else:
+            columns[stack.key] = found
+    differing = [stack for stack in spec.stacks if stack.key in columns]
+    own = options.generic.betas[0]
+    generic = {p.name: momentum_of(groups[p.name], options.betas, own) for p in spec.generic}
+    return Momenta(stacks | stack_columns(columns, differing), generic)
+
+
+def generic_numbers(options: KFCOptions) -> GenericNumbers:
+    """The options of the generic parameters besides rate and momentum."""
+    return GenericNumbers(second_moment_decay=options.generic.betas[1], eps=ADAMW_EPS)
+
+
+def option_numbers(
+    spec: UpdateSpec, options: KFCOptions, inverse_damping: float | None = None
+) -> OptionNumbers:
+    """The options of each scaling in use, by the names that the generated code has for them.
+
+    Args:
+        inverse_damping: of blocks by the general scaling's damping where that is "inverse", as it
+            was adapted.
+    """
+    found = {}
     for scaling in spec.scalings:
-        own = {
-            "momentum": options.momentum_of(scaling),
-            "damping": options.damping_of(scaling),
-            "second_moment_decay": options.second_moment_decay,
-            "eps": options.eps,
-            "orthogonalise": options.orthogonalise,
-        }
-        if scaling == "inverse" and inverse_damping is not None:
+        value = options.by_block.value_of(scaling)
+        own = {name: number for name, number in value.numbers().items() if name != "momentum"}
+        adapted = isinstance(value, Inverse) and value.damping == options.damping
+        if inverse_damping is not None and adapted:
             own["damping"] = inverse_damping
-        arguments |= {spec.option(name, scaling): value for name, value in own.items()}
-    return arguments
+        found[scaling] = own
+    return found

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
 GROWTH = 4
 """In the early phase an interval is one ``GROWTH``-th of the steps so far."""
-
-FIRST_STEPS = {"adam": 0, "spectral": 0, "eigen": 0, "inverse": 20}
-"""By scaling: first steps that all have statistics and a refresh. Curvature grows fastest in the
-first steps: a stale inverse overshoots then, a stale basis only rotates."""
 
 
 @dataclass(frozen=True)
@@ -24,22 +19,22 @@ class Schedule:
     everything is due.
     """
 
-    factor_interval: int
-    inverse_interval: int
+    every: int
+    refresh_every: int
     first_steps: int = 0
 
     def statistics_due(self, step: int) -> bool:
         """Whether step ``step`` (from zero) collects statistics."""
-        return self._due(step, self.factor_interval)
+        return self._due(step, self.every)
 
     def refresh_due(self, step: int) -> bool:
         """Whether step ``step`` refreshes inverses or bases after its statistics."""
-        return self._due(step, self.inverse_interval)
+        return self._due(step, self.refresh_every)
 
     @property
     def early_phase(self) -> int:
         """Steps after which both intervals are regular."""
-        longest = max(self.factor_interval, self.inverse_interval)
+        longest = max(self.every, self.refresh_every)
         return max(GROWTH * longest, self.first_steps)
 
     def _due(self, step: int, interval: int) -> bool:
@@ -60,17 +55,11 @@ def early_steps(interval: int) -> frozenset[int]:
     return frozenset(steps)
 
 
-def schedule_for(scalings: Iterable[str], factor_interval: int, inverse_interval: int) -> Schedule:
-    """The schedule of an optimizer whose blocks have these scalings."""
-    first = max(FIRST_STEPS[scaling] for scaling in scalings)
-    return Schedule(factor_interval, inverse_interval, first)
-
-
-def averaging_rate(count: int, ema_decay: float) -> float:
+def averaging_rate(count: int, decay: float) -> float:
     """Weight of a new statistic in the moving average of the ``count`` before it.
 
-    ``max(1 − ema_decay, 2 / (count + 2))``: as long as the statistics are few, each weighs in
+    ``max(1 − decay, 2 / (count + 2))``: as long as the statistics are few, each weighs in
     proportion to its number, so that those of the untrained network are soon forgotten; from
     then on the decay is the constant one.
     """
-    return max(1 - ema_decay, 2 / (count + 2))
+    return max(1 - decay, 2 / (count + 2))

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kfc_fx.codegen.scalings.rules import VECTOR_RULES
-from kfc_fx.codegen.spec import GenericParameter, UpdateSpec
+from kfc_fx.codegen.spec import GenericParameter, ScalingSpec, UpdateSpec
 from kfc_fx.codegen.stacking import stack_blocks
 from kfc_fx.compilation import Compilation
 from kfc_fx.errors import OptionError
 from kfc_fx.optim.gradients import as_real
+from kfc_fx.optim.groups import Group, check_second_beta, momentum_of
 from kfc_fx.optim.options import KFCOptions
 from kfc_fx.plan.spec import BlockSpec, CurvaturePlan
 
 ORTHOGONAL_ITERATION_FROM = 128
 """Narrower sides take ``eigh`` at every refresh, which is cheap there and exact."""
-
-
-Group = Mapping[str, Any]
 
 
 def real_parameters(compilation: Compilation) -> dict[str, Tensor]:
@@ -49,14 +45,15 @@ def update_spec(
         OptionError: the plan has no block to precondition, or a group splits a block.
     """
     plan = compilation.plan
-    options.check_patterns(plan)
+    options.by_block.check_patterns(plan)
     held = [block for block in plan.blocks if block.weight in groups]
     _check_blocks(plan, held, groups)
-    choices = {block: choice for block in held if (choice := options.choice_of(block))}
+    choices = {block: choice for block in held if (choice := options.by_block.choice_of(block))}
     if not choices:
         raise OptionError(
-            f"there is nothing to precondition: no layer among {len(held)} blocks takes scaling "
-            f"{options.scaling!r}, which is for matrices whose sides are not too wide; use 'adam'"
+            f"there is nothing to precondition: no layer among {len(held)} blocks takes "
+            f"scaling={options.scaling.name!r}, which is for matrices whose sides are not too "
+            "wide; use 'adam'"
         )
 
     def placement(block: BlockSpec) -> tuple[str, str, bool]:
@@ -66,8 +63,20 @@ def update_spec(
 
     in_blocks = {name for block in choices for name in block.parameters}
     scalings = {choice.scaling for choice in choices.values()}
-    kept: list[Any] = [s for s in options.scalings if s in scalings and options.momentum_of(s)]
-    kept += ["generic"] * (options.generic_momentum > 0)
+    values = {spec: value for value, spec in options.by_block.specs.items() if spec in scalings}
+    for group in groups.values():
+        check_second_beta(group, options.betas)
+
+    def moves(scaling: ScalingSpec) -> bool:
+        own, held = (
+            values[scaling].first_beta,
+            (b for b, c in choices.items() if c.scaling == scaling),
+        )
+        return any(momentum_of(groups[block.weight], options.betas, own) > 0 for block in held)
+
+    kept = [scaling for scaling in values if moves(scaling)]
+    rest, own = set(groups) - in_blocks, options.generic.betas[0]
+    generic_moves = any(momentum_of(groups[name], options.betas, own) > 0 for name in rest)
     return UpdateSpec(
         title=type(compilation.model).__name__,
         stacks=stack_blocks(list(choices), choices.__getitem__, placement),
@@ -76,21 +85,22 @@ def update_spec(
             for name, p in parameters.items()
             if name in groups and name not in in_blocks and p.requires_grad
         ),
-        generic_rule=options.generic_rule,
-        momentum=tuple(kept),
-        nesterov=tuple(s for s in kept if s != "generic" and options.nesterov_of(s)),
-        orthogonalise=options.orthogonalise > 0 and "adam" in scalings,
+        generic_rule=options.generic.rule,
+        momentum=(*kept, "generic") if generic_moves else tuple(kept),
+        nesterov=tuple(s for s in kept if values[s].takes_nesterov),
+        orthogonalize=tuple(s for s, value in values.items() if value.orthogonalizes),
         weight_decay=any(group["weight_decay"] for group in groups.values()),
-        clip=options.clipping if scalings & set(VECTOR_RULES) else "none",
+        clip=options.clipping if any(v.steps_by_vector for v in values.values()) else "none",
         average=options.average is not None,
-        masters=tuple(
+        own_momenta=False,
+        master_weights=tuple(
             name
             for name, p in parameters.items()
-            if options.masters and name in groups and p.requires_grad and _is_half(p)
+            if options.master_weights and name in groups and p.requires_grad and _is_half(p)
         ),
         partial=False,
         orthogonal_iteration_from=ORTHOGONAL_ITERATION_FROM,
-        factors_in_basis=options.factor_interval == options.inverse_interval,
+        factors_in_basis=options.statistics.every == options.statistics.refresh_every,
     )
 
 

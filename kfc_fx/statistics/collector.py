@@ -140,7 +140,13 @@ class Collector:
         """What the backward pass for the statistics of a forward pass works with."""
         scale_free = self.request.scale_free
         return PassSetup(
-            record, self.likelihood, scale_free, self.generator, self._add, self._opened
+            record,
+            self.likelihood,
+            scale_free,
+            self.request.maximize,
+            self.generator,
+            self._add,
+            self._opened,
         )
 
     def note_missing(self, reason: str) -> None:

@@ -70,6 +70,8 @@ class GradientPass:
                 "fisher='empirical' takes the gradient of the loss with respect to the prediction, "
                 "and the loss was not computed from it; use fisher='sampled'"
             )
+        if self._setup.maximize:
+            cotangent = -cotangent
         wanted = self._setup.likelihood.empirical_cotangent(values, cotangent)
         own = cotangent.to(wanted.dtype).flatten()  # dot products make no third copy of the logits
         square = torch.dot(own, own)

@@ -44,6 +44,7 @@ class StatisticsRequest:
         samples: examples of a batch that count.
         keep_inputs: whether the inputs of the last batch are kept, for the exact Fisher matrix.
         seed: of the sampled targets; torch's initial seed for None.
+        maximize: whether the loss is the negative of one, as a log-likelihood is.
     """
 
     forms: FormsOf = factor_forms
@@ -52,6 +53,7 @@ class StatisticsRequest:
     samples: Samples = None
     keep_inputs: bool = False
     seed: int | None = None
+    maximize: bool = False
 
     def share(self, examples: int, fisher: Fisher | None = None) -> BatchShare:
         """The share of a batch that statistics are estimated from.

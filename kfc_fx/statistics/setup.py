@@ -36,6 +36,7 @@ class PassSetup:
         record: of the forward pass.
         likelihood: of the model's output.
         scale_free: whether only the directions of Γ count.
+        maximize: whether the loss is the negative of one.
         generator: of the sampled targets, by device.
         deliver: takes what the pass has found. A step or ``zero_grad`` between the forward pass and
             then starts new sums, and the pass adds to the new ones.
@@ -45,6 +46,7 @@ class PassSetup:
     record: ForwardRecord
     likelihood: Likelihood
     scale_free: bool
+    maximize: bool
     generator: Callable[[torch.device], torch.Generator]
     deliver: Deliver
     opened: list[Closable]

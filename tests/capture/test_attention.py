@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import kfc_fx
 from tests.models import backward, first_factors, losses
+from tests.options import kfc
 
 WIDTH, HEADS = 8, 2
 
@@ -117,7 +118,7 @@ def test_it_trains_as_the_written_out_one(scaling, cross):
     x, y = torch.randn(6, 3, WIDTH).double(), torch.randint(5, (6,))
     for model in (net, written):
         compiled = kfc_fx.compile(model)
-        opt = kfc_fx.KFC(compiled, lr=0.02, scaling=scaling, factor_interval=2, fisher="empirical")
+        opt = kfc(compiled, lr=0.02, scaling=scaling, every=2, fisher="empirical")
         for _ in range(6):
             F.cross_entropy(compiled(x), y).backward()
             opt.step()
@@ -199,7 +200,7 @@ def test_attention_under_autocast():
 def test_batch_sizes_share_one_graph():
     torch.manual_seed(0)
     compiled = kfc_fx.compile(Attention())
-    opt = kfc_fx.KFC(compiled, lr=0.01, factor_interval=1)
+    opt = kfc(compiled, lr=0.01, every=1)
     for size in (6, 4, 3, 5):
         backward(compiled, torch.randn(size, 3, WIDTH), torch.randint(5, (size,)))
         opt.step()

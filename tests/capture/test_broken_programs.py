@@ -16,6 +16,7 @@ import kfc_fx
 from kfc_fx.plan.coverage import NOT_USED
 from tests.capture.broken_programs import batches, batches_for, broken_programs, factors_are_true
 from tests.models import collector_of
+from tests.options import kfc
 from tests.test_properties import FIXED
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -264,7 +265,7 @@ def test_reentrant_checkpoints_have_the_statistics_of_the_losss_own_pass():
 
 def test_reentrant_checkpoints_let_no_sampled_pass_through_and_that_is_said():
     compiled = kfc_fx.compile(build(Reentrant))
-    opt = kfc_fx.KFC(compiled, fisher="sampled")
+    opt = kfc(compiled, fisher="sampled")
     x, y = batches()[0]
     F.cross_entropy(compiled(x), y).backward()
     with pytest.raises(kfc_fx.StatisticsError, match="use_reentrant=False"):
@@ -291,7 +292,7 @@ def test_a_resumed_run_is_bit_equal(kind, scaling):
 
     def make(net):
         compiled = kfc_fx.compile(net)
-        return compiled, kfc_fx.KFC(compiled, lr=0.01, scaling=scaling, factor_interval=2)
+        return compiled, kfc(compiled, lr=0.01, scaling=scaling, every=2)
 
     whole = make(build(kind))
     train(*whole, range(12))
@@ -325,7 +326,7 @@ def test_a_forward_pass_that_fails_leaves_nothing_on_the_model():
 
 def test_tensors_that_are_no_parameters_now_give_no_statistics():
     compiled = kfc_fx.compile(build(Net))
-    opt = kfc_fx.KFC(compiled, lr=0.0, fisher="empirical")
+    opt = kfc(compiled, lr=0.0, fisher="empirical")
     (x, y), *_ = batches()
     F.cross_entropy(compiled(x), y).backward()
     before = copy.deepcopy(collector_of(compiled).sums)
@@ -346,7 +347,7 @@ def test_tensors_that_are_no_parameters_now_give_no_statistics():
 def test_a_layer_that_was_replaced_has_its_name_at_the_next_step():
     net = build(Net)
     compiled = kfc_fx.compile(net)
-    opt = kfc_fx.KFC(compiled, lr=0.0, factor_interval=1, inverse_interval=1)
+    opt = kfc(compiled, lr=0.0, every=1, refresh_every=1)
     (x, y), *_ = batches()
     kept = net.head.weight
     for number in range(3):

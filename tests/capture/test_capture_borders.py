@@ -42,7 +42,7 @@ def blocks_of(compiled) -> set[str]:
 
 
 def test_backward_passes_of_several_forward_passes_leave_nothing_behind():
-    compiled, opt = make(build(Reentrant), fisher="empirical", factor_samples=None)
+    compiled, opt = make(build(Reentrant), fisher="empirical", samples=None)
     inside = compiled.kfc
     settings = {n: getattr(torch._dynamo.config, n) for n in ("suppress_errors", "allow_rnn")}
     (F.cross_entropy(compiled(X), Y) + F.cross_entropy(compiled(X2), Y2)).backward()
@@ -373,7 +373,7 @@ def test_one_graph_serves_modules_that_differ_in_a_number(fisher):
     for name, layer in layers.items():
         layer.weight = getattr(plain, name).weight
         setattr(plain, name, layer)
-    options = {"fisher": fisher, "factor_samples": None, "seed": 3, "input_factor": "dense"}
+    options = {"fisher": fisher, "samples": None, "seed": 3, "input_factor": "dense"}
     found = []
     for own in (net, plain):
         compiled, opt = make(own, **options)
@@ -458,7 +458,7 @@ def test_what_the_user_compiled_runs_on_ordinary_steps():
     net(X)
     runs = bool(calls)  # torch 2.11 leaves it out in a function with torch._dynamo.disable
     calls.clear()
-    compiled, opt = make(net, factor_interval=20, inverse_interval=20)
+    compiled, opt = make(net, every=20, refresh_every=20)
     for _ in range(12):
         F.cross_entropy(compiled(X), Y).backward()
         opt.step()

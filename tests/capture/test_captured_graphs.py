@@ -22,6 +22,7 @@ from tests.models import (
     make,
     token_network,
 )
+from tests.options import kfc
 
 BLOCKS = {"conv", "norm", "grouped", "tokens", "head"}
 
@@ -44,7 +45,7 @@ def test_trace_captures_without_a_trace_in_the_model(monkeypatch):
 
 
 def test_nothing_captured_is_an_error_that_says_so():
-    with pytest.raises(kfc_fx.CaptureError, match=r"compiled\.trace"):
+    with pytest.raises(kfc_fx.CaptureError, match=r"model\.kfc\.trace"):
         kfc_fx.compile(token_network()).kfc.plan  # noqa: B018
 
 
@@ -83,25 +84,26 @@ def test_looking_at_graphs_builds_and_compiles_none(monkeypatch):
 
 def test_stages_are_of_the_emitting_graph_that_was_built_last():
     """Not of the one that ran last, or was looked at."""
-    compiled, opt = make(token_network(), factor_interval=1)
+    compiled, opt = make(token_network(), every=1)
     backward(compiled)
     opt.step()
     (graph,) = compiled.kfc.graphs
     first = list(graph.stages)
-    kfc_fx.KFC(compiled, lr=0.01, scaling="spectral")
+    spectral = kfc_fx.KFC(compiled, lr=0.01, scaling="spectral")
     assert graph.stages == first
     (asked,) = compiled.kfc.emitting_graphs()
     assert asked.stages[-1].name == "input statistics"
     assert graph.stages == list(asked.stages)
-    compiled.forms_of = opt.options.forms_of
+    adam = kfc_fx.KFC(compiled, lr=0.01)
     (asked,) = compiled.kfc.emitting_graphs()
     assert list(asked.stages) == first
     assert graph.stages[-1].name == "input statistics"
     assert len(graph.first.emitting) == 2
+    assert spectral.options != adam.options
 
 
 def test_tracing_shares_its_graph_with_training():
-    compiled, opt = make(token_network(), factor_interval=1)
+    compiled, opt = make(token_network(), every=1)
     images = IMAGES.clone()  # fresh: dynamo guards whether an input's batch was marked dynamic
     compiled.kfc.trace(images)
     for size in (6, 4):
@@ -112,7 +114,7 @@ def test_tracing_shares_its_graph_with_training():
 
 
 def test_batch_sizes_share_one_graph():
-    compiled, opt = make(token_network(), factor_interval=2)
+    compiled, opt = make(token_network(), every=2)
     for size in (6, 4, 12, 3, 5, 7):
         backward(compiled, IMAGES[:size], LABELS[:size])
         opt.step()
@@ -126,7 +128,7 @@ def test_image_sizes_cost_one_more_graph():
         nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, stride=2),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5),
     )  # fmt: skip
-    compiled, opt = make(net, factor_interval=1)
+    compiled, opt = make(net, every=1)
     for size, side in ((8, 16), (6, 20), (4, 24), (5, 13), (3, 32)):
         F.cross_entropy(compiled(torch.randn(size, 2, side, side + 1)), LABELS[:size]).backward()
         opt.step()
@@ -135,7 +137,7 @@ def test_image_sizes_cost_one_more_graph():
 
 
 def test_a_batch_of_one_costs_at_most_one_more_graph():
-    compiled, opt = make(token_network().eval(), factor_interval=1)
+    compiled, opt = make(token_network().eval(), every=1)
     for size in (1, 6, 1, 4, 3):
         backward(compiled, IMAGES[:size], LABELS[:size])
         opt.step()
@@ -148,7 +150,7 @@ def test_many_models_of_one_class_do_not_use_up_each_others_recompiles():
     for _ in range(12):  # the recompile limit is 8
         torch.manual_seed(0)
         compiled = kfc_fx.compile(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 5)))
-        kept.append((compiled, kfc_fx.KFC(compiled, lr=0.1, factor_interval=1)))
+        kept.append((compiled, kfc(compiled, lr=0.1, every=1)))
     x = torch.randn(6, 4)
     for _ in range(2):
         for compiled, opt in kept:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kfc_fx
 from tests.models import first_factors, losses
+from tests.options import kfc
 
 DEPTH = 3
 
@@ -72,7 +73,7 @@ def test_it_trains_as_without_it(scaling, backend):
     runs = []
     for net in pair():
         compiled = kfc_fx.compile(net, backend=backend)
-        opt = kfc_fx.KFC(compiled, lr=0.01, scaling=scaling, factor_interval=2, seed=3)
+        opt = kfc(compiled, lr=0.01, scaling=scaling, every=2, seed=3)
         runs.append(losses(compiled, opt, *data(), 5))
     torch.testing.assert_close(runs[0], runs[1])
     assert runs[0][-1] < runs[0][0]
@@ -147,7 +148,7 @@ def test_a_transformer_with_gradient_checkpointing(backend):
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         compiled = kfc_fx.compile(net.train(), backend=backend)
-        opt = kfc_fx.KFC(compiled, lr=0.0, fisher="empirical")
+        opt = kfc(compiled, lr=0.0, fisher="empirical")
         logits = compiled(input_ids=tokens).logits
         F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
         opt.step()

@@ -62,9 +62,7 @@ def test_linear_layers_on_jagged_tensors_are_blocks_and_norms_are_named(fisher, 
 def test_factors_of_jagged_tensors_are_sums_over_all_rows():
     torch.manual_seed(0)
     net = Nested()
-    compiled, opt = make_always_due(
-        copy.deepcopy(net), lr=0.0, fisher="empirical", factor_samples=None
-    )
+    compiled, opt = make_always_due(copy.deepcopy(net), lr=0.0, fisher="empirical", samples=None)
     step(compiled, opt, jagged(), Y[:3])
     omega = opt.factors["first"].omega
     rows = torch.cat(ROWS)
@@ -126,7 +124,7 @@ def test_complex_parameters_step_as_by_adamw(weight_decay):
     still = [p for n, p in net.named_parameters() if n not in held]
     moved = [p for n, p in net.named_parameters() if n in held]
     groups = [{"params": still, "lr": 0.0}, {"params": moved, "lr": 0.02}]
-    opt = kfc_fx.KFC(compiled, groups, weight_decay=weight_decay)
+    opt = kfc_fx.KFC(groups, model=compiled, weight_decay=weight_decay)
     others = [p for n, p in reference.named_parameters() if n in held]
     adamw = torch.optim.AdamW(others, lr=0.02, weight_decay=weight_decay)
     for _ in range(6):
@@ -189,11 +187,11 @@ def test_buffers_that_come_and_grow_train_as_uncompiled():
     assert len(compiled.kfc.plan.blocks) == 2
 
 
-def test_tracing_and_initialising_leave_such_buffers_as_they_were():
+def test_tracing_and_initializing_leave_such_buffers_as_they_were():
     torch.manual_seed(0)
     compiled, opt = make_always_due(Registering())
     compiled.kfc.trace(X)
-    opt.initialise([X])
+    opt.initialize([X])
     assert dict(compiled.named_buffers()).keys() == {"kept"}
     assert len(compiled.kept) == 0
     assert "scale" not in compiled._non_persistent_buffers_set

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import kfc_fx
 from kfc_fx.codegen.text.printer import print_function
 from kfc_fx.codegen.text.update_graph import UpdateGraph
+from tests.options import kfc
 
 X = torch.randn(8, 2, 6, 6, generator=torch.Generator().manual_seed(1)).double()
 Y = torch.arange(8) % 5
@@ -39,7 +40,7 @@ def network() -> nn.Sequential:
 
 def trained(**options):
     compiled = kfc_fx.compile(network())
-    opt = kfc_fx.KFC(compiled, lr=0.01, seed=3, **options)
+    opt = kfc(compiled, lr=0.01, seed=3, **options)
     for _ in range(3):
         F.cross_entropy(compiled(X), Y).backward()
         opt.step()
@@ -58,14 +59,14 @@ def test_source_is_the_same_byte_for_byte(options):
 def test_the_printed_text_is_what_runs(options):
     """Executing the printed text anew, and interpreting the graphs, give the same step."""
     _, opt = trained(**options)
-    program = opt.engine.program
+    program = opt._engine.program
     namespace: dict = {"__name__": "printed"}
     exec(compile(opt.update_source, "printed", "exec"), namespace)
     interpreted = {name: fx.Interpreter(graph).run for name, graph in program.graphs.items()}
     results = []
     for functions in (dict(program.functions), namespace, interpreted):
         model, again = trained(**options)
-        target = again.engine.program.functions
+        target = again._engine.program.functions
         for name in list(target):
             target[name] = _by_name(functions[name], program.graphs[name])
         F.cross_entropy(model(X), Y).backward()
@@ -116,7 +117,7 @@ def test_layers_of_one_shape_are_computed_together():
 
 def test_tracebacks_show_the_generated_line():
     _, opt = trained()
-    function = opt.engine.program.functions["apply"]
+    function = opt._engine.program.functions["apply"]
     filename = function.__code__.co_filename
     assert linecache.getline(filename, function.__code__.co_firstlineno).startswith("def apply")
 

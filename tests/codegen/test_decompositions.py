@@ -12,6 +12,7 @@ from kfc_fx.codegen.pieces import decompositions
 from kfc_fx.engine.screening import screen
 from kfc_fx.optim import binding
 from kfc_fx.statistics.sums import Sums
+from tests.options import kfc
 
 SCALINGS = ("adam", "spectral", "eigen")
 
@@ -27,7 +28,7 @@ def network():
 
 def trained(scaling, **options):
     model = kfc_fx.compile(network())
-    opt = kfc_fx.KFC(model, lr=0.02, scaling=scaling, fisher="empirical", **options)
+    opt = kfc(model, lr=0.02, scaling=scaling, fisher="empirical", **options)
     for step in range(12):
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(96, 4, 6, 6, generator=generator, dtype=torch.float64)
@@ -65,12 +66,12 @@ def test_wide_factors_are_decomposed_by_stack(monkeypatch):
 def test_failures_are_told_of_the_block_that_failed(monkeypatch):
     monkeypatch.setattr(decompositions, "DEVICES", ("cpu",))
     opt, _ = trained("adam")
-    engine = opt.engine
+    engine = opt._engine
     key = next(stack.key for stack in engine.spec.stacks if "9" in stack.spans)
-    engine.state[f"eigenvalues_gamma_{key}"].fill_(float("nan"))
+    engine.state[key]["eigenvalues_gamma"].fill_(float("nan"))
     engine.accumulate(screen(Sums(), engine.spec.stacks, 0.5))
     engine.started = False
-    assert engine.refresh(opt._option_arguments(engine)) == ["9"]
+    assert engine.refresh(opt._scaling_numbers(engine)) == ["9"]
 
 
 def refresh_of(opt):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kfc_fx
+from tests.options import kfc
 from tests.oracle import parameters_of
 from tests.written_out import (
     LAYERS,
@@ -119,8 +120,8 @@ def test_inverse_steps_equal_the_algorithm_written_out(steps, clip, input_factor
 def test_adam_steps_equal_the_algorithm_written_out(steps, momentum, share):
     found, expected, data = network(), network(), batches(steps)
     run_kfc(
-        found, data, lr=0.01, momentum=momentum, factor_interval=1, inverse_interval=10,
-        orthogonalise=share,
+        found, data, lr=0.01, momentum=momentum, every=1, refresh_every=10,
+        orthogonalize=share,
     )  # fmt: skip
     written_adam(
         expected, data, lr=0.01, momentum=momentum, beta2=0.95, eps=1e-8,
@@ -132,8 +133,8 @@ def test_adam_steps_equal_the_algorithm_written_out(steps, momentum, share):
 def test_factors_kept_in_their_bases_change_nothing_where_these_are_decomposed():
     """Equal intervals: an EMA is Q and the diagonal of Qᵀ F Q between two statistics."""
     found, expected, data = network(), network(), batches(6)
-    opt = run_kfc(found, data, lr=0.01, factor_interval=1, inverse_interval=1)
-    assert not [name for name in opt.engine.state if name.startswith(("omega", "gamma"))]
+    opt = run_kfc(found, data, lr=0.01, every=1, refresh_every=1)
+    assert all({"omega", "gamma"}.isdisjoint(own) for own in opt._engine.state.values())
     written_adam(
         expected, data, lr=0.01, momentum=0.9, beta2=0.95, eps=1e-8,
         refresh_at=range(6), separable=False,
@@ -143,7 +144,7 @@ def test_factors_kept_in_their_bases_change_nothing_where_these_are_decomposed()
 
 def test_adam_steps_without_nesterov_s_step_ahead():
     found, expected, data = network(), network(), batches(3)
-    run_kfc(found, data, lr=0.01, nesterov=False, factor_interval=1, inverse_interval=1)
+    run_kfc(found, data, lr=0.01, nesterov=False, every=1, refresh_every=1)
     written_adam(
         expected, data, lr=0.01, momentum=0.9, beta2=0.95, eps=1e-8,
         refresh_at=(0, 1, 2), separable=False, nesterov=False,
@@ -161,15 +162,15 @@ def test_inverse_steps_with_nesterov_s_step_ahead(clip):
 
 
 @pytest.mark.parametrize("steps", [1, 11])
-@pytest.mark.parametrize("inverse_interval", [1, 10])
-def test_separable_adam_steps_equal_the_algorithm_written_out(steps, inverse_interval):
+@pytest.mark.parametrize("refresh_every", [1, 10])
+def test_separable_adam_steps_equal_the_algorithm_written_out(steps, refresh_every):
     """Eigenvectors of the written-out product, up to order and sign, which Adam does not see."""
     found, expected, data = network(), network(), batches(steps)
-    intervals = {"factor_interval": 1, "inverse_interval": inverse_interval}
+    intervals = {"every": 1, "refresh_every": refresh_every}
     run_kfc(found, data, lr=0.01, input_factor="separable", **intervals)
     written_adam(
         expected, data, lr=0.01, momentum=0.9, beta2=0.95, eps=1e-8, separable=True,
-        refresh_at=range(11) if inverse_interval == 1 else (*range(9), 10),
+        refresh_at=range(11) if refresh_every == 1 else (*range(9), 10),
     )  # fmt: skip
     assert_same(found, expected, 1e-6)
 
@@ -209,7 +210,7 @@ def test_generic_parameters_follow_torch_optim(rule):
         {"params": [p for n, p in found.named_parameters() if not n.startswith("1.")], "lr": 0.0},
         {"params": list(found[1].parameters()), "lr": 0.01},
     ]
-    opt = kfc_fx.KFC(compiled, lr_of_blocks, lr=0.1, generic=rule)
+    opt = kfc_fx.KFC(lr_of_blocks, model=compiled, lr=0.1, generic=rule)
     options = {"momentum": 0.9} if rule == "sgd" else {"weight_decay": 0.0, "betas": (0.9, 0.999)}
     kind = torch.optim.SGD if rule == "sgd" else torch.optim.AdamW
     reference = kind(expected[1].parameters(), lr=0.01, **options)
@@ -266,7 +267,7 @@ def test_exact_nu_equals_the_quadratic_form_of_the_dense_fisher():
     x, y = data
     start = network()
     compiled = kfc_fx.compile(net)
-    opt = kfc_fx.KFC(
+    opt = kfc(
         compiled, lr=0.05, scaling="inverse", clip=1e9, clip_by="exact", damping=0.01, momentum=0.0
     )
     F.cross_entropy(compiled(x), y).backward()
@@ -283,9 +284,3 @@ def test_exact_nu_equals_the_quadratic_form_of_the_dense_fisher():
     fisher = torch.einsum("nap,nab,nbq->pq", stacked, output_fisher, stacked) / len(x)
     expected = v @ fisher @ v + 0.01 * v @ v
     assert opt.diagnostics.nu == pytest.approx(float(expected))
-
-
-@pytest.mark.parametrize("share", [-0.1, 1.5])
-def test_a_share_outside_zero_to_one_is_refused(share):
-    with pytest.raises(kfc_fx.OptionError, match=r"orthogonalise must be in \[0, 1\]"):
-        kfc_fx.KFC(kfc_fx.compile(network()), orthogonalise=share)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import kfc_fx
 from kfc_fx.optim.binding import _check_one_device
+from tests.options import kfc
 from tests.written_out import assert_same, batches, network
 
 
@@ -17,7 +18,7 @@ def trained(scaling: str, *, compiled: bool) -> torch.nn.Module:
     """Steps at changing rates, so that a number fixed in the compiled code would show."""
     net = network()
     model = kfc_fx.compile(net)
-    opt = kfc_fx.KFC(
+    opt = kfc(
         model, lr=0.02, scaling=scaling, compile_update=compiled, fisher="empirical",
         weight_decay=0.1, average=3.0, generic="adamw", blocks={"2": {"scaling": "spectral"}},
     )  # fmt: skip

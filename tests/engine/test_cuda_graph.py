@@ -16,6 +16,7 @@ from kfc_fx.engine import static_step
 from kfc_fx.errors import KfcWarning, OptionError
 from kfc_fx.optim import binding
 from tests.models import collector_of
+from tests.options import kfc
 
 SCALINGS = ("adam", "spectral", "eigen", "inverse")
 
@@ -45,7 +46,7 @@ def network(dtype):
 def optimizer(graph, dtype=torch.float64, **options):
     model = kfc_fx.compile(network(dtype))
     options = {"lr": 0.02, "fisher": "empirical", "weight_decay": 0.01} | options
-    return model, kfc_fx.KFC(model, cuda_graph=graph, **options)
+    return model, kfc(model, cuda_graph=graph, **options)
 
 
 def backward(model, seed, scale=1.0):
@@ -56,11 +57,11 @@ def backward(model, seed, scale=1.0):
     (F.cross_entropy(model(x), y) * scale).backward()
 
 
-def train(model, opt, steps, first=0):
+def train(model, opt, steps, first=0, scale=1.0):
     for step in range(first, first + steps):
         for group in opt.param_groups:
             group["lr"] = 0.02 / (1 + step)
-        backward(model, step)
+        backward(model, step, scale)
         opt.step()
         opt.zero_grad()
 
@@ -86,6 +87,27 @@ def test_a_static_step_is_the_step(recorded, scaling, dtype):
     assert_equal(model, plain)
     with opt.averaged(), plain_opt.averaged():
         assert_equal(model, plain)
+
+
+def test_a_recorded_step_ascends(recorded):
+    model, opt = optimizer(True, maximize=True)
+    plain, plain_opt = optimizer(False)
+    train(model, opt, 6, scale=-1.0)
+    train(plain, plain_opt, 6)
+    assert len(recorded) == 1
+    assert_equal(model, plain)
+
+
+def test_a_recorded_step_follows_the_momentum_of_its_group(recorded):
+    model, opt = optimizer(True)
+    plain, plain_opt = optimizer(False)
+    for momentum in (0.9, 0.5):
+        for each in (opt, plain_opt):
+            each.param_groups[0]["betas"] = (momentum, 0.95)
+        train(model, opt, 3)
+        train(plain, plain_opt, 3)
+    assert recorded
+    assert_equal(model, plain)
 
 
 def skipped_steps(model, opt, bad):
@@ -123,7 +145,7 @@ def test_gradients_that_are_not_finite_change_nothing(recorded, scaling, bad):
 
 
 def test_a_refresh_counts_what_was_skipped_and_warns_once(recorded):
-    model, opt = optimizer(True, inverse_interval=4)
+    model, opt = optimizer(True, refresh_every=4)
     train(model, opt, 17)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -163,7 +185,7 @@ def test_parameters_that_never_have_a_gradient_are_left_out_of_the_graph(recorde
         net.append(nn.Identity())
         net[-1].unused = nn.Linear(3, 3, dtype=torch.float64)
         model = kfc_fx.compile(net)
-        return model, kfc_fx.KFC(model, lr=0.02, fisher="empirical", cuda_graph=graph)
+        return model, kfc(model, lr=0.02, fisher="empirical", cuda_graph=graph)
 
     model, opt = with_unused(True)
     plain, plain_opt = with_unused(False)
@@ -173,7 +195,7 @@ def test_parameters_that_never_have_a_gradient_are_left_out_of_the_graph(recorde
     assert len(recorded) == 1
     assert_equal(model, plain)
     opt.diagnostics.steps = 23  # neither statistics nor a refresh are due
-    collector_of(opt.compiled).arm(False)
+    collector_of(model).arm(False)
     backward(model, 9, scale=float("nan"))
     before = parameters(model)
     opt.step()
@@ -204,7 +226,7 @@ def test_rates_by_group_and_saved_states_carry_over(recorded):
             {"params": [*layers[1].parameters(), *layers[3].parameters()], "weight_decay": 0.1},
             {"params": [*layers[7].parameters(), *layers[8].parameters()], "lr": 0.01},
         ]
-        return model, kfc_fx.KFC(
+        return model, kfc(
             model, groups, lr=0.02, cuda_graph=graph, fisher="empirical", generic="sgd"
         )
 
@@ -226,10 +248,10 @@ def test_rates_by_group_and_saved_states_carry_over(recorded):
     assert_equal(resumed, plain)
 
 
-@pytest.mark.parametrize("masters", [False, True])
-def test_half_precision(recorded, masters):
-    model, opt = optimizer(True, torch.bfloat16, masters=masters)
-    plain, plain_opt = optimizer(False, torch.bfloat16, masters=masters)
+@pytest.mark.parametrize("master_weights", [False, True])
+def test_half_precision(recorded, master_weights):
+    model, opt = optimizer(True, torch.bfloat16, master_weights=master_weights)
+    plain, plain_opt = optimizer(False, torch.bfloat16, master_weights=master_weights)
     train(model, opt, 6)
     train(plain, plain_opt, 6)
     for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import kfc_fx
 from tests.models import first_factors
+from tests.options import kfc
 from tests.oracle import categorical_cotangent, exact_factors
 
 CONVS = [
@@ -65,8 +66,8 @@ def test_factor_samples_take_the_first_examples(input_factor):
 
     def factors(samples, inputs, targets):
         compiled = kfc_fx.compile(net)
-        options = {"fisher": "empirical", "input_factor": input_factor, "factor_samples": samples}
-        opt = kfc_fx.KFC(compiled, lr=0.0, **options)
+        options = {"fisher": "empirical", "input_factor": input_factor, "samples": samples}
+        opt = kfc(compiled, lr=0.0, **options)
         F.cross_entropy(compiled(inputs), targets).backward()
         opt.step()
         return opt.factors
@@ -104,25 +105,25 @@ def test_by_default_statistics_are_of_part_of_a_large_batch(fisher, examples, ta
 
     def omega(inputs, targets, backend="eager", **options):
         compiled = kfc_fx.compile(net, backend=backend)
-        opt = kfc_fx.KFC(compiled, lr=0.0, fisher=fisher, **options)
+        opt = kfc(compiled, lr=0.0, fisher=fisher, **options)
         F.cross_entropy(compiled(inputs), targets).backward()
         opt.step()
         return opt.factors["2"].omega
 
-    alone = omega(x[:taken], y[:taken], factor_samples=None)
+    alone = omega(x[:taken], y[:taken], samples=None)
     torch.testing.assert_close(omega(x, y), alone)
-    whole = omega(x, y, factor_samples=None)
+    whole = omega(x, y, samples=None)
     torch.testing.assert_close(omega(x, y, "aot_eager"), whole)
     assert torch.allclose(alone, whole) == (taken == examples)
 
 
-def test_initialise_takes_the_part_of_sampled_statistics():
+def test_initialize_takes_the_part_of_sampled_statistics():
     """Its targets are sampled, whatever the steps take theirs from."""
     torch.manual_seed(0)
     compiled = kfc_fx.compile(nn.Sequential(nn.Linear(4, 3)).double())
-    opt = kfc_fx.KFC(compiled, lr=0.0, fisher="empirical")
+    opt = kfc(compiled, lr=0.0, fisher="empirical")
     x = torch.randn(200, 4).double()
-    opt.initialise([x])
+    opt.initialize([x])
     ones = torch.cat([x[:128], torch.ones(128, 1).double()], 1)
     torch.testing.assert_close(opt.factors["0"].omega, ones.T @ ones / 128)
 
@@ -136,7 +137,7 @@ def test_factor_samples_of_a_flattened_batch_take_the_same_share():
 
     def factors(samples, inputs, targets):
         compiled = kfc_fx.compile(net, likelihood=kfc_fx.Categorical(dim=-1))
-        opt = kfc_fx.KFC(compiled, lr=0.0, fisher="empirical", factor_samples=samples)
+        opt = kfc(compiled, lr=0.0, fisher="empirical", samples=samples)
         F.cross_entropy(compiled(inputs).movedim(-1, 1), targets, reduction="sum").backward()
         opt.step()
         return opt.factors
@@ -190,7 +191,7 @@ def test_sampled_targets_come_from_the_predictive_distribution():
     net = nn.Sequential(nn.Linear(3, 4)).double()
     x = torch.randn(20000, 3).double()
     compiled = kfc_fx.compile(net)
-    opt = kfc_fx.KFC(compiled, lr=0.0, seed=7, fisher="sampled")
+    opt = kfc(compiled, lr=0.0, seed=7, fisher="sampled")
     F.cross_entropy(compiled(x), torch.zeros(20000, dtype=torch.long)).backward()
     opt.step()
     p = net(x).softmax(1)
@@ -238,7 +239,7 @@ def test_the_average_forgets_the_first_statistics():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4)).double()
     compiled = kfc_fx.compile(net)
-    opt = kfc_fx.KFC(compiled, lr=0.0, ema_decay=0.6, factor_interval=1)
+    opt = kfc(compiled, lr=0.0, decay=0.6, every=1)
     weights, expected = [0.2, 0.4, 0.6], 0
     for weight in weights:
         x = torch.randn(10, 3).double()
@@ -257,7 +258,7 @@ def test_separable_factor_is_the_product_of_partial_traces(groups, bias):
     net = conv_net({"kernel_size": 3, "padding": 1, "groups": groups, "bias": bias})
     x, y = torch.randn(6, 2, 7, 6).double(), torch.randint(5, (6,))
     compiled = kfc_fx.compile(net)
-    opt = kfc_fx.KFC(compiled, lr=0.0, fisher="empirical", input_factor="separable")
+    opt = kfc(compiled, lr=0.0, fisher="empirical", input_factor="separable")
     F.cross_entropy(compiled(x), y).backward()
     opt.step()
     dense, _ = exact_factors(net, net[0], x, categorical_cotangent(y))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from typing import Any
 
 HOSTILE = "</script><img onerror=owned=1 src=x>"
@@ -188,19 +189,27 @@ class _Network:
         }
 
     def update_code(self, part: str) -> str:
-        lines = [f"def {part}(statistics, examples, state):", f'    """Part {part}."""', ""]
+        lines = [f"def {part}(statistics, examples, state):", f'    """Part {part}."""']
         stacks: dict[str, list[str]] = {}
         for block in self.blocks:
             stacks.setdefault(block["stack"], []).append(block["name"])
         for stack, names in stacks.items():
-            lines.append(f"    # {stack}: {len(names)} layers: {', '.join(names)}")
-            lines.append(f"    omega_{stack} = torch.cat([")
-            lines += [f'        statistics["{name}.omega"],' for name in names]
-            lines += ["    ]) / examples", f'    state["omega_{stack}"].copy_(omega_{stack})', ""]
-        return "\n".join(lines)
+            listed = textwrap.wrap(f"{stack}: {len(names)} layers: {', '.join(names)}", 90)
+            lines += ["", *(f"    # {line}" for line in listed)]
+            lines.append(f"    def {part}_{stack}(statistics, examples, state):")
+            lines.append("        omega = torch.cat([")
+            lines += [f'            statistics["{name}.omega"],' for name in names]
+            lines.append("        ]) / examples")
+            lines.append('        return {"omega": torch.lerp(state["omega"], omega, 0.1)}')
+        lines += ["", "    return {"]
+        lines += [
+            f'        "{stack}": {part}_{stack}(statistics, examples, state["{stack}"]),'
+            for stack in stacks
+        ]
+        return "\n".join([*lines, "    }"])
 
 
-UPDATE_PARTS = ("start", "accumulate", "refresh", "apply")
+UPDATE_PARTS = ("accumulate", "refresh", "apply")
 
 
 def stage(

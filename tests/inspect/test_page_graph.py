@@ -107,9 +107,11 @@ def test_update_source_and_graph_are_linked(page):
     page.line('"layer1.1.conv2.omega"').click()
     assert page.selected() == "node:conv2d_4"
     assert any('"layer1.1.conv2.omega"' in line for line in page.marked_lines())
-    page.line("omega_64x576 = torch.cat").click()
+    page.line("def accumulate_64x576(").click()
     assert page.selected() == "node:conv1", "a stack's line selects its first layer"
     assert page.find_all("#scene .related"), "and marks the others"
+    page.line('accumulate_512x513(statistics, examples, state["512x513"])').click()
+    assert page.selected() == "node:linear", "and so does the line of its call"
 
 
 def test_colours_by_cost(page):

@@ -39,7 +39,7 @@ def test_the_source_is_that_of_the_optimizer():
 
 def test_the_parts_put_together_are_the_source():
     source = inspection(ConvNet).update_source
-    assert list(split_update(source)) == ["", "accumulate", "start", "refresh", "apply"]
+    assert list(split_update(source)) == ["", "accumulate", "refresh", "apply"]
     assert whole_update(build_document(inspection(ConvNet))["update"]) == source
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import kfc_fx
 from kfc_fx.codegen.scalings import spectral
 from kfc_fx.linalg import whitening
-from kfc_fx.linalg.polar import orthogonalisers, polar_factor, polar_factor_by_gram
+from kfc_fx.linalg.polar import orthogonalizers, polar_factor, polar_factor_by_gram
 from kfc_fx.linalg.whitening import bias_whitening, cholesky_whitening, newton_schulz_whitening
 
 
@@ -69,12 +69,12 @@ def adam_like(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("share", [0.3, 0.7, 1.0])
-def test_orthogonalisers_mix_a_matrix_and_its_polar_factor_at_its_own_norm(share):
+def test_orthogonalizers_mix_a_matrix_and_its_polar_factor_at_its_own_norm(share):
     """Of several sides at once; in bfloat16 up to what the polynomials miss themselves."""
     given = [adam_like(2, 6, 9), adam_like(1, 64, 200)]
     grams = [x @ x.mT for x in given]
     for dtype, bound in ((None, 1e-5), (torch.bfloat16, 0.1)):
-        for x, left in zip(given, orthogonalisers(grams, share, dtype), strict=True):
+        for x, left in zip(given, orthogonalizers(grams, share, dtype), strict=True):
             moved = left @ x
             u, s, vh = torch.linalg.svd(x, full_matrices=False)
             norm = torch.linalg.matrix_norm(x, keepdim=True)

@@ -24,6 +24,7 @@ from tests.models import (
     saved_state,
     train,
 )
+from tests.options import kfc
 
 SCALINGS = ["adam", "spectral", "eigen", "inverse"]
 
@@ -107,7 +108,7 @@ def test_first_statistics_that_are_not_finite_are_dropped_and_later_ones_repair(
         return torch.full_like(z, float("nan")) if broken[0] else z.softmax(1) - 0.2
 
     compiled = kfc_fx.compile(conv_network(), likelihood=cotangents)
-    opt = kfc_fx.KFC(compiled, lr=0.01, scaling=scaling, factor_interval=1)
+    opt = kfc(compiled, lr=0.01, scaling=scaling, every=1)
     backward(compiled)
     with pytest.warns(kfc_fx.KfcWarning) as caught:
         opt.step()
@@ -137,7 +138,7 @@ def test_first_statistics_that_are_not_finite_are_dropped_and_later_ones_repair(
 @pytest.mark.parametrize("statistic", ["omega", "gamma"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_one_bad_layer_keeps_its_factors_and_does_not_take_the_others_along(statistic, bad):
-    compiled, opt = make(factor_interval=1, ema_decay=0.5)
+    compiled, opt = make(every=1, decay=0.5)
     train(compiled, opt, 1)
     before = opt.factors
     caught = []
@@ -163,7 +164,7 @@ def test_one_bad_layer_keeps_its_factors_and_does_not_take_the_others_along(stat
 def test_an_empty_batch_does_not_poison_the_factors(scaling):
     net = conv_network()
     net[1] = nn.Identity()  # batch norm refuses an empty batch itself
-    compiled, opt = make(net, scaling=scaling, factor_interval=1)
+    compiled, opt = make(net, scaling=scaling, every=1)
     train(compiled, opt, 2)
     F.cross_entropy(compiled(IMAGES[:0]), LABELS[:0], reduction="sum").backward()
     with warnings.catch_warnings():
@@ -179,7 +180,7 @@ def test_an_empty_batch_does_not_poison_the_factors(scaling):
 
 
 def test_a_basis_that_cannot_be_computed_is_the_identity_until_it_can(monkeypatch):
-    compiled, opt = make(factor_interval=1, inverse_interval=1)
+    compiled, opt = make(every=1, refresh_every=1)
     own = torch.linalg.eigh
 
     def fail_on_wide(matrix):
@@ -207,7 +208,7 @@ def test_a_basis_that_cannot_be_computed_is_the_identity_until_it_can(monkeypatc
 
 
 def test_a_factor_that_is_not_positive_definite_is_inverted_as_the_identity():
-    compiled, opt = make(scaling="inverse", factor_interval=1, inverse_interval=1)
+    compiled, opt = make(scaling="inverse", every=1, refresh_every=1)
     train(compiled, opt, 1)
     backward(compiled)
     collector_of(compiled).sums.blocks["3"]["omega"] = -1e9 * torch.eye(37)[None]

@@ -31,7 +31,7 @@ def test_a_forward_pass_without_gradients_is_an_error_at_the_step():
 def test_a_forward_pass_through_the_original_before_any_capture_is_an_error():
     compiled, opt = make()
     backward(compiled._call_impl)
-    with pytest.raises(kfc_fx.KfcError, match=r"compiled\.trace|compiled model"):
+    with pytest.raises(kfc_fx.KfcError, match=r"model\.kfc\.trace.*call the model"):
         opt.step()
 
 
@@ -52,7 +52,7 @@ def test_an_optimizer_made_after_the_forward_pass_says_so():
 
 
 def test_statistics_missed_later_are_counted_and_warned_of():
-    compiled, opt = make(factor_interval=1)
+    compiled, opt = make(every=1)
     train(compiled, opt, 2)
     F.cross_entropy(compiled._call_impl(IMAGES), LABELS).backward()
     with pytest.warns(kfc_fx.KfcWarning, match="due at step 2"):

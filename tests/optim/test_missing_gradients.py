@@ -45,7 +45,7 @@ def test_a_sparse_gradient_is_refused_by_name():
     ("scaling", "average"), [*((scaling, None) for scaling in SCALINGS), ("adam", 5.0)]
 )
 def test_parameters_without_a_gradient_stay_with_their_state(scaling, average):
-    options = {"average": average, "inverse_interval": 1000, "norm_layers": False}
+    options = {"average": average, "refresh_every": 1000, "norm_layers": False}
     compiled, opt = make(scaling=scaling, weight_decay=0.1, **options)
     # The next step has no refresh, which would turn the moments.
     train(compiled, opt, 21 if scaling == "inverse" else 9)
@@ -105,7 +105,7 @@ def test_moments_turn_with_bases_that_begin_anew_where_a_block_joins(width):
     net = nn.Sequential(nn.Linear(20, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh())
     net.append(nn.Linear(width, 5))
     net[0].requires_grad_(False)
-    compiled, opt = make(net, factor_interval=1, inverse_interval=4)
+    compiled, opt = make(net, every=1, refresh_every=4)
     x, y = torch.randn(64, 20), torch.arange(64) % 5
 
     def moment() -> torch.Tensor:

@@ -22,6 +22,7 @@ from tests.models import (
     parameters,
     train,
 )
+from tests.options import kfc
 
 SCALINGS = ["adam", "spectral", "eigen", "inverse"]
 
@@ -80,10 +81,16 @@ def test_the_rate_scales_the_step(scaling):
     torch.testing.assert_close(step_of(torch.tensor(0.03, dtype=torch.float64)), thrice)
 
 
-def test_one_cycle_with_momentum_is_refused_by_torch_when_it_is_made():
-    _, opt = make()
-    with pytest.raises(ValueError, match="cycle_momentum"):
-        lr_scheduler.OneCycleLR(opt, 0.01, 8)
+def test_a_scheduler_writes_into_a_rate_that_is_a_tensor():
+    compiled, opt = make(lr=torch.tensor(0.01, dtype=torch.float64))
+    by_hand, plain = make(lr=0.01)
+    rate = opt.param_groups[0]["lr"]
+    for model, each in ((compiled, opt), (by_hand, plain)):
+        train(model, each, 4, scheduler=lr_scheduler.StepLR(each, 2, 0.1))
+    assert opt.param_groups[0]["lr"] is rate
+    assert float(rate) == pytest.approx(1e-4)
+    for found, expected in zip(parameters(compiled), parameters(by_hand), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_groups_have_their_own_rate_and_decay():
@@ -94,7 +101,7 @@ def test_groups_have_their_own_rate_and_decay():
         {"params": net[:6].parameters(), "weight_decay": 0.5},
         {"params": net[6].parameters(), "lr": 0.04},
     ]
-    opt = kfc_fx.KFC(compiled, groups, lr=0.01, seed=3)
+    opt = kfc_fx.KFC(groups, model=compiled, lr=0.01, seed=3)
     plain = conv_network()
     same_seed = kfc_fx.KFC(kfc_fx.compile(plain), lr=0.01, seed=3)
     backward(compiled)
@@ -113,7 +120,9 @@ def test_one_layer_has_one_rate():
     net = conv_network()
     rest = [p for name, p in net.named_parameters() if name != "6.bias"]
     compiled = kfc_fx.compile(net)
-    opt = kfc_fx.KFC(compiled, [{"params": rest}, {"params": [net[6].bias], "lr": 0.5}], lr=0.1)
+    opt = kfc_fx.KFC(
+        [{"params": rest}, {"params": [net[6].bias], "lr": 0.5}], model=compiled, lr=0.1
+    )
     with pytest.raises(kfc_fx.OptionError, match="'6': weight and bias have different"):
         train(compiled, opt, 1)
 
@@ -122,13 +131,13 @@ def test_a_weight_without_its_bias_is_refused():
     net = conv_network()
     compiled = kfc_fx.compile(net)
     with pytest.raises(kfc_fx.OptionError, match="pass both, or freeze the bias"):
-        train(compiled, kfc_fx.KFC(compiled, [net[6].weight], lr=0.1), 1)
+        train(compiled, kfc_fx.KFC([net[6].weight], model=compiled, lr=0.1), 1)
 
 
 def test_named_parameters_are_taken():
     net = conv_network()
     compiled = kfc_fx.compile(net)
-    opt = kfc_fx.KFC(compiled, compiled.named_parameters(), lr=0.01, seed=3)
+    opt = kfc_fx.KFC(compiled.named_parameters(), model=compiled, lr=0.01, seed=3)
     other, plain = make()
     train(compiled, opt, 2)
     train(other, plain, 2)
@@ -138,7 +147,7 @@ def test_named_parameters_are_taken():
 def test_a_group_added_later_is_updated_from_then_on():
     net = conv_network()
     compiled = kfc_fx.compile(net)
-    opt = kfc_fx.KFC(compiled, net[3:].parameters(), lr=0.01, factor_interval=1)
+    opt = kfc(compiled, net[3:].parameters(), lr=0.01, every=1)
     before = parameters(net)
     train(compiled, opt, 2)
     assert_equal(parameters(net)[:4], before[:4])
@@ -211,7 +220,7 @@ def test_a_gradient_scaler_gives_the_unscaled_run():
 def test_gradients_are_clipped_by_torch_s_own_utility(scaling, scaled):
 
     def run(clip):
-        compiled, opt = make(scaling=scaling, clip=None, factor_interval=1)
+        compiled, opt = make(scaling=scaling, clip=None, every=1)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=scaled)
         for _ in range(3):
             scaler.scale(F.cross_entropy(compiled(IMAGES), LABELS)).backward()
@@ -284,7 +293,7 @@ def fixed_cotangents(z: torch.Tensor) -> torch.Tensor:
     ],
     ids=["tensor", "pairs", "mixed", "iterator"],
 )
-def test_initialise_gives_the_factors_of_all_its_batches_and_nothing_else(batches):
+def test_initialize_gives_the_factors_of_all_its_batches_and_nothing_else(batches):
     net = conv_network().eval()
     reference = kfc_fx.compile(conv_network().eval(), likelihood=fixed_cotangents)
     plain = kfc_fx.KFC(reference, lr=0.0)
@@ -293,7 +302,7 @@ def test_initialise_gives_the_factors_of_all_its_batches_and_nothing_else(batche
     compiled = kfc_fx.compile(net, likelihood=fixed_cotangents)
     opt = kfc_fx.KFC(compiled, lr=0.01)
     before, rng = copy.deepcopy(net.state_dict()), torch.get_rng_state()
-    opt.initialise(batches)
+    opt.initialize(batches)
     assert torch.equal(torch.get_rng_state(), rng)
     assert_equal(net.state_dict().values(), before.values())
     assert all(p.grad is None for p in net.parameters())
@@ -304,24 +313,24 @@ def test_initialise_gives_the_factors_of_all_its_batches_and_nothing_else(batche
     train(compiled, opt, 2)
 
 
-def test_initialise_leaves_batch_statistics_of_a_training_model_alone():
+def test_initialize_leaves_batch_statistics_of_a_training_model_alone():
     compiled, opt = make()
     before = copy.deepcopy(compiled.state_dict())
-    opt.initialise([IMAGES])
+    opt.initialize([IMAGES])
     assert_equal(compiled.state_dict().values(), before.values())
 
 
 @pytest.mark.parametrize("empty", [[], iter(())], ids=["list", "iterator"])
-def test_initialise_without_a_batch_is_an_error(empty):
+def test_initialize_without_a_batch_is_an_error(empty):
     _, opt = make()
-    with pytest.raises(kfc_fx.StatisticsError, match="initialise got no batch"):
-        opt.initialise(empty)
+    with pytest.raises(kfc_fx.StatisticsError, match="initialize got no batch"):
+        opt.initialize(empty)
 
 
 def test_a_second_optimizer_takes_over_with_its_own_options():
     compiled, first = make(input_factor="dense")
     train(compiled, first, 2)
-    second = kfc_fx.KFC(compiled, lr=0.01, scaling="inverse", input_factor="separable", seed=3)
+    second = kfc(compiled, lr=0.01, scaling="inverse", input_factor="separable", seed=3)
     backward(compiled)
     with pytest.raises(kfc_fx.StepError, match="another KFC"):
         first.step()
@@ -365,16 +374,19 @@ def test_a_model_of_mixed_precision_parameters_trains(scaling):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"lr": -1.0}, "lr must not be negative"),
-        ({"momentum": 0.5}, "may set lr and weight_decay, got 'momentum'"),
-        ({"wieght_decay": 0.5}, "may set lr and weight_decay, got 'wieght_decay'"),
+        ({"lr": -1.0}, "lr must be a number that is not negative"),
+        ({"momentum": 0.5}, "may set lr, weight_decay, betas, got 'momentum'"),
+        ({"wieght_decay": 0.5}, "may set lr, weight_decay, betas, got 'wieght_decay'"),
+        ({"maximize": True}, "may set lr, weight_decay, betas, got 'maximize'"),
+        ({"betas": (0.9, 1.0)}, "betas must be two numbers"),
+        ({"betas": (0.9, 0.99)}, "second of betas is one for all groups"),
         ({"params": [nn.Parameter(torch.zeros(2, 3))]}, r"a parameter of shape \(2, 3\) is not"),
     ],
 )
 def test_a_group_that_is_refused_is_not_added(extra, message):
     net = conv_network()
     compiled = kfc_fx.compile(net)
-    opt = kfc_fx.KFC(compiled, net[:6].parameters(), lr=0.01)
+    opt = kfc_fx.KFC(net[:6].parameters(), model=compiled, lr=0.01)
     train(compiled, opt, 1)
     with pytest.raises(kfc_fx.OptionError, match=message):
         opt.add_param_group({"params": net[6].parameters(), **extra})
@@ -387,6 +399,6 @@ def test_a_group_that_is_refused_is_not_added(extra, message):
 def test_a_group_may_have_names_and_entries_of_others():
     net = conv_network()
     compiled = kfc_fx.compile(net)
-    opt = kfc_fx.KFC(compiled, [{"params": net.named_parameters(), "name": "all"}], lr=0.01)
+    opt = kfc_fx.KFC([{"params": net.named_parameters(), "name": "all"}], model=compiled, lr=0.01)
     train(compiled, opt, 1)
     assert opt.param_groups[0]["name"] == "all"

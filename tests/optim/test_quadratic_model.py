@@ -10,11 +10,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import kfc_fx
-from kfc_fx.errors import OptionError, StepError
+from kfc_fx.errors import StepError
 from kfc_fx.optim.exact.fisher_vector import fisher_gram
 from kfc_fx.optim.exact.quadratic_model import best_combination
 from kfc_fx.optim.exact.trial import LEAST, MOST, adapted_damping
 from kfc_fx.statistics.likelihood import Bernoulli, Categorical, Gaussian
+from tests.options import kfc
 
 LOSSES = {
     "categorical": lambda z, y: F.cross_entropy(z, y.argmax(1)),
@@ -113,7 +114,7 @@ def test_training_from_the_model_does_not_blow_up_in_single_precision():
     )  # fmt: skip
     x, y = torch.randn(64, 3, 8, 8), torch.randint(10, (64,))
     model = kfc_fx.compile(net)
-    opt = kfc_fx.KFC(model, scaling="inverse", quadratic_model=True, seed=0)
+    opt = kfc(model, scaling="inverse", quadratic_model=True, seed=0)
     losses = []
     for _ in range(30):
         opt.zero_grad()
@@ -129,7 +130,7 @@ def test_training_from_the_model_does_not_blow_up_in_single_precision():
 def test_steps_are_where_the_model_is_least(likelihood):
     (x, y), damping = batch(), 0.02
     model = kfc_fx.compile(network(), likelihood=likelihood)
-    opt = kfc_fx.KFC(model, lr=0.3, scaling="inverse", quadratic_model=True, damping=damping)
+    opt = kfc(model, lr=0.3, scaling="inverse", quadratic_model=True, damping=damping)
     names = [name for name, _ in model.named_parameters()]
     previous = None
     for step in range(5):
@@ -141,7 +142,7 @@ def test_steps_are_where_the_model_is_least(likelihood):
         old = dict(before.named_parameters())
         moved = {n: (p - old[n]).detach() for n, p in model.named_parameters()}
         along = [moved] if previous is None else [moved, previous]
-        kind = opt.compiled.kfc.options.likelihood
+        kind = opt._compilation.options.likelihood
         fisher = fisher_gram(before, kind, ((x,), {}), along).double()
         for row, vector in enumerate(along):
             slope = sum((gradient[n] * vector[n]).sum() for n in names)
@@ -158,7 +159,7 @@ def test_the_rate_does_not_matter_to_blocks():
     ends = []
     for lr in (1.0, 1e-3):
         (x, y), model = batch(), kfc_fx.compile(network())
-        opt = kfc_fx.KFC(model, lr=lr, scaling="inverse", quadratic_model=True, seed=0)
+        opt = kfc(model, lr=lr, scaling="inverse", quadratic_model=True, seed=0)
         for _ in range(3):
             opt.zero_grad()
             LOSSES["categorical"](model(x), y).backward()
@@ -181,9 +182,7 @@ def closure_of(model, opt, x, y, calls):
 def test_the_ratio_is_the_change_of_the_loss_over_the_prediction():
     (x, y), calls = batch(), []
     model = kfc_fx.compile(network(dropout=0.3))
-    opt = kfc_fx.KFC(
-        model, lr=0.1, scaling="inverse", adapt_damping=1, damping=0.05, fisher="empirical"
-    )
+    opt = kfc(model, lr=0.1, scaling="inverse", adapt_damping=1, damping=0.05, fisher="empirical")
     closure = closure_of(model, opt, x, y, calls)
     opt.step(closure)
     before, state = copy.deepcopy(model), torch.get_rng_state()
@@ -218,7 +217,7 @@ def test_buffers_and_generators_are_as_after_one_call():
     for interval in (1, None):
         (x, y), model = batch(), kfc_fx.compile(network(dropout=0.3))
         torch.manual_seed(3)
-        opt = kfc_fx.KFC(model, lr=0.1, scaling="inverse", adapt_damping=interval, seed=0)
+        opt = kfc(model, lr=0.1, scaling="inverse", adapt_damping=interval, seed=0)
         opt.step(closure_of(model, opt, x, y, []))
         results.append([*model.buffers(), torch.get_rng_state()])
     for first, second in zip(*results, strict=True):
@@ -239,21 +238,22 @@ def test_damping_follows_the_ratio():
 
 def test_adapted_damping_is_used_saved_and_loaded():
     (x, y), model = batch(), kfc_fx.compile(network())
-    opt = kfc_fx.KFC(model, lr=0.1, scaling="inverse", adapt_damping=2)
+    opt = kfc(model, lr=0.1, scaling="inverse", adapt_damping=2)
     for _ in range(6):
         opt.step(closure_of(model, opt, x, y, []))
     adapted = opt.diagnostics.damping
     assert adapted != 0.01
-    assert opt._arguments(opt.engine)["damping"] == adapted
+    (numbers,) = opt._numbers(opt._engine).options.values()
+    assert numbers["damping"] == adapted
     other_model = kfc_fx.compile(network())
-    other = kfc_fx.KFC(other_model, lr=0.1, scaling="inverse", adapt_damping=2)
+    other = kfc(other_model, lr=0.1, scaling="inverse", adapt_damping=2)
     other.load_state_dict(opt.state_dict())
     assert other.diagnostics.damping == adapted
 
 
 def test_a_step_without_a_closure_is_refused_where_the_damping_is_adapted():
     (x, y), model = batch(), kfc_fx.compile(network())
-    opt = kfc_fx.KFC(model, lr=0.1, scaling="inverse", adapt_damping=2)
+    opt = kfc(model, lr=0.1, scaling="inverse", adapt_damping=2)
     for _ in range(2):
         LOSSES["categorical"](model(x), y).backward()
         if opt.diagnostics.steps == 1:
@@ -264,23 +264,9 @@ def test_a_step_without_a_closure_is_refused_where_the_damping_is_adapted():
         opt.zero_grad()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"quadratic_model": True}, "quadratic_model is for scaling='inverse'"),
-        ({"quadratic_model": True, "scaling": "eigen"}, "quadratic_model is for scaling"),
-        ({"adapt_damping": 5}, "adapt_damping is for scaling='inverse'"),
-        ({"adapt_damping": 0, "scaling": "inverse"}, "adapt_damping must be a whole number"),
-    ],
-)
-def test_options_that_do_not_fit_are_refused(options, message):
-    with pytest.raises(OptionError, match=message):
-        kfc_fx.KFC(kfc_fx.compile(network()), lr=0.1, **options)
-
-
 def test_a_closure_without_a_loss_is_refused_before_the_step():
     (x, y), model = batch(), kfc_fx.compile(network())
-    opt = kfc_fx.KFC(model, lr=0.1, scaling="inverse", adapt_damping=1)
+    opt = kfc(model, lr=0.1, scaling="inverse", adapt_damping=1)
     before = [p.detach().clone() for p in model.parameters()]
 
     def closure():

@@ -24,7 +24,7 @@ SCALINGS = ["adam", "spectral", "eigen", "inverse"]
 
 def step_that_raises(opt: kfc_fx.KFC, failing: str) -> None:
     """A step in which one of the generated functions raises."""
-    functions = opt.engine.program.functions
+    functions = opt._engine.program.functions
     own = functions[failing]
 
     def fail(*_, **__):
@@ -39,7 +39,7 @@ def step_that_raises(opt: kfc_fx.KFC, failing: str) -> None:
 @pytest.mark.parametrize("failing", ["accumulate", "refresh", "apply"])
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_a_step_that_raised_can_be_taken_again_as_if_nothing_had_been(scaling, failing):
-    options = {"factor_interval": 1, "inverse_interval": 1, "average": 3.0, "weight_decay": 0.1}
+    options = {"every": 1, "refresh_every": 1, "average": 3.0, "weight_decay": 0.1}
     compiled, opt = make(scaling=scaling, **options)
     reference, plain = make(scaling=scaling, **options)
     train(compiled, opt, 2)

@@ -18,7 +18,7 @@ from tests.models import backward, conv_network, make
 @pytest.mark.parametrize("scaling", ["adam", "inverse"])
 def test_a_report_of_a_run(scaling, tmp_path):
     net = conv_network()
-    compiled, opt = make(net, scaling=scaling, factor_interval=2, input_factor="separable")
+    compiled, opt = make(net, scaling=scaling, every=2, input_factor="separable")
     path = tmp_path / "run.json"
     for step in range(6):
         backward(compiled)

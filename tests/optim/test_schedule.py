@@ -3,7 +3,8 @@
 import pytest
 from torch.nn import functional as F
 
-from kfc_fx.optim.schedule import Schedule, averaging_rate, early_steps, schedule_for
+import kfc_fx
+from kfc_fx.optim.schedule import Schedule, averaging_rate, early_steps
 from tests.models import IMAGES, LABELS, collector_of, make
 
 
@@ -12,13 +13,13 @@ def due(schedule: Schedule, steps: int) -> list[int]:
 
 
 def test_intervals_grow_to_their_length_and_stay():
-    schedule = Schedule(factor_interval=10, inverse_interval=10)
+    schedule = Schedule(every=10, refresh_every=10)
     assert due(schedule, 80) == [*range(9), 10, 12, 15, 18, 22, 27, 33, 40, 50, 60, 70]
     assert schedule.early_phase == 40
 
 
 def test_statistics_and_refreshes_have_their_own_intervals():
-    schedule = Schedule(factor_interval=2, inverse_interval=10)
+    schedule = Schedule(every=2, refresh_every=10)
     refreshes = [step for step in range(60) if schedule.refresh_due(step)]
     assert due(schedule, 14) == [*range(9), 10, 12]
     assert refreshes == due(Schedule(10, 10), 60)
@@ -41,11 +42,16 @@ def test_short_intervals_are_kept(interval):
 
 
 def test_inverse_begins_with_twenty_steps():
-    schedule = schedule_for(("adam", "inverse"), 10, 10)
+    schedule = Schedule(10, 10, kfc_fx.Inverse.first_steps)
     assert due(schedule, 51) == [*range(20), 22, 27, 33, 40, 50]
     assert all(schedule.refresh_due(step) for step in range(20))
-    assert schedule_for(("adam",), 1, 1).early_phase == 4
-    assert schedule_for(("inverse",), 1, 1).early_phase == 20
+    assert Schedule(1, 1, kfc_fx.Adam.first_steps).early_phase == 4
+    assert Schedule(1, 1, kfc_fx.Inverse.first_steps).early_phase == 20
+
+
+def test_the_scaling_of_one_block_is_enough_for_its_first_steps():
+    _, opt = make(blocks={"0": "inverse"}, every=10, refresh_every=15)
+    assert opt.schedule == Schedule(10, 15, 20)
 
 
 def test_weights_of_few_statistics_grow_linearly():
@@ -60,7 +66,7 @@ def test_weights_of_few_statistics_grow_linearly():
 
 
 def test_ordinary_steps_run_the_plain_graph():
-    compiled, opt = make(factor_interval=1000, inverse_interval=1000)
+    compiled, opt = make(every=1000, refresh_every=1000)
     armed = []
     for _ in range(23):
         armed.append(collector_of(compiled).armed)

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import kfc_fx
 from kfc_fx.tools.cli import app
 from tests.models import first_factors, losses
+from tests.options import kfc
 from tests.oracle import batched_factors, categorical_cotangent
 
 E, C, R, N = 3, 4, 5, 6
@@ -240,7 +241,7 @@ def test_it_trains_as_layers_that_are_apart(scaling):
     x, y = torch.randn(N, E, 2, C).double(), torch.randint(5, (N,))
     for net in (stacked, apart):
         compiled = kfc_fx.compile(net.double())
-        opt = kfc_fx.KFC(compiled, lr=0.05, scaling=scaling, factor_interval=2, seed=3)
+        opt = kfc(compiled, lr=0.05, scaling=scaling, every=2, seed=3)
         seen = losses(compiled, opt, x, y, 6)
         assert seen[-1] < seen[0]
     torch.testing.assert_close(stacked.weight.mT, torch.stack([p.weight for p in layers]))
@@ -255,7 +256,7 @@ def test_compiled_backends_take_the_same_statistics():
     found = []
     for backend in ("eager", "aot_eager"):
         compiled = kfc_fx.compile(net, backend=backend)
-        opt = kfc_fx.KFC(compiled, lr=0.0, fisher="empirical")
+        opt = kfc(compiled, lr=0.0, fisher="empirical")
         F.cross_entropy(compiled(x), y).backward()
         opt.step()
         found.append(opt.factors["product"])

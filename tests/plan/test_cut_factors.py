@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import kfc_fx
 from kfc_fx.plan.forms import parts_of
 from tests.models import collector_of
+from tests.options import kfc
 from tests.oracle import categorical_cotangent, exact_factors
 
 
@@ -29,7 +30,7 @@ def diagonal_blocks(matrix: Tensor, parts: int, side: int) -> Tensor:
 def first_step(net: nn.Module, x: Tensor, y: Tensor, **options: object) -> kfc_fx.KFC:
     """The optimizer after one batch, with its true targets."""
     compiled = kfc_fx.compile(net)
-    opt = kfc_fx.KFC(compiled, lr=0.0, fisher="empirical", **options)
+    opt = kfc(compiled, lr=0.0, fisher="empirical", **options)
     F.cross_entropy(compiled(x), y).backward()
     opt.step()
     return opt
@@ -60,7 +61,7 @@ def test_factors_are_the_diagonal_blocks_of_whole_ones(case):
     x, y = torch.randn(6, *shape).double(), torch.randint(3, (6,))
     opt = first_step(net, x, y, basis_limit=4)
     factors = opt.factors
-    stack = next(s for s in opt.engine.spec.stacks if "0" in s.spans)
+    stack = next(s for s in opt._engine.spec.stacks if "0" in s.spans)
     assert (stack.forms.input_parts, stack.forms.output_parts) == (input_parts, output_parts)
     omega, gamma = exact_factors(net, net[0], x, categorical_cotangent(y))
     groups = getattr(layer, "groups", 1)
@@ -87,7 +88,7 @@ def test_steps_are_those_of_factors_with_zeros_beside_the_blocks(case, scaling):
     models = [kfc_fx.compile(net) for net in (cut, whole)]
     limits = {"basis_limit": 4}, {"basis_limit": 1000}
     optimizers = [
-        kfc_fx.KFC(model, **options, **limit) for model, limit in zip(models, limits, strict=True)
+        kfc(model, **options, **limit) for model, limit in zip(models, limits, strict=True)
     ]
     groups = getattr(layer, "groups", 1)
     head = parts_of(cut[3].in_features, 4)
@@ -133,7 +134,7 @@ def test_embeddings_and_packed_projections_have_parts():
     whole = first_step(copy.deepcopy(net), x, y).factors
     opt = first_step(net, x, y, basis_limit=4)
     factors = opt.factors
-    assert {s.key for s in opt.engine.spec.stacks} >= {"8p2x7d", "8p2x9p2", "3x9p2"}
+    assert {s.key for s in opt._engine.spec.stacks} >= {"8p2x7d", "8p2x9p2", "3x9p2"}
     for name, own in factors.items():
         omega, gamma = whole[name].omega, whole[name].gamma
         cut = gamma.clone()
@@ -162,11 +163,11 @@ def test_a_resumed_run_goes_on_bit_for_bit():
 
     other = copy.deepcopy(net)
     model = kfc_fx.compile(net)
-    opt = kfc_fx.KFC(model, seed=1, basis_limit=4)
+    opt = kfc(model, seed=1, basis_limit=4)
     run(model, opt, data[:2])
     other.load_state_dict(net.state_dict())
     resumed = kfc_fx.compile(other)
-    again = kfc_fx.KFC(resumed, seed=1, basis_limit=4)
+    again = kfc(resumed, seed=1, basis_limit=4)
     again.load_state_dict(opt.state_dict())
     for each in ((model, opt), (resumed, again)):
         run(*each, data[2:])
@@ -181,4 +182,4 @@ def test_parts_divide_a_side_and_are_not_slivers():
 @pytest.mark.parametrize("limit", [0, 2.5])
 def test_a_limit_that_is_no_whole_number_is_refused(limit):
     with pytest.raises(kfc_fx.OptionError, match="basis_limit must be a whole number"):
-        kfc_fx.KFC(kfc_fx.compile(nn.Linear(3, 2)), basis_limit=limit)
+        kfc(kfc_fx.compile(nn.Linear(3, 2)), basis_limit=limit)

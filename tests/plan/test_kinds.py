@@ -110,7 +110,7 @@ def test_a_kind_is_an_entry_a_rule_and_a_matcher(monkeypatch, scaling):
     expected_model, expected = first_factors(Doubled(written_out), x, y, scaling=scaling)
     compiled, factors = first_factors(Doubled(doubled_linear), x, y, scaling=scaling)
     assert [block.kind for block in compiled.kfc.plan.blocks] == ["doubled_linear", "linear"]
-    assert [block.kind for block in expected_model.plan.blocks] == ["linear", "linear"]
+    assert [block.kind for block in expected_model.kfc.plan.blocks] == ["linear", "linear"]
     assert set(factors) == set(expected) == {"", "head"}
     for name, own in factors.items():
         torch.testing.assert_close(own.omega, expected[name].omega)

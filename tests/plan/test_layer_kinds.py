@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import kfc_fx
 from kfc_fx.plan import spec
 from tests.models import first_factors, losses
+from tests.options import kfc
 from tests.oracle import categorical_cotangent, exact_factors
 
 TRANSPOSED = [
@@ -141,7 +142,7 @@ def test_a_transposed_weight_trains_as_its_linear_layer(scaling):
     x, y = torch.randn(6, 4).double(), torch.randint(5, (6,))
     for model in (net, reference):
         compiled = kfc_fx.compile(model)
-        opt = kfc_fx.KFC(compiled, lr=0.05, scaling=scaling, factor_interval=2, seed=3)
+        opt = kfc(compiled, lr=0.05, scaling=scaling, every=2, seed=3)
         for _ in range(5):
             F.cross_entropy(compiled(x), y).backward()
             opt.step()
@@ -212,7 +213,7 @@ def test_a_wide_side_has_a_diagonal_factor(side, scaling, monkeypatch):
         torch.testing.assert_close(factors["0"].omega, omega[0])
         torch.testing.assert_close(factors["0"].gamma, gamma[0].diagonal())
     compiled = kfc_fx.compile(net)
-    opt = kfc_fx.KFC(compiled, lr=0.05, scaling=scaling, factor_interval=2, inverse_interval=4)
+    opt = kfc(compiled, lr=0.05, scaling=scaling, every=2, refresh_every=4)
     seen = losses(compiled, opt, x, y, 20)
     assert seen[-1] < seen[0] / 2
 
@@ -249,7 +250,7 @@ def test_reduce_averages_inputs_and_sums_gradients():
     net = tokens_net()
     x, y = torch.randn(6, 2, 4).double(), torch.randint(5, (6,))
     compiled = kfc_fx.compile(net, weight_sharing={"0": "reduce", "[4]": "reduce"})
-    opt = kfc_fx.KFC(compiled, lr=0.0, fisher="empirical")
+    opt = kfc(compiled, lr=0.0, fisher="empirical")
     F.cross_entropy(compiled(x), y).backward()
     opt.step()
     assert [compiled.kfc.plan.block(n).sharing for n in "024"] == ["reduce", "expand", "reduce"]

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import kfc_fx
 from kfc_fx.linalg.eigenbasis import eigendecomposition
 from tests.models import first_factors, losses
+from tests.options import kfc
 from tests.oracle import categorical_cotangent
 
 
@@ -103,7 +104,7 @@ def test_they_train(scaling):
     net[0].requires_grad_(True)
     x, y = torch.randn(6, 3, 4).double(), torch.randint(5, (6,))
     compiled = kfc_fx.compile(net)
-    opt = kfc_fx.KFC(compiled, lr=0.05, scaling=scaling, clip=None, factor_interval=2)
+    opt = kfc(compiled, lr=0.05, scaling=scaling, clip=None, every=2)
     seen = losses(compiled, opt, x, y, 30)
     assert seen[-1] < seen[0] - 0.1
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import kfc_fx
 from tests.models import collector_of
+from tests.options import kfc
 
 GENERATOR = torch.Generator().manual_seed(1)
 X = torch.randn(8, 4, generator=GENERATOR).double()
@@ -92,7 +93,7 @@ class Net(nn.Module):
 
 def make(form, likelihood="categorical", **options):
     compiled = kfc_fx.compile(Net(form).double(), likelihood=likelihood)
-    return compiled, kfc_fx.KFC(compiled, **{"lr": 0.01, "seed": 3, "fisher": "sampled", **options})
+    return compiled, kfc(compiled, **{"lr": 0.01, "seed": 3, "fisher": "sampled", **options})
 
 
 def factors_of(compiled, opt) -> dict[str, tuple[Tensor, Tensor]]:

@@ -17,13 +17,14 @@ import kfc_fx
 from kfc_fx.statistics.request import StatisticsRequest
 from kfc_fx.statistics.sums import Sums
 from tests.models import IMAGES, LABELS, collector_of, conv_network, make
+from tests.options import kfc
 
 BACKENDS = pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 
 
 def make_whole(backend: str = "eager", **options) -> tuple[nn.Module, kfc_fx.KFC]:
     """With statistics of whole batches."""
-    return make(backend=backend, factor_samples=None, **options)
+    return make(backend=backend, samples=None, **options)
 
 
 def factors(opt: kfc_fx.KFC) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -202,7 +203,7 @@ def test_by_default_gradients_of_the_loss_serve_where_only_directions_count(
     likelihood, options, fisher
 ):
     compiled = kfc_fx.compile(conv_network(), likelihood=likelihood)
-    _opt = kfc_fx.KFC(compiled, **options)
+    _opt = kfc(compiled, **options)
     assert collector_of(compiled).request.fisher == fisher
 
 
@@ -225,7 +226,7 @@ def test_a_loss_that_the_model_computes_gives_the_same_statistics(backend):
     opt.step()
     expected = factors(opt)
     compiled = kfc_fx.compile(WithLoss(), backend=backend)
-    opt = kfc_fx.KFC(compiled, lr=0.01, factor_samples=None)
+    opt = kfc(compiled, lr=0.01, samples=None)
     compiled(IMAGES, LABELS)["loss"].backward()
     opt.step()
     found = {name.removeprefix("net."): own for name, own in factors(opt).items()}
@@ -234,7 +235,7 @@ def test_a_loss_that_the_model_computes_gives_the_same_statistics(backend):
 
 def test_where_the_scale_matters_the_loss_must_be_seen():
     compiled = kfc_fx.compile(WithLoss())
-    _opt = kfc_fx.KFC(compiled, lr=0.01, fisher="empirical", scaling="eigen")
+    _opt = kfc(compiled, lr=0.01, fisher="empirical", scaling="eigen")
     with pytest.raises(kfc_fx.OutputError, match=r"loss was not computed from it.*sampled"):
         compiled(IMAGES, LABELS)["loss"].backward()
     assert not collector_of(compiled).taking

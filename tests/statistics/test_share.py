@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import kfc_fx
 from kfc_fx.statistics.request import LEAST_EXAMPLES, ROWS, StatisticsRequest
 from kfc_fx.statistics.share import WHOLE, BatchShare
+from tests.options import kfc
 from tests.oracle import categorical_cotangent, exact_factors
 
 
@@ -53,7 +54,7 @@ def make(**options):
     torch.manual_seed(0)
     net = Layers().double()
     compiled = kfc_fx.compile(net)
-    return net, compiled, kfc_fx.KFC(compiled, lr=0.0, **options)
+    return net, compiled, kfc(compiled, lr=0.0, **options)
 
 
 def test_input_factors_have_the_rows_that_their_side_asks_for(batch):
@@ -62,7 +63,7 @@ def test_input_factors_have_the_rows_that_their_side_asks_for(batch):
     F.cross_entropy(compiled(x), y).backward()
     opt.step()
     for name, count in TAKEN.items():
-        _, other, alone = make(factor_samples=None)
+        _, other, alone = make(samples=None)
         F.cross_entropy(other(x[:count]), y[:count]).backward()
         alone.step()
         torch.testing.assert_close(opt.factors[name].omega, alone.factors[name].omega, msg=name)
@@ -77,7 +78,7 @@ def test_output_factors_have_the_whole_share(batch):
     _, compiled, opt = make()
     F.cross_entropy(compiled(x), y).backward()
     opt.step()
-    _, other, alone = make(factor_samples=None)
+    _, other, alone = make(samples=None)
     F.cross_entropy(other(x[:SHARE]), y[:SHARE]).backward()
     alone.step()
     for name in TAKEN:
@@ -90,20 +91,20 @@ def test_statistics_of_the_input_alone_take_the_same_part(batch, scaling):
     _, compiled, opt = make(scaling=scaling)
     F.cross_entropy(compiled(x), y).backward()
     opt.step()
-    _, other, alone = make(scaling=scaling, factor_samples=TAKEN["tokens"])
+    _, other, alone = make(scaling=scaling, samples=TAKEN["tokens"])
     F.cross_entropy(other(x), y).backward()
     alone.step()
     torch.testing.assert_close(opt.factors["tokens"].omega, alone.factors["tokens"].omega)
 
 
-@pytest.mark.parametrize("options", [{"fisher": "sampled"}, {"factor_samples": 20}])
+@pytest.mark.parametrize("options", [{"fisher": "sampled"}, {"samples": 20}])
 def test_sampled_targets_and_a_number_of_samples_set_no_limit_by_rows(batch, options):
     x, y = batch
     _, compiled, opt = make(**options)
     F.cross_entropy(compiled(x), y).backward()
     opt.step()
-    count = options.get("factor_samples", 64)
-    _, other, alone = make(factor_samples=None)
+    count = options.get("samples", 64)
+    _, other, alone = make(samples=None)
     F.cross_entropy(other(x[:count]), y[:count]).backward()
     alone.step()
     for name in TAKEN:
@@ -116,7 +117,7 @@ def test_separable_factors_take_the_rows_of_their_wider_side(batch):
     F.cross_entropy(compiled(x), y).backward()
     opt.step()
     for name, count in (("large", 8), ("small", 18)):  # sides 9, 9 x 8 / 4
-        _, other, alone = make(input_factor="separable", factor_samples=count)
+        _, other, alone = make(input_factor="separable", samples=count)
         F.cross_entropy(other(x), y).backward()
         alone.step()
         for factor in ("channel", "offset"):
@@ -132,14 +133,14 @@ def test_an_embedding_counts_all_its_tokens_and_scales_its_part(shape):
 
     def factors(x, y, **options):
         compiled = kfc_fx.compile(net)
-        opt = kfc_fx.KFC(compiled, lr=0.0, **options)
+        opt = kfc(compiled, lr=0.0, **options)
         F.cross_entropy(compiled(x), y).backward()
         opt.step()
         return opt.factors["0"]
 
     found = factors(x, y)
     assert torch.equal(found.omega, torch.bincount(x.flatten(), minlength=7) / 64)
-    expected = factors(x[:SHARE], y[:SHARE], factor_samples=None).gamma
+    expected = factors(x[:SHARE], y[:SHARE], samples=None).gamma
     torch.testing.assert_close(found.gamma, expected)
 
 

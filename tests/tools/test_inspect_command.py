@@ -205,6 +205,7 @@ def test_a_guessed_input_is_told():
     ("arguments", "message"),
     [
         (["--view", "plna"], "unknown view 'plna' (did you mean 'plan'?)"),
+        (["--scaling", "adma"], "unknown scaling 'adma' (did you mean 'adam'?)"),
         (["--capture", "dynmo"], "unknown capture 'dynmo' (did you mean 'dynamo'?)"),
         (
             ["--view", "graph", "--stage", "probs"],

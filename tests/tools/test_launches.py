@@ -17,8 +17,9 @@ from kfc_fx.codegen.spec import StackSpec
 from kfc_fx.codegen.stacking import stack_blocks
 from kfc_fx.codegen.text import products
 from kfc_fx.kernels import cpu_matmul
-from kfc_fx.optim import binding
+from kfc_fx.optim import update_spec
 from kfc_fx.tools.gpu.graph import resnet50_shaped
+from tests.options import kfc
 
 VIEWS = {
     *("alias", "detach", "expand", "permute", "select", "slice", "split", "split_with_sizes"),
@@ -53,7 +54,7 @@ def apart(blocks, *arguments: Callable) -> tuple[StackSpec, ...]:
 def ops_of_a_step(network: nn.Module, **options) -> DispatchedOps:
     """Of the first step that has neither statistics nor a refresh."""
     model = kfc_fx.compile(network)
-    optimizer = kfc_fx.KFC(model, lr=1e-4, **options)
+    optimizer = kfc(model, lr=1e-4, **options)
     x, y = torch.randn(4, 3, 32, 32), torch.randint(1000, (4,))
     counted, schedule = DispatchedOps(), optimizer.schedule
     for number in range(10):
@@ -76,9 +77,9 @@ def test_a_step_of_resnet50_dispatches_a_tenth_of_a_loop_over_layers(share, monk
     torch.manual_seed(0)
     network = resnet50_shaped(8)
     assert len(list(network.parameters())) == 161
-    options = {"input_factor": "separable", "orthogonalise": share}
+    options = {"input_factor": "separable", "orthogonalize": share}
     together = ops_of_a_step(network, **options).calls
-    monkeypatch.setattr(binding, "stack_blocks", apart)
+    monkeypatch.setattr(update_spec, "stack_blocks", apart)
     monkeypatch.setattr(orthogonal, "shared", lambda stack: stack.key)
     loop = ops_of_a_step(network, **options).tensors
     assert together <= loop / 10, (together, loop)

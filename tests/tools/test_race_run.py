@@ -260,10 +260,10 @@ def test_an_interval_holds_both_of_kfc_s(task: TaskSpec, data: RaceData) -> None
     entered = race_run.make(task, "kfc-adam", 0.01, 0, data, 8)
     (kfc,) = entered.optimizers
     assert hasattr(kfc, "schedule")
-    kfc.schedule = replace(kfc.schedule, factor_interval=4, inverse_interval=6)
+    kfc.schedule = replace(kfc.schedule, every=4, refresh_every=6)
     racer = race_costs.Racer("kfc-adam", entered, lambda: None)
     assert race_costs.whole_interval([racer]) == race_costs.turn_steps([racer]) == 60
-    kfc.schedule = replace(kfc.schedule, factor_interval=6)
+    kfc.schedule = replace(kfc.schedule, every=6)
     assert (race_costs.whole_interval([racer]), race_costs.turn_steps([racer])) == (30, 10)
 
 

@@ -38,7 +38,7 @@ RATE = 1e-4
 
 @dataclass(frozen=True)
 class Training:
-    """A freshly initialised model, its input, and the loss of a call of it."""
+    """A freshly initialized model, its input, and the loss of a call of it."""
 
     model: nn.Module
     x: Tensor
@@ -153,7 +153,7 @@ def _child(name: str, optimizer: str, steps: int, threads: int, connection: Conn
 
 def _train_kfc(training: Training, steps: int) -> Run:
     compiled = kfc_fx.compile(training.model)
-    opt = kfc_fx.KFC(compiled, lr=RATE, factor_interval=1, inverse_interval=1)
+    opt = kfc_fx.KFC(compiled, lr=RATE, statistics=kfc_fx.Statistics(every=1, refresh_every=1))
     losses = _train(training, compiled, opt, steps)
     peak = peak_bytes()
     done = (opt.diagnostics.statistics_steps, opt.diagnostics.refreshes)

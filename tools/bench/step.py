@@ -124,7 +124,7 @@ def mean_steps(scaling: str, rounds: int) -> Ratio:
     compiled = kfc_fx.compile(net)
     opt = kfc_fx.KFC(compiled, lr=1e-4, scaling=scaling)
     x, y = batch(size, 32)
-    interval = opt.options.inverse_interval
+    interval = opt.options.statistics.refresh_every
 
     def kfc() -> None:
         for _ in range(interval):

@@ -23,7 +23,7 @@ DEFAULT_NETWORKS = {
 
 
 def build(name: str, image_shape: ImageShape, classes: int) -> nn.Module:
-    """A freshly initialised network that maps images to logits ``[N, classes]``.
+    """A freshly initialized network that maps images to logits ``[N, classes]``.
 
     Args:
         name: one of :data:`NETWORKS`, or what names a model elsewhere (``resolve_target``):

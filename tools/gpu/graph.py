@@ -128,8 +128,7 @@ def _never_waits(device: torch.device, scaling: str) -> None:
         model,
         lr=0.01,
         scaling=scaling,
-        factor_interval=INTERVAL,
-        inverse_interval=INTERVAL,
+        statistics=kfc_fx.Statistics(every=INTERVAL, refresh_every=INTERVAL),
         cuda_graph=True,
         weight_decay=0.01,
     )

@@ -208,7 +208,8 @@ def step_timings(device: torch.device, batch: int = 256) -> dict[str, float]:
     found = {"SGD step ms": host_time([lambda: step(network, sgd)], device).median}
     for interval, label in ((1, "every step"), (10, "every tenth step")):
         model = kfc_fx.compile(small_residual_network().to(device))
-        optimizer = kfc_fx.KFC(model, lr=1e-3, factor_interval=interval, inverse_interval=1_000_000)
+        statistics = kfc_fx.Statistics(every=interval, refresh_every=1_000_000)
+        optimizer = kfc_fx.KFC(model, lr=1e-3, statistics=statistics)
         for _ in range(20):
             step(model, optimizer)
         optimizer.diagnostics.steps = optimizer.schedule.early_phase + 1  # no refresh from here on

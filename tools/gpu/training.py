@@ -21,6 +21,7 @@ EXAMPLES = 256  # enough that no factor has eigenvalues so close that its basis 
 STEPS = 8
 TINY_STEPS = 2
 TINY_SCALINGS = ("adam", "spectral")
+EMPIRICAL = kfc_fx.Statistics(fisher="empirical")
 TINY_COMPILED = "left out: torch.compile takes long"
 CLASSES = 10
 
@@ -132,7 +133,7 @@ def trained(device: torch.device, scaling: str, steps: int, **options: Any) -> T
     with _full_precision():
         model = kfc_fx.compile(copy.deepcopy(network).to(device), likelihood="bernoulli")
         optimizer = kfc_fx.KFC(
-            model, lr=SCALINGS[scaling].lr, scaling=scaling, fisher="empirical", **options
+            model, SCALINGS[scaling].lr, scaling=scaling, statistics=EMPIRICAL, **options
         )
         for _ in range(steps):
             F.binary_cross_entropy_with_logits(model(x), y).backward()

@@ -108,7 +108,7 @@ def turn_steps(racers: Sequence[Racer]) -> int:
 
 def _intervals(racers: Sequence[Racer]) -> list[tuple[int, int]]:
     schedules = [racer.kfc.schedule for racer in racers if racer.kfc is not None]
-    return [(each.factor_interval, each.inverse_interval) for each in schedules]
+    return [(each.every, each.refresh_every) for each in schedules]
 
 
 def _racer(task: TaskSpec, name: str, batch_size: int, data: RaceData) -> Racer:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import kfc_fx
-from kfc_fx.plan.choices import Scaling
+from kfc_fx.optim.scalings.table import SCALINGS
 from kfc_fx.tools.failures import CommandError, unknown_name
 from kfc_fx.tools.race.tasks import TaskSpec
 
@@ -41,7 +41,7 @@ SHORTENED = (f"{KFC_PREFIX}adam",)
 """Whose runs are shortened to find how few steps end as low as a rival: the default scaling."""
 PUBLISHED = (f"{KFC_PREFIX}eigen", f"{KFC_PREFIX}inverse")
 """Scalings that are there for what others have published: one seed, and no part in short races."""
-ENTRANTS = (*RIVALS, *(f"{KFC_PREFIX}{scaling}" for scaling in get_args(Scaling)))
+ENTRANTS = (*RIVALS, *(f"{KFC_PREFIX}{scaling}" for scaling in SCALINGS))
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def use_huge_pages() -> None:
 def make(
     task: TaskSpec, optimizer: str, lr: float, seed: int, data: RaceData, batch_size: int
 ) -> Entered:
-    """The task's network, freshly initialised, and the optimizer for it."""
+    """The task's network, freshly initialized, and the optimizer for it."""
     torch.manual_seed(seed)
     example, _ = data.train.batch(slice(batch_size))
     network = task.build().to(example.device)

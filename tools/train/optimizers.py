@@ -6,17 +6,15 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 import kfc_fx
-from kfc_fx.codegen.spec import Scaling
+from kfc_fx.optim.scalings.table import SCALINGS
 from kfc_fx.tools.failures import CommandError, unknown_name
 
 TITLES = {"kfc": "KFC", "sgd": "SGD Nesterov", "adamw": "AdamW"}
-SCALINGS = get_args(Scaling)
 LEARNING_RATES = {
     "kfc adam": 0.01,
     "kfc spectral": 0.05,
@@ -66,7 +64,7 @@ def specify(
     Args:
         names: of :data:`TITLES`, separated by commas.
         lr_options: each ``name=rate``, or several separated by commas.
-        scaling: KFC's, one of :data:`SCALINGS`.
+        scaling: KFC's, one of :data:`~kfc_fx.optim.scalings.table.SCALINGS`.
         model: name of the network; ``digits-net`` has default rates of its own.
 
     Raises:
@@ -100,7 +98,7 @@ def prepare(spec: OptimizerSpec, network: nn.Module, example: Tensor) -> Prepare
     started = time.perf_counter()
     compiled = kfc_fx.compile(network, likelihood="categorical")
     compiled.kfc.trace(example)
-    kfc = kfc_fx.KFC(compiled, lr=spec.lr, scaling=spec.scaling)
+    kfc = kfc_fx.KFC(compiled, lr=spec.lr, scaling=spec.scaling or "adam")
     return Prepared(compiled, kfc, time.perf_counter() - started)
 
 

@@ -6,24 +6,31 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from kfc_fx.codegen.pieces.context import Context
-from kfc_fx.codegen.pieces.generic import generic_steps
-from kfc_fx.codegen.pieces.matrices import scatter
-from kfc_fx.codegen.scalings.rules import RULES, STEP_RULES, VECTOR_RULES
-from kfc_fx.codegen.spec import Clip, StackSpec, UpdateSpec
-from kfc_fx.codegen.text.update_graph import UpdateGraph, Value
-from kfc_fx.plan.choices import Scaling
+from kfc_fx.codegen.pieces.context import Context, StackContext, kept
+from kfc_fx.codegen.pieces.generic import generic_arguments, generic_steps
+from kfc_fx.codegen.pieces.matrices import scatter, step_by_parameter
+from kfc_fx.codegen.scalings.rules import rule_of, step_rule_of, steps_by_vector, vector_rule_of
+from kfc_fx.codegen.spec import Clip, ScalingSpec, StackSpec, UpdateSpec
+from kfc_fx.codegen.text.update_graph import UpdateGraph, Value, merged, values_at
 
-BOUND_TEXT = ",\n    scaled by sqrt(clip / ν) where ν = vᵀ(F + γ)v > clip"
+BOUND_TEXT = ", scaled by sqrt(clip / ν) where ν = vᵀ(F + γ)v > clip"
 CLIP_TEXTS: dict[Clip, str] = {
     "none": "",
     "factors": BOUND_TEXT,
     "exact": BOUND_TEXT,
     "model": ", scaled by the step size that the quadratic model is least at",
 }
-ORTHOGONAL_TEXT = """. What is scaled of a
-    matrix moves towards its polar factor by the share ``orthogonalise``, its norm stays"""
-PRECONDITION_SUMMARY = "The vectors v of blocks that step by one, before they are scaled."
+CLIP_ARGUMENTS: dict[Clip, tuple[str, ...]] = {
+    "none": (),
+    "factors": ("clip",),
+    "exact": ("v", "nu", "clip"),
+    "model": ("v", "step_size"),
+}
+ORTHOGONAL_TEXT = """What is scaled of a matrix moves towards its polar factor by the share
+``orthogonalize``, its norm stays. """
+PRECONDITION_SUMMARY = """The vectors v of layers that step by one, before they are scaled.
+
+Returns v by stack and by parameter{momenta}{state}."""
 
 
 def apply_graphs(spec: UpdateSpec) -> list[UpdateGraph]:
@@ -35,88 +42,104 @@ def apply_graphs(spec: UpdateSpec) -> list[UpdateGraph]:
 
 
 def _precondition_graph(spec: UpdateSpec) -> UpdateGraph:
-    """``precondition(gradients, state, lr, ...) -> (v by stack, v by parameter, new state)``; for
-    the quadratic model, the momentum by parameter before the new state."""
-    update = UpdateGraph("precondition", PRECONDITION_SUMMARY)
+    """``precondition(gradients, state, lr, ...) -> {"v": by stack, "views": by parameter}``; for
+    the quadratic model with ``"momenta"`` by parameter, and with ``"state"`` where it is new."""
     names = ["gradients", "state", "lr", *_options(spec, _by_vector(spec))]
     names += ["active"] * spec.partial
+    update = UpdateGraph("precondition")
     context = Context(update, spec, {name: update.argument(name) for name in names})
-    views: dict[str, Value] = {}
-    matrices: dict[str, Value] = {}
-    momenta: dict[str, Value] = {}
-    for stack, _, v in _directions(context):
-        matrices[stack.key] = v
-        views.update(scatter(update, stack, v))
-        if spec.clip == "model" and context.has_momentum(stack):
-            momenta.update(scatter(update, stack, context.state("p", stack)))
-    found = (matrices, views, momenta) if spec.clip == "model" else (matrices, views)
-    return update.finish((*found, context.result))
+    found = list(_directions(context))
+    vectors = {stack.key: update.let(f"v_{stack.key}", v) for stack, v in found}
+    views = [context.of_stack("split", s, _views, matrix=vectors[s.key]) for s, _ in found]
+    result = {"v": vectors, "views": update.call(merged, *views)}
+    moving = [s for s, _ in found if spec.clip == "model" and context.has_momentum(s)]
+    if moving:
+        momenta = [
+            context.of_stack("split", s, _views, matrix=context.state("p", s)) for s in moving
+        ]
+        result["momenta"] = update.call(merged, *momenta)
+    if context.result:
+        result["state"] = context.result
+    update.summary = PRECONDITION_SUMMARY.format(
+        momenta=", and the momentum by parameter" * bool(moving),
+        state=", and new state by stack" * bool(context.result),
+    )
+    return update.finish(result)
+
+
+def _views(local: StackContext) -> object:
+    return scatter(local.stack, local.arguments["matrix"])
 
 
 def _apply_graph(spec: UpdateSpec) -> UpdateGraph:
-    summaries = [_summary(spec, scaling) for scaling in spec.scalings]
-    update = UpdateGraph("apply", "One step of " + "\n\n    And of ".join(summaries) + "\n    ")
-    context = Context(update, spec, _arguments(update, spec))
+    update = UpdateGraph("apply", "\n\n".join(_summary(spec, s) for s in spec.scalings))
+    names = dict.fromkeys(_arguments(spec))
+    context = Context(update, spec, {name: update.argument(name) for name in names})
     vectors = _vectors(context)
-    steps: dict[str, Value] = {}
+    steps: list[Value] = []
     for scaling in spec.scalings:
         stacks = spec.stacks_of(scaling)
-        if scaling in VECTOR_RULES:
-            found = _vector_steps(context, stacks, vectors)
+        if steps_by_vector(scaling.generator):
+            steps += _vector_steps(context, stacks, vectors)
         else:
-            found = STEP_RULES[scaling].steps(context, stacks)
-        for stack, matrix in zip(stacks, found, strict=True):
-            steps.update(scatter(update, stack, matrix))
+            steps += step_rule_of(scaling).steps(context, stacks)
     return _finish(context, steps)
 
 
-def _summary(spec: UpdateSpec, scaling: Scaling) -> str:
+def _summary(spec: UpdateSpec, scaling: ScalingSpec) -> str:
     ahead = scaling in spec.nesterov
-    return RULES[scaling].SUMMARY.format(
+    return rule_of(scaling).SUMMARY.format(
         clip=CLIP_TEXTS[spec.clip],
         ahead=", with Nesterov's step ahead" if ahead else "",
-        orthogonal=ORTHOGONAL_TEXT if spec.orthogonalise else "",
+        orthogonal=ORTHOGONAL_TEXT if scaling in spec.orthogonalize else "",
         moved="momentum p + v" if ahead else "p",
     )
 
 
-def _vector_stacks(spec: UpdateSpec) -> list[StackSpec]:
-    return [stack for stack in spec.stacks if stack.scaling in VECTOR_RULES]
-
-
-def _directions(context: Context) -> Iterator[tuple[StackSpec, Value, Value]]:
-    """(stack, gradient, v) of all stacks that step by a vector."""
-    for scaling in context.spec.scalings:
-        if scaling in VECTOR_RULES:
-            stacks = context.spec.stacks_of(scaling)
-            found = VECTOR_RULES[scaling].directions(context, stacks)
-            for stack, (g, v) in zip(stacks, found, strict=True):
-                yield stack, g, v
+def _directions(context: Context) -> Iterator[tuple[StackSpec, Value]]:
+    """Each stack that steps by a vector, and its v."""
+    for scaling in _by_vector(context.spec):
+        stacks = context.spec.stacks_of(scaling)
+        rule = vector_rule_of(scaling)
+        assert rule is not None
+        found = rule.directions(context, stacks)
+        yield from zip(stacks, found, strict=True)
 
 
 def _vectors(context: Context) -> dict[str, Value]:
-    """v by stack, and how far it is scaled; with the clip from the factors, ν = −Σ lr ⟨∇, v⟩,
-    since F v = −lr ∇."""
+    """v by stack, and how far it is scaled."""
     update, spec, arguments = context.update, context.spec, context.arguments
-    stacks = _vector_stacks(spec)
     if spec.pauses:
-        vectors = {stack.key: arguments["v"][stack.key] for stack in stacks}
+        vectors = {
+            s.key: arguments["v"][s.key]
+            for s in spec.stacks
+            if steps_by_vector(s.scaling.generator)
+        }
+    elif spec.clip == "factors":
+        vectors, arguments["nu"] = _vectors_with_nu(context)
     else:
-        vectors, nu = {}, None
-        for stack, g, v in _directions(context):
-            vectors[stack.key] = v
-            part = -(arguments["lr"][stack.key] * g * v).sum()
-            if stack.device != stacks[0].device:
-                part = part.to(stacks[0].device)
-            nu = part if nu is None else nu + part
-        if spec.clip == "factors":
-            update.section("ν = vᵀ(F + γ)v = −Σ lr ⟨∇, v⟩, since (F + γ) v = −lr ∇")
-            arguments["nu"] = update.let("nu", nu)
+        vectors = {stack.key: v for stack, v in _directions(context)}
     if spec.clip in ("factors", "exact"):
-        scale = (arguments["clip"] / arguments["nu"].clamp(min=1e-30)).sqrt().clamp(max=1)
-        arguments["clip_scale"] = update.let("clip_scale", scale)
-        context.result |= {"nu": arguments["nu"], "clip_scale": arguments["clip_scale"]}
+        ratio = arguments["clip"] / arguments["nu"].clamp(min=1e-30)
+        scale = update.let("clip_scale", ratio.sqrt().clamp(max=1), remark="ν may be zero")
+        arguments["clip_scale"] = scale
+        context.result["report"] = {"nu": arguments["nu"], "clip_scale": scale}
     return vectors
+
+
+def _vectors_with_nu(context: Context) -> tuple[dict[str, Value], Value]:
+    update = context.update
+    vectors, parts, first = {}, [], ""
+    for stack, pair in _directions(context):
+        names = (f"v_{stack.key}", f"nu_{stack.key}")
+        vectors[stack.key], part = update.let_tuple(names, pair)
+        first = first or stack.device
+        parts.append(part.to(first) if stack.device != first else part)
+    nu = parts[0]
+    for part in parts[1:]:
+        nu = nu + part
+    update.section("ν = vᵀ(F + γ)v = −Σ lr ⟨∇, v⟩, since (F + γ) v = −lr ∇")
+    return vectors, update.let("nu", nu)
 
 
 def _vector_steps(
@@ -124,85 +147,103 @@ def _vector_steps(
 ) -> Iterator[Value]:
     """``p ← momentum p + v``, and the step p or, ahead of it, ``momentum p + v``."""
     update, one = context.update, stacks[0]
+
+    def named(word: str, values: Value) -> Value:
+        return update.let(context.name(word, one.scaling), values)
+
     update.section(f'steps of all "{one.scaling}" stacks')
-    moved = update.named_list("vectors", [vectors[stack.key] for stack in stacks])
+    moved = named("vectors", update.call(list, tuple(vectors[stack.key] for stack in stacks)))
     scale = {"none": None, "model": "step_size"}.get(context.spec.clip, "clip_scale")
     if scale:
-        moved = update.call(torch._foreach_mul, moved, context.arguments[scale])
-        moved = update.let_list("scaled_vectors", moved)
+        scaled = update.call(torch._foreach_mul, moved, context.arguments[scale])
+        moved = named("scaled_vectors", scaled)
     if context.has_momentum(one):
-        momentum, v = context.option("momentum", one), moved
-        p = update.call(torch._foreach_mul, context.states("p", stacks), momentum)
-        moved = context.keep("p", stacks, update.call(torch._foreach_add, p, v))
+        momentum, v, old = context.momentum(stacks), moved, context.states("p", stacks)
+        p = update.call(torch._foreach_add, update.call(torch._foreach_mul, old, momentum), v)
+        moved = named("p", kept(update, context.actives(stacks), p, old))
+        context.keep("p", stacks, moved)
         if context.steps_ahead(one):
             ahead = update.call(torch._foreach_mul, moved, momentum)
-            moved = update.let_list("ahead", update.call(torch._foreach_add, ahead, v))
+            moved = named("ahead", update.call(torch._foreach_add, ahead, v))
     for index, stack in enumerate(stacks):
-        yield context.step(stack, moved[index])
+        yield context.of_stack("step", stack, _vector_step, vector=moved[index])
 
 
-def _by_vector(spec: UpdateSpec) -> list[Scaling]:
-    return [scaling for scaling in spec.scalings if scaling in VECTOR_RULES]
+def _vector_step(local: StackContext) -> object:
+    vector = local.arguments["vector"]
+    if local.spec.partial:
+        return step_by_parameter(local, vector)
+    return scatter(local.stack, vector)
 
 
-def _options(spec: UpdateSpec, scalings: Sequence[Scaling]) -> list[str]:
+def _by_vector(spec: UpdateSpec) -> list[ScalingSpec]:
+    return [scaling for scaling in spec.scalings if steps_by_vector(scaling.generator)]
+
+
+def _options(spec: UpdateSpec, scalings: Sequence[ScalingSpec]) -> list[str]:
     """Arguments for the options of ``scalings`` besides their momentum."""
     names: list[str] = []
     for scaling in scalings:
-        own = [name for name in RULES[scaling].OPTIONS if name != "step"]
-        own += ["orthogonalise"] * (scaling == "adam" and spec.orthogonalise)
+        own = [name for name in rule_of(scaling).OPTIONS if name != "step"]
+        own += ["orthogonalize"] if scaling in spec.orthogonalize else []
         names += [spec.option(name, scaling) for name in own]
-    return names + ["step"] * any("step" in RULES[scaling].OPTIONS for scaling in scalings)
+    counts = any("step" in rule_of(scaling).OPTIONS for scaling in scalings)
+    return [*names, "step"] if counts else names
 
 
-def _arguments(update: UpdateGraph, spec: UpdateSpec) -> dict[str, Value]:
-    names = ["parameters", "gradients", "state", "lr"]
-    names += [spec.option("momentum", s) for s in spec.scalings if s in spec.momentum]
+def _arguments(spec: UpdateSpec) -> list[str]:
+    """Names of the arguments of ``apply``; some may come twice."""
     # Where v is computed before the pause, so are the options that it takes.
     before = _by_vector(spec) if spec.pauses else []
-    names += _options(spec, [s for s in spec.scalings if s not in before])
-    names += {
-        "none": [],
-        "factors": ["clip"],
-        "exact": ["v", "nu", "clip"],
-        "model": ["v", "step_size"],
-    }[spec.clip]
-    names += ["active"] * spec.partial
-    names += ["shrink"] * spec.weight_decay
-    names += ["average_decay"] * spec.average
-    names += ["masters"] * bool(spec.masters)
-    if spec.generic:
-        names += ["generic_momentum"] * ("generic" in spec.momentum)
-        names += ["step"] * (spec.generic_rule == "adamw" and "step" not in names)
-    return {name: update.argument(name) for name in names}
+    wanted = [
+        (True, ["parameters", "gradients", "state", "lr"]),
+        (True, _momenta(spec)),
+        (True, _options(spec, [s for s in spec.scalings if s not in before])),
+        (True, CLIP_ARGUMENTS[spec.clip]),
+        (spec.partial, ["active"]),
+        (spec.weight_decay, ["shrink"]),
+        (spec.average, ["average", "average_decay"]),
+        (bool(spec.master_weights), ["master_weights"]),
+        (bool(spec.generic), generic_arguments(spec)),
+    ]
+    return [name for is_taken, names in wanted if is_taken for name in names]
 
 
-def _finish(context: Context, steps: dict[str, Value]) -> UpdateGraph:
+def _momenta(spec: UpdateSpec) -> list[str]:
+    own = [scaling for scaling in spec.scalings if spec.has_own_momenta(scaling)]
+    shared = [s for s in spec.scalings if s in spec.momentum and s not in own]
+    return ["momentum"] * bool(own) + [spec.option("momentum", scaling) for scaling in shared]
+
+
+def _finish(context: Context, steps: Sequence[Value]) -> UpdateGraph:
     """Generic parameters, decay, the step itself and the Polyak average; one call for each."""
     update, spec, arguments = context.update, context.spec, context.arguments
     generic = generic_steps(context) if spec.generic else None
-    written = {
-        name: arguments["masters" if name in spec.masters else "parameters"][name]
-        for name in spec.parameters
-    }
+    parameters = arguments["parameters"]
+    update.section("steps by parameter" + ", and all that is written" * bool(spec.master_weights))
+    found = update.let("steps", update.call(merged, *steps) if len(steps) > 1 else steps[0])
+    written = parameters
+    if spec.master_weights:
+        written = update.let(
+            "written", update.call(merged, parameters, arguments["master_weights"])
+        )
+    everything = update.call(list, written.values())
+    if spec.weight_decay and spec.average:
+        everything = update.let("everything", everything)
     update.section("the only writes to the parameters")
-    if spec.weight_decay or spec.average:
-        everything = update.named_list("everything", list(written.values()))
     if spec.weight_decay:
         update.effect(torch._foreach_mul_, everything, arguments["shrink"])
-    update.effect(torch._foreach_add_, [written[n] for n in steps], list(steps.values()))
+    moved = update.call(values_at, written, found)
+    update.effect(torch._foreach_add_, moved, update.call(list, found.values()))
     if generic is not None:
         names = [parameter.name for parameter in spec.generic]
         update.effect(torch._foreach_sub_, [written[name] for name in names], generic)
-    if spec.masters:
-        rounded = [arguments["parameters"][name] for name in spec.masters]
-        update.effect(torch._foreach_copy_, rounded, [written[name] for name in spec.masters])
+    if spec.master_weights:
+        master_weights = arguments["master_weights"]
+        rounded = update.call(values_at, parameters, master_weights)
+        update.effect(torch._foreach_copy_, rounded, update.call(list, master_weights.values()))
     if spec.average:
-        averaged = update.call(
-            torch._foreach_lerp,
-            arguments["state"]["average"],
-            everything,
-            1 - arguments["average_decay"],
-        )
-        context.result["average"] = update.let("average", averaged)
+        weight = 1 - arguments["average_decay"]
+        averaged = update.call(torch._foreach_lerp, arguments["average"], everything, weight)
+        context.result["average"] = update.let("new_average", averaged)
     return update.finish(context.result)

@@ -1,46 +1,55 @@
-"""Generate ``start`` and ``refresh``: factors into inverses, bases or whitening matrices."""
+"""Generate ``refresh``: factors into inverses, bases or whitening matrices."""
 
 from __future__ import annotations
 
-from kfc_fx.codegen.functions.accumulate import describe
-from kfc_fx.codegen.pieces.context import Context
-from kfc_fx.codegen.pieces.decompositions import decompose_together
-from kfc_fx.codegen.scalings.rules import RULES
-from kfc_fx.codegen.spec import UpdateSpec
+from kfc_fx.codegen.pieces.context import Context, StackContext
+from kfc_fx.codegen.pieces.decompositions import Made, decompose_together
+from kfc_fx.codegen.scalings.rules import rule_of
+from kfc_fx.codegen.spec import StackSpec, UpdateSpec
 from kfc_fx.codegen.text.update_graph import UpdateGraph, Value
 
-
-def refresh_graphs(spec: UpdateSpec) -> list[UpdateGraph]:
-    """``refresh(state, ...) -> (new state entries, failed by stack)``, and ``start``.
-
-    ``start`` is the first refresh, where that is another: there is no basis to start from.
-    """
-    rules = [RULES[scaling] for scaling in spec.scalings]
-    summary = "\n\n    ".join(rule.REFRESH_SUMMARY for rule in rules)
-    graphs = [_refresh_graph(spec, "refresh", summary, first=False)]
-    if any(rule.START_SUMMARY for rule in rules):
-        starts = [rule.START_SUMMARY or rule.REFRESH_SUMMARY for rule in rules]
-        graphs.insert(0, _refresh_graph(spec, "start", "\n\n    ".join(starts), first=True))
-    return graphs
+RETURNS = "Returns new state by stack, and which of its entries could not be decomposed."
 
 
-def _refresh_graph(spec: UpdateSpec, name: str, summary: str, *, first: bool) -> UpdateGraph:
-    update = UpdateGraph(name, summary + ("\n    " if "\n" in summary else ""))
-    names = ["state"]
+def refresh_graph(spec: UpdateSpec) -> UpdateGraph:
+    """``refresh(state, ...) -> {stack: (new state entries, failed [depth])}``."""
+    wanted = [
+        each for stack in spec.stacks for each in rule_of(stack.scaling).decompositions(spec, stack)
+    ]
+    follows = any(each.follows for each in wanted)
+    update = UpdateGraph("refresh", _summary(spec, follows=follows))
+    names = ["state", *(["first"] if follows else [])]
     names += [
         spec.option(option, scaling)
         for scaling in spec.scalings
-        for option in RULES[scaling].REFRESH_OPTIONS
+        for option in rule_of(scaling).REFRESH_OPTIONS
     ]
     context = Context(update, spec, {name: update.argument(name) for name in names})
-    failed: dict[str, list[Value]] = {}
-    wanted = [
-        each
-        for stack in spec.stacks
-        for each in RULES[stack.scaling].decompositions(context, stack, first=first)
-    ]
-    decompose_together(context, wanted)
-    for stack in spec.stacks:
-        update.section(describe(stack))
-        failed[stack.key] = RULES[stack.scaling].refresh(context, stack, first=first)
-    return update.finish((context.result, failed))
+    made = decompose_together(context, wanted)
+    return update.finish({s.key: _refreshed(context, s, made) for s in spec.stacks})
+
+
+def _summary(spec: UpdateSpec, *, follows: bool) -> str:
+    rules = [rule_of(scaling) for scaling in spec.scalings]
+    texts = [rule.REFRESH_SUMMARY for rule in rules]
+    texts += [rule.FOLLOW_SUMMARY for rule in rules if follows]
+    return "\n\n".join(text for text in dict.fromkeys([*texts, RETURNS]) if text)
+
+
+def _refreshed(context: Context, stack: StackSpec, made: Made) -> Value:
+    rule = rule_of(stack.scaling)
+    arguments = {"first": context.arguments["first"]} if "first" in context.arguments else {}
+    arguments |= {name: context.option(name, stack) for name in rule.REFRESH_OPTIONS}
+    for wanted in rule.decompositions(context.spec, stack):
+        if (stack.key, wanted.name) in made:
+            result, failed = made[stack.key, wanted.name]
+            arguments |= {wanted.name: result, f"failed_{wanted.factor}": failed}
+
+    def body(local: StackContext) -> object:
+        entries, failed = rule.refresh(local, made)
+        any_failed = failed[0]
+        for each in failed[1:]:
+            any_failed = any_failed | each
+        return entries, any_failed
+
+    return context.of_stack("refresh", stack, body, **arguments)

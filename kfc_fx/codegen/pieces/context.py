@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
+from kfc_fx.codegen.spec import ScalingSpec, StackSpec, UpdateSpec, describe
+from kfc_fx.codegen.text.update_graph import UpdateGraph, Value, entries_at, values_at
+from kfc_fx.linalg.lists import where_active
 
-from kfc_fx.codegen.spec import StackSpec, UpdateSpec
-from kfc_fx.codegen.text.update_graph import UpdateGraph, Value
+
+@dataclass(frozen=True)
+class StackContext:
+    """A function within another, of one stack, that is being generated."""
+
+    update: UpdateGraph
+    spec: UpdateSpec
+    stack: StackSpec
+    arguments: Mapping[str, Value]
+
+    def state(self, name: str) -> Value:
+        """A state tensor of the stack."""
+        return self.arguments["state"][name]
+
+    def let(self, name: str, value: Value) -> Value:
+        """Name a value that has the shape of the gradient."""
+        return self.update.let(name, value, self.stack.matrix_shape)
 
 
 @dataclass
@@ -18,18 +35,47 @@ class Context:
     update: UpdateGraph
     spec: UpdateSpec
     arguments: dict[str, Value]
-    result: dict[str, Value] = field(default_factory=dict)
-    """New state by name: what the function returns."""
-    together: dict[str, tuple[Value, Value]] = field(default_factory=dict)
-    """Decompositions that were made for several stacks at once, and what failed, by state key."""
+    result: dict[str, dict[str, Value]] = field(default_factory=dict)
+    """New state by stack and name: what the function returns."""
+    keys: dict[str, Value] = field(default_factory=dict)
+    """Names of stacks that were listed so far."""
 
     def state(self, name: str, stack: StackSpec) -> Value:
         """A state tensor of a stack."""
-        return self.arguments["state"][f"{name}_{stack.key}"]
+        return self.arguments["state"][stack.key][name]
+
+    def states(self, name: str, stacks: Sequence[StackSpec]) -> Value:
+        """A state tensor of each of the stacks of a scaling, a list."""
+        if len(stacks) == 1:
+            return [self.state(name, stacks[0])]
+        return self.update.call(entries_at, self.arguments["state"], self._keys(stacks), name)
+
+    def each(self, argument: str, stacks: Sequence[StackSpec]) -> Value:
+        """The entry of an argument for each of the stacks of a scaling, a list."""
+        if len(stacks) == 1:
+            return [self.arguments[argument][stacks[0].key]]
+        return self.update.call(values_at, self.arguments[argument], self._keys(stacks))
+
+    def _keys(self, stacks: Sequence[StackSpec]) -> Value:
+        """The names of the stacks of a scaling."""
+        name = self.name("stacks", stacks[0].scaling)
+        if name not in self.keys:
+            keys = self.update.call(tuple, tuple(stack.key for stack in stacks))
+            self.keys[name] = self.update.let(name, keys)
+        return self.keys[name]
 
     def option(self, name: str, stack: StackSpec) -> Value:
         """An option of the stack's scaling."""
         return self.arguments[self.spec.option(name, stack.scaling)]
+
+    def momentum(self, stacks: Sequence[StackSpec]) -> Value:
+        """The momentum that stacks of one scaling share, or the list of their own."""
+        scaling = stacks[0].scaling
+        if not self.spec.has_own_momenta(scaling):
+            return self.option("momentum", stacks[0])
+        own = self.each("momentum", stacks)
+        own = self.update.call(list, tuple(own)) if isinstance(own, list) else own
+        return self.update.let(self.name("momenta", scaling), own)
 
     def has_momentum(self, stack: StackSpec) -> bool:
         """Whether the blocks of a stack keep a momentum."""
@@ -39,28 +85,55 @@ class Context:
         """Whether the momentum of a stack takes Nesterov's step ahead."""
         return stack.scaling in self.spec.nesterov
 
-    def states(self, name: str, stacks: Sequence[StackSpec]) -> list[Value]:
-        """A state tensor of each of several stacks."""
-        return [self.state(name, stack) for stack in stacks]
+    def name(self, word: str, scaling: ScalingSpec) -> str:
+        """A name for something of all stacks of a scaling: with several scalings, one of each."""
+        return word if len(self.spec.scalings) == 1 else f"{word}_{scaling}"
 
-    def keep(self, name: str, stacks: Sequence[StackSpec], new: Value) -> Value:
-        """Name a list of new state tensors shaped like the gradients, and return them from the
-        function; blocks that have no gradient in this step keep the old ones."""
-        if self.spec.partial:
-            found = self.update.let_list(f"new_{name}", new)
-            old = self.states(name, stacks)
-            kept = []
-            for i, stack in enumerate(stacks):
-                active = self.arguments["active"][stack.key]
-                kept.append(self.update.call(torch.where, active, found[i], old[i]))
-            new = self.update.call(list, tuple(kept))
-        new = self.update.let_list(name, new)
-        for i, stack in enumerate(stacks):
-            self.result[f"{name}_{stack.key}"] = new[i]
-        return new
+    def of_stack(
+        self,
+        verb: str,
+        stack: StackSpec,
+        body: Callable[[StackContext], object],
+        **arguments: Value,
+    ) -> Value:
+        """Define a function for a stack and call it, on what it uses of the arguments and of
+        ``gradients``, the stack's own ``state`` and, where some block has no gradient in this
+        step, ``active``."""
+        given = dict(arguments)
+        for name in ("gradients", "state", "active"):
+            if name in self.arguments:
+                own = self.arguments[name]
+                given[name] = own if name == "gradients" else own[stack.key]
 
-    def step(self, stack: StackSpec, step: Value) -> Value:
-        """Name the step of a stack, zero for blocks that have no gradient."""
-        if self.spec.partial:
-            step = step * self.arguments["active"][stack.key]
-        return self.update.let(f"step_{stack.key}", step, stack.matrix_shape)
+        def build(update: UpdateGraph, values: dict[str, Value]) -> object:
+            return body(StackContext(update, self.spec, stack, values))
+
+        return self.update.function(f"{verb}_{stack.key}", describe(stack), given, build)
+
+    def of_scaling(
+        self,
+        verb: str,
+        scaling: ScalingSpec,
+        section: str,
+        body: Callable[[UpdateGraph, dict[str, Value]], object],
+        **arguments: Value,
+    ) -> Value:
+        """Define a function for all stacks of a scaling together and call it."""
+        name = self.name(verb, scaling)
+        return self.update.function(name, section, arguments, body)
+
+    def keep(self, name: str, stacks: Sequence[StackSpec], new: Value) -> None:
+        """Return new state tensors of stacks, a list, from the function."""
+        for index, stack in enumerate(stacks):
+            self.result.setdefault(stack.key, {})[name] = new[index]
+
+    def actives(self, stacks: Sequence[StackSpec]) -> Value:
+        """Which entries of stacks have a gradient in this step; None where all have."""
+        if not self.spec.partial:
+            return None
+        return self.each("active", stacks)
+
+
+def kept(update: UpdateGraph, active: Value | None, new: Value, old: Value) -> Value:
+    """A list of new state tensors; of blocks that have no gradient in this step the old ones."""
+    return new if active is None else update.call(where_active, active, new, old)

@@ -6,58 +6,59 @@ however many stacks there are; on a CPU it is a loop.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 
-from kfc_fx.codegen.functions.accumulate import describe
 from kfc_fx.codegen.pieces.bases import bases_of
-from kfc_fx.codegen.pieces.context import Context
+from kfc_fx.codegen.pieces.context import StackContext, kept
 from kfc_fx.codegen.pieces.matrices import gather, rotate
-from kfc_fx.codegen.spec import StackSpec
-from kfc_fx.codegen.text.update_graph import Value
+from kfc_fx.codegen.text.update_graph import UpdateGraph, Value, complements
 
 
-def stacked_gradient(context: Context, stack: StackSpec) -> Value:
-    """``∇`` of a stack, in a section of its own."""
-    context.update.section(describe(stack))
-    g = gather(context.update, stack, context.arguments["gradients"])
-    return context.update.let(f"g_{stack.key}", g, stack.matrix_shape)
+def stacked_gradient(local: StackContext) -> Value:
+    """``∇`` of a stack."""
+    return local.let("gradient", gather(local.update, local.stack, local.arguments["gradients"]))
 
 
-def rotated_gradient(context: Context, stack: StackSpec) -> tuple[Value, Value]:
-    """``∇`` and ``Q_Γᵀ ∇ Q_Ω`` of a stack, in a section of their own."""
-    g = stacked_gradient(context, stack)
-    basis = bases_of(context, stack)
-    if not basis:
-        return g, g
-    rotated = rotate(context.update, stack, basis, g)
-    return g, context.update.let(f"rotated_{stack.key}", rotated, stack.matrix_shape)
+def rotated(local: StackContext, gradient: Value) -> Value:
+    """``Q_Γᵀ ∇ Q_Ω`` of a stack."""
+    basis = bases_of(local)
+    return local.let("rotated", rotate(local, basis, gradient)) if basis else gradient
 
 
-def average(
-    context: Context, name: str, stacks: Sequence[StackSpec], new: Value, weight: Value
+def second_moments(update: UpdateGraph, arguments: Mapping[str, Value], gradients: Value) -> Value:
+    """The EMA of the squares of gradients; ``arguments`` are ``v`` and what it takes."""
+    squares = update.call(torch._foreach_mul, gradients, gradients)
+    weight = 1 - arguments["second_moment_decay"]
+    new = update.call(torch._foreach_lerp, arguments["v"], squares, weight)
+    return update.let("new_v", kept(update, arguments.get("active"), new, arguments["v"]))
+
+
+def first_moments(
+    update: UpdateGraph, arguments: Mapping[str, Value], gradients: Value, *, own: bool
 ) -> Value:
-    """``old + weight (new − old)`` of a state, the new state."""
-    old = context.states(name, stacks)
-    return context.keep(name, stacks, context.update.call(torch._foreach_lerp, old, new, weight))
+    """The EMA of gradients.
+
+    Args:
+        arguments: ``m`` and what it takes.
+        own: whether each gradient has a momentum of its own.
+    """
+    momentum = arguments["momentum"]
+    weight = update.call(complements, momentum) if own else 1 - momentum
+    new = update.call(torch._foreach_lerp, arguments["m"], gradients, weight)
+    return update.let("new_m", kept(update, arguments.get("active"), new, arguments["m"]))
 
 
-def second_moments(context: Context, stacks: Sequence[StackSpec], rotated: Value) -> Value:
-    """The EMA of the squares of the rotated gradients."""
-    squares = context.update.call(torch._foreach_mul, rotated, rotated)
-    decay = context.option("second_moment_decay", stacks[0])
-    return average(context, "v", stacks, squares, 1 - decay)
+def step_ahead(update: UpdateGraph, gradients: Value, m: Value, momentum: Value) -> Value:
+    """The first moments that the next gradients would make, were they these again (Nesterov)."""
+    return update.let("ahead", update.call(torch._foreach_lerp, gradients, m, momentum))
 
 
-def first_moments(context: Context, stacks: Sequence[StackSpec], gradients: Value) -> Value:
-    """The EMA of the gradients, with Nesterov's step ahead where that is on; without momentum the
-    gradients themselves."""
-    if not context.has_momentum(stacks[0]):
-        return gradients
-    momentum = context.option("momentum", stacks[0])
-    m = average(context, "m", stacks, gradients, 1 - momentum)
-    if not context.steps_ahead(stacks[0]):
-        return m
-    ahead = context.update.call(torch._foreach_lerp, gradients, m, momentum)
-    return context.update.let_list("ahead", ahead)
+def vector(local: StackContext, v: Value, gradient: Value) -> object:
+    """The vector v of a stack; where the clip takes ν from the factors, v and its part of
+    ν = vᵀ(F + γ)v = −Σ lr ⟨∇, v⟩, since (F + γ) v = −lr ∇."""
+    v = local.let("v", v)
+    if local.spec.clip != "factors":
+        return v
+    return v, -(local.arguments["lr"] * gradient * v).sum()

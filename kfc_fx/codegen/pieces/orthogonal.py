@@ -1,6 +1,6 @@
 """Generate how scaled gradients move towards their polar factors.
 
-That takes the Gram matrix of a gradient's lesser side alone. All of one side are multiplied
+Only the Gram matrix of a gradient's shorter side is needed. All of one side are multiplied
 together, pointwise work on all sides goes together.
 """
 
@@ -11,97 +11,89 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from kfc_fx.codegen.pieces.bases import bases_of
-from kfc_fx.codegen.pieces.context import Context
+from kfc_fx.codegen.pieces.context import Context, StackContext
 from kfc_fx.codegen.pieces.matrices import transposed
 from kfc_fx.codegen.spec import StackSpec
 from kfc_fx.codegen.text.update_graph import Value
-from kfc_fx.linalg.polar import orthogonalisers
+from kfc_fx.linalg.polar import orthogonalizers
 from kfc_fx.linalg.precision import LEAST_IN_BFLOAT16, has_fast_bfloat16
 from kfc_fx.plan.forms import takes_matrix_step
 
 
-def is_orthogonalised(stack: StackSpec) -> bool:
+def is_orthogonalized(stack: StackSpec) -> bool:
     """Whether the entries of a stack are matrices: neither tables nor norms nor vectors."""
     return takes_matrix_step(stack.first) and _side(stack) > 1
 
 
-def orthogonalised(
-    context: Context, stacks: Sequence[StackSpec], values: Value
-) -> list[tuple[Value, dict[str, Value]]]:
-    """Each matrix X of a list moved towards its polar factor, at its own Frobenius norm.
+def towards_polar(context: Context, stacks: Sequence[StackSpec], values: Value) -> dict[str, Value]:
+    """What moves matrices towards their polar factors, at their own Frobenius norms.
 
-    That is ``M X``, or ``X M`` of a tall X. Where the side has one basis Q, by which X is rotated
-    back anyway, ``Q M`` takes its place, a product of that side alone.
+    That is M ``[depth, side, side]`` of a stack, such that ``M X``, or ``X M`` of a tall X, is X
+    moved.
 
     Args:
-        values: a list, one entry ``[depth, rows, columns]`` for each stack.
+        values: a list, one entry X ``[depth, rows, columns]`` for each stack.
 
     Returns:
-        For each stack the matrix, and the bases to rotate it back by.
+        M by the key of each stack whose entries are matrices.
     """
     groups: dict[object, dict[int, list[int]]] = {}
     for index, stack in enumerate(stacks):
-        if is_orthogonalised(stack):
+        if is_orthogonalized(stack):
             sides = groups.setdefault(shared(stack), {})
             sides.setdefault(_side(stack), []).append(index)
-    found: dict[int, tuple[Value, dict[str, Value]]] = {}
+    found: dict[str, Value] = {}
     for number, sides in enumerate(groups.values()):
         suffix = f"_{number}" if number else ""  # of another device or dtype
-        found |= _orthogonalised(context, stacks, values, list(sides.values()), suffix)
-    return [
-        found[index] if index in found else (values[index], bases_of(context, stack))
-        for index, stack in enumerate(stacks)
-    ]
-
-
-def _orthogonalised(
-    context: Context,
-    stacks: Sequence[StackSpec],
-    values: Value,
-    sides: Sequence[Sequence[int]],
-    suffix: str,
-) -> dict[int, tuple[Value, dict[str, Value]]]:
-    """By index of a stack; ``sides`` has the indices of those that share a side."""
-    update = context.update
-    members = [index for side in sides for index in side]
-    count = sum(stacks[index].depth for index in members)
-    many = "1 matrix" if count == 1 else f"{count} matrices"
-    update.section(f"towards the polar factors of {many}")
-    scaled = {}
-    for index in members:
-        stack = stacks[index]
-        scaled[index] = update.let(f"scaled_{stack.key}", values[index], stack.matrix_shape)
-    grams = []
-    for side in sides:
-        parts = [_gram(scaled[index], stacks[index]) for index in side]
-        grams.append(parts[0] if len(parts) == 1 else update.call(torch.cat, parts))
-    share = context.option("orthogonalise", stacks[members[0]])
-    precision = _precision(stacks[index] for index in members)
-    towards = update.call(orthogonalisers, grams, share, *precision)
-    towards = update.let_list(f"towards_polar{suffix}", towards)
-    found = {}
-    for place, side in enumerate(sides):
-        parts = [towards[place]]
-        if len(side) > 1:
-            name = f"towards_polar_{_side(stacks[side[0]])}{suffix}"
-            split = towards[place].split([stacks[index].depth for index in side])
-            split = update.let(name, split)
-            parts = [split[number] for number in range(len(side))]
-        for index, part in zip(side, parts, strict=True):
-            found[index] = _moved(context, stacks[index], scaled[index], part)
+        found |= _of_one_place(context, stacks, values, sides, suffix)
     return found
 
 
-def _moved(
-    context: Context, stack: StackSpec, matrix: Value, part: Value
-) -> tuple[Value, dict[str, Value]]:
-    update, bases = context.update, bases_of(context, stack)
-    factor = "omega" if _is_tall(stack) else "gamma"
-    if factor in bases and stack.parts[factor] == 1:
-        both = update.let(f"both_{stack.key}", bases[factor] @ part, stack.basis_shapes[factor])
+def _of_one_place(
+    context: Context,
+    stacks: Sequence[StackSpec],
+    values: Value,
+    sides: dict[int, list[int]],
+    suffix: str,
+) -> dict[str, Value]:
+    """M by key, of stacks on one device; ``sides`` has the indices of those that share a side."""
+    update = context.update
+    members = [index for side in sides.values() for index in side]
+    count = sum(stacks[index].depth for index in members)
+    many = "1 matrix" if count == 1 else f"{count} matrices"
+    update.section(f"towards the polar factors of {many}, those of one shorter side together")
+    grams = []
+    for side in sides.values():
+        parts = [_gram(values, index, stacks[index]) for index in side]
+        grams.append(parts[0] if len(parts) == 1 else update.call(torch.cat, parts))
+    share = context.option("orthogonalize", stacks[members[0]])
+    precision = _precision(stacks[index] for index in members)
+    towards = update.call(orthogonalizers, grams, share, *precision)
+    towards = update.let(f"towards_polar{suffix}", towards)
+    found: dict[str, Value] = {}
+    for place, (width, side) in enumerate(sides.items()):
+        parts = [towards[place]]
+        if len(side) > 1:
+            split = towards[place].split([stacks[index].depth for index in side])
+            split = update.let(f"towards_polar_{width}{suffix}", split)
+            parts = [split[number] for number in range(len(side))]
+        found |= {stacks[index].key: part for index, part in zip(side, parts, strict=True)}
+    return found
+
+
+def moved(local: StackContext, matrix: Value, towards: Value) -> tuple[Value, dict[str, Value]]:
+    """A matrix of a stack moved by M, and the bases to rotate it back by.
+
+    Where the side has one basis Q, by which the matrix is rotated back anyway, ``Q M`` takes its
+    place, a product of that side alone.
+    """
+    bases, tall = bases_of(local), _is_tall(local.stack)
+    factor = "omega" if tall else "gamma"
+    if factor in bases and local.stack.parts[factor] == 1:
+        shape = local.stack.basis_shapes[factor]
+        both = local.update.let("moved_basis", bases[factor] @ towards, shape)
         return matrix, bases | {factor: both}
-    turned = matrix @ part if _is_tall(stack) else part @ matrix
-    return update.let(f"orthogonal_{stack.key}", turned, stack.matrix_shape), bases
+    return local.let("moved", matrix @ towards if tall else towards @ matrix), bases
 
 
 def shared(stack: StackSpec) -> object:
@@ -124,6 +116,8 @@ def _is_tall(stack: StackSpec) -> bool:
     return stack.matrix_shape[1] > stack.matrix_shape[2]
 
 
-def _gram(matrix: Value, stack: StackSpec) -> Value:
-    """Of the lesser side."""
-    return transposed(matrix) @ matrix if _is_tall(stack) else matrix @ transposed(matrix)
+def _gram(values: Value, index: int, stack: StackSpec) -> Value:
+    """Of the shorter side."""
+    if _is_tall(stack):
+        return transposed(values[index]) @ values[index]
+    return values[index] @ transposed(values[index])

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from kfc_fx.codegen.pieces import bases
-from kfc_fx.codegen.pieces.bases import bases_of, basis_entries, refresh_bases, turn_moments
+from kfc_fx.codegen.pieces.bases import bases_of, basis_entries, refresh_bases, turned_moments
 from kfc_fx.codegen.pieces.bases import decompositions as decompositions
-from kfc_fx.codegen.pieces.context import Context
+from kfc_fx.codegen.pieces.context import Context, StackContext
+from kfc_fx.codegen.pieces.decompositions import Made
 from kfc_fx.codegen.pieces.matrices import rotate
-from kfc_fx.codegen.pieces.moments import rotated_gradient, second_moments
+from kfc_fx.codegen.pieces.moments import rotated, second_moments, stacked_gradient, vector
 from kfc_fx.codegen.spec import StackSpec, StateEntry
-from kfc_fx.codegen.text.update_graph import Value
+from kfc_fx.codegen.text.update_graph import UpdateGraph, Value
 
-SUMMARY = """The inverse of a diagonal in the eigenbasis of Ω ⊗ Γ (George et al. 2018, EKFAC).
+SUMMARY = """One step of EKFAC (George et al. 2018): the inverse of a diagonal in the eigenbasis of
+Ω ⊗ Γ.
 
-    v = −lr Q_Γ [(Q_Γᵀ ∇ Q_Ω) / (s + damping)] Q_Ωᵀ{clip},
-    s the EMA of (Q_Γᵀ ∇ Q_Ω)², times the number of examples that ∇ is the mean of: the second
-    moment of one example's gradient, where noise is most of it;
-    p ← momentum p + v; θ ← θ + {moved}."""
+v = −lr Q_Γ [(Q_Γᵀ ∇ Q_Ω) / (s + damping)] Q_Ωᵀ{clip}; p ← momentum p + v; θ ← θ + {moved}. s is the
+EMA of (Q_Γᵀ ∇ Q_Ω)², times the number of examples that ∇ is the mean of: the second moment of one
+example's gradient, where noise is most of it."""
 OPTIONS: tuple[str, ...] = ("step", "second_moment_decay", "damping")
 REFRESH_OPTIONS: tuple[str, ...] = ()
 REFRESH_SUMMARY = bases.REFRESH_SUMMARY
-START_SUMMARY: str | None = bases.START_SUMMARY
+FOLLOW_SUMMARY = bases.FOLLOW_SUMMARY
+KEEPS_BASES = True
+COUNTS_EXAMPLES = True
 
 
 def state_entries(stack: StackSpec, *, momentum: bool) -> dict[str, StateEntry]:
@@ -36,28 +39,64 @@ def state_entries(stack: StackSpec, *, momentum: bool) -> dict[str, StateEntry]:
     return entries
 
 
-def refresh(context: Context, stack: StackSpec, *, first: bool) -> list[Value]:
+def refresh(local: StackContext, made: Made) -> tuple[dict[str, Value], list[Value]]:
     """New bases, and second moments turned into them."""
-    failed = refresh_bases(context, stack, first=first)
-    turn_moments(context, stack, first_moment=False)
-    return failed
+    entries, failed = refresh_bases(local, made)
+    return entries | turned_moments(local, entries, first_moment=False), failed
 
 
-def directions(context: Context, stacks: Sequence[StackSpec]) -> Iterator[tuple[Value, Value]]:
-    """(gradient, v) of each stack."""
-    update, arguments, one = context.update, context.arguments, stacks[0]
-    decay = context.option("second_moment_decay", one)
-    found = [rotated_gradient(context, stack) for stack in stacks]
-    update.section('second moments of all "eigen" stacks')
-    rotated = update.named_list("rotated", [r for _, r in found])
-    s = second_moments(context, stacks, rotated)
-    corrected = update.call(torch._foreach_div, s, 1 - decay ** arguments["step"])
-    counts = context.states("examples", stacks)
-    scale = update.let_list("scale", update.call(torch._foreach_mul, corrected, counts))
-    update.effect(torch._foreach_add_, scale, context.option("damping", one))
-    scaled = update.let_list("scaled", update.call(torch._foreach_div, rotated, scale))
-    for index, (stack, (g, _)) in enumerate(zip(stacks, found, strict=True)):
-        update.section(f"{stack.key}: v")
-        natural = rotate(update, stack, bases_of(context, stack), scaled[index], back=True)
-        v = natural * -arguments["lr"][stack.key]
-        yield g, update.let(f"vector_{stack.key}", v, stack.matrix_shape)
+def directions(context: Context, stacks: Sequence[StackSpec]) -> Iterator[Value]:
+    """v of each stack, and its part of ν where that is asked."""
+    gradients: Value = None
+    if context.spec.clip == "factors":
+        found = [context.of_stack("gather", stack, stacked_gradient) for stack in stacks]
+        gradients = context.update.named_list("gradients_of_stacks", found)
+    turned = [
+        context.of_stack("rotate", stack, _rotated, **_own(gradients, index))
+        for index, stack in enumerate(stacks)
+    ]
+    scaled = _scaled(context, stacks, turned)
+    for index, stack in enumerate(stacks):
+        rate = context.arguments["lr"][stack.key]
+        given = {"scaled": scaled[index], "lr": rate, **_own(gradients, index)}
+        yield context.of_stack("vector", stack, _vector, **given)
+
+
+def _own(gradients: Value, index: int) -> dict[str, Value]:
+    return {} if gradients is None else {"gradient": gradients[index]}
+
+
+def _rotated(local: StackContext) -> Value:
+    gradient = local.arguments.get("gradient")
+    return rotated(local, stacked_gradient(local) if gradient is None else gradient)
+
+
+def _scaled(context: Context, stacks: Sequence[StackSpec], turned: Sequence[Value]) -> Value:
+    """The rotated gradients over the second moments of one example's, a list."""
+    one, update = stacks[0], context.update
+    given = {"rotated": list(turned), "v": context.states("v", stacks)}
+    given["examples"] = context.states("examples", stacks)
+    given |= {name: context.option(name, one) for name in ("second_moment_decay", "damping")}
+    given["step"] = context.arguments["step"]
+    if context.spec.partial:
+        given["active"] = context.actives(stacks)
+
+    def body(update: UpdateGraph, values: Mapping[str, Value]) -> object:
+        new_v = second_moments(update, values, values["rotated"])
+        correction = 1 - values["second_moment_decay"] ** values["step"]
+        corrected = update.call(torch._foreach_div, new_v, correction)
+        scale = update.let("scale", update.call(torch._foreach_mul, corrected, values["examples"]))
+        update.effect(torch._foreach_add_, scale, values["damping"])
+        return update.call(torch._foreach_div, values["rotated"], scale), new_v
+
+    section = f'second moments of all "{one.scaling}" stacks, and the gradients that they scale'
+    names = [context.name(name, one.scaling) for name in ("scaled", "v")]
+    call = context.of_scaling("moments", one.scaling, section, body, **given)
+    scaled, v = update.let_tuple(names, call)
+    context.keep("v", stacks, v)
+    return scaled
+
+
+def _vector(local: StackContext) -> object:
+    natural = rotate(local, bases_of(local), local.arguments["scaled"], back=True)
+    return vector(local, natural * -local.arguments["lr"], local.arguments.get("gradient"))

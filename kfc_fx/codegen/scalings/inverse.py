@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from kfc_fx.codegen.pieces.context import Context
-from kfc_fx.codegen.pieces.decompositions import Decomposition
+from kfc_fx.codegen.pieces.context import Context, StackContext
+from kfc_fx.codegen.pieces.decompositions import Decomposition, Made
 from kfc_fx.codegen.pieces.matrices import rotate_input
-from kfc_fx.codegen.pieces.moments import stacked_gradient
-from kfc_fx.codegen.spec import StackSpec, StateEntry
+from kfc_fx.codegen.pieces.moments import stacked_gradient, vector
+from kfc_fx.codegen.spec import StackSpec, StateEntry, UpdateSpec
 from kfc_fx.codegen.text.update_graph import Value
 from kfc_fx.linalg.damped_inverse import damped_inverses, separable_damped_inverses
 
-SUMMARY = """KFC-pre (Grosse & Martens 2016, algorithm 1).
+SUMMARY = """One step of KFC-pre (Grosse & Martens 2016, algorithm 1).
 
-    v = −lr Γ⁻¹ ∇ Ω⁻¹{clip};
-    p ← momentum p + v; θ ← θ + {moved}."""
+v = −lr Γ⁻¹ ∇ Ω⁻¹{clip}; p ← momentum p + v; θ ← θ + {moved}."""
 OPTIONS: tuple[str, ...] = ()
 REFRESH_OPTIONS: tuple[str, ...] = ("damping",)
 REFRESH_SUMMARY = "Damped inverses of all factors; a factor is its EMA over its mass."
-START_SUMMARY: str | None = None
+FOLLOW_SUMMARY = ""
+KEEPS_BASES = False
+COUNTS_EXAMPLES = False
 
 
 def state_entries(stack: StackSpec, *, momentum: bool) -> dict[str, StateEntry]:
@@ -37,53 +38,48 @@ def state_entries(stack: StackSpec, *, momentum: bool) -> dict[str, StateEntry]:
     return entries
 
 
-def decompositions(context: Context, stack: StackSpec, *, first: bool) -> list[Decomposition]:
+def decompositions(spec: UpdateSpec, stack: StackSpec) -> list[Decomposition]:
     """None: both factors of a block are inverted in one call."""
     return []
 
 
-def refresh(context: Context, stack: StackSpec, *, first: bool) -> list[Value]:
+def refresh(local: StackContext, made: Made) -> tuple[dict[str, Value], list[Value]]:
     """New inverses."""
-    update, key = context.update, stack.key
-    mass = context.state("mass", stack).clamp(min=1e-12)
-    mass = update.let(f"mass_{key}", mass, (stack.depth, 1, 1))
-    factors = [context.state(factor, stack) / mass for factor in stack.factor_shapes]
-    damping = context.option("damping", stack)
+    update, stack = local.update, local.stack
+    mass = update.let("mass", local.state("mass").clamp(min=1e-12), remark="above zero")
+    factors = [local.state(factor) / mass for factor in stack.factor_shapes]
+    damping = local.arguments["damping"]
     if stack.forms.input != "separable":
-        names = [f"omega_inverse_{key}", f"gamma_inverse_{key}"]
+        names = ["omega_inverse", "gamma_inverse"]
         call = update.call(damped_inverses, *factors, damping)
     else:
-        names = [f"q_channel_{key}", f"q_offset_{key}", f"input_scale_{key}"]
-        names.append(f"gamma_inverse_{key}")
-        locations = (context.state("locations", stack) / mass).flatten() if stack.bias else None
+        names = ["q_channel", "q_offset", "input_scale", "gamma_inverse"]
+        locations = (local.state("locations") / mass).flatten() if stack.bias else None
         call = update.call(separable_damped_inverses, *factors, locations, damping)
-    *found, lost = update.let_tuple([*names, f"failed_{key}"], call)
-    context.result.update(zip(names, found, strict=True))
-    return [lost]
+    *found, lost = update.let_tuple([*names, "failed"], call)
+    return dict(zip(names, found, strict=True)), [lost]
 
 
-def directions(context: Context, stacks: Sequence[StackSpec]) -> Iterator[tuple[Value, Value]]:
-    """(gradient, v = −lr Γ⁻¹ ∇ Ω⁻¹) of each stack."""
+def directions(context: Context, stacks: Sequence[StackSpec]) -> Iterator[Value]:
+    """v = −lr Γ⁻¹ ∇ Ω⁻¹ of each stack, and its part of ν where that is asked."""
     for stack in stacks:
-        g = stacked_gradient(context, stack)
-        yield g, _direction(context, stack, g)
+        yield context.of_stack("vector", stack, _vector, lr=context.arguments["lr"][stack.key])
 
 
-def _direction(context: Context, stack: StackSpec, g: Value) -> Value:
-    update, key, shape = context.update, stack.key, stack.matrix_shape
-    inverse = context.state("gamma_inverse", stack)
-    left = inverse * g if stack.forms.output == "diagonal" else inverse @ g
-    if stack.forms.input == "diagonal":
-        natural = left * context.state("omega_inverse", stack)
-    elif stack.forms.input == "dense":
-        natural = left @ context.state("omega_inverse", stack)
+def _vector(local: StackContext) -> object:
+    gradient, forms = stacked_gradient(local), local.stack.forms
+    inverse = local.state("gamma_inverse")
+    left = inverse * gradient if forms.output == "diagonal" else inverse @ gradient
+    if forms.input == "diagonal":
+        natural = left * local.state("omega_inverse")
+    elif forms.input == "dense":
+        natural = left @ local.state("omega_inverse")
     else:
-        bases = {name: context.state(f"q_{name}", stack) for name in ("channel", "offset")}
-        rotated = rotate_input(update, stack, bases, left)
-        scaled = rotated * context.state("input_scale", stack)
-        scaled = update.let(f"scaled_{key}", scaled, shape)
-        natural = rotate_input(update, stack, bases, scaled, back=True)
-    return update.let(f"vector_{key}", natural * -context.arguments["lr"][key], shape)
+        bases = {name: local.state(f"q_{name}") for name in ("channel", "offset")}
+        rotated = rotate_input(local, bases, left)
+        scaled = local.let("scaled", rotated * local.state("input_scale"))
+        natural = rotate_input(local, bases, scaled, back=True)
+    return vector(local, natural * -local.arguments["lr"], gradient)
 
 
 def _inverse_entry(stack: StackSpec, factor: str) -> StateEntry:

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from kfc_fx.codegen.pieces.context import Context
-from kfc_fx.codegen.pieces.decompositions import Decomposition, decomposed
-from kfc_fx.codegen.pieces.matrices import rotate_input
-from kfc_fx.codegen.pieces.moments import first_moments, stacked_gradient
-from kfc_fx.codegen.spec import StackSpec, StateEntry
+from kfc_fx.codegen.pieces.context import Context, StackContext
+from kfc_fx.codegen.pieces.decompositions import Decomposition, Made, decomposed
+from kfc_fx.codegen.pieces.matrices import rotate_input, step_by_parameter
+from kfc_fx.codegen.pieces.moments import first_moments, stacked_gradient, step_ahead
+from kfc_fx.codegen.spec import StackSpec, StateEntry, UpdateSpec
 from kfc_fx.codegen.text.update_graph import UpdateGraph, Value
 from kfc_fx.linalg.polar import polar_factor, polar_factor_by_gram
 from kfc_fx.linalg.precision import LEAST_IN_BFLOAT16, has_fast_bfloat16
-from kfc_fx.linalg.whitening import bias_whitening, cholesky_whitening, newton_schulz_whitening
+from kfc_fx.linalg.whitening import bias_whitening, cholesky_whitening, next_whitening
 
-SUMMARY = """Steepest descent under the spectral norm, in the metric of Ω.
+SUMMARY = """One step of steepest descent under the spectral norm, in the metric of Ω.
 
-    W Wᵀ = (Ω / mean eigenvalue + damping I)⁻¹; θ ← θ − lr polar(m W) Wᵀ, scaled to the Frobenius
-    norm sqrt(min(rows, columns)); m the EMA of the gradient{ahead}.
-    Γ is not needed. ``lr`` holds one rate per block."""
+W Wᵀ = (Ω / mean eigenvalue + damping I)⁻¹; θ ← θ − lr polar(m W) Wᵀ, scaled to the Frobenius norm
+sqrt(min(rows, columns)); m is the EMA of the gradient{ahead}. Γ is not needed. ``lr`` holds one
+rate for each layer."""
 OPTIONS: tuple[str, ...] = ()
 REFRESH_OPTIONS: tuple[str, ...] = ("damping",)
-REFRESH_SUMMARY = """Whitening matrices W of all input factors."""
-START_SUMMARY: str | None = "Whitening matrices of all input factors, from scratch."
+REFRESH_SUMMARY = "Whitening matrices W of all input factors."
+FOLLOW_SUMMARY = """They follow their factors by products alone, but at the ``first`` refresh, where
+there are none to go on from."""
+KEEPS_BASES = False
+COUNTS_EXAMPLES = False
 
 LONGER_ON_CPU = 2
 """Times that the long side of a matrix may be longer, whose polar factor is all in bfloat16."""
@@ -46,68 +48,93 @@ def state_entries(stack: StackSpec, *, momentum: bool) -> dict[str, StateEntry]:
     return entries
 
 
-def decompositions(context: Context, stack: StackSpec, *, first: bool) -> list[Decomposition]:
+def decompositions(spec: UpdateSpec, stack: StackSpec) -> list[Decomposition]:
     """Whitening matrices; each factor of a separable Ω takes the root of the damping."""
-    damping, number = context.option("damping", stack), "damping"
-    if stack.forms.input == "separable":
-        damping, number = damping**0.5, "root of the damping"
+    power = 0.5 if stack.forms.input == "separable" else 1
     found = []
     for factor in stack.basis_shapes:
-        ema, name = context.state(factor, stack), f"w_{factor}"
-        function: Callable[..., Any] = cholesky_whitening
-        tensors: tuple[Value, ...] = (ema,)
-        if not first and stack.device != "cpu":
-            function, tensors = newton_schulz_whitening, (ema, context.state(name, stack))
-        found.append(Decomposition(stack, factor, name, function, tensors, damping, number))
+        name = f"w_{factor}"
+        if stack.device == "cpu":
+            call = Decomposition(stack, factor, name, cholesky_whitening, (factor,), power)
+        else:
+            tensors = (factor, name)
+            call = Decomposition(stack, factor, name, next_whitening, tensors, power, follows=True)
+        found.append(call)
     return found
 
 
-def refresh(context: Context, stack: StackSpec, *, first: bool) -> list[Value]:
+def refresh(local: StackContext, made: Made) -> tuple[dict[str, Value], list[Value]]:
     """New whitening matrices."""
-    update, result, key = context.update, context.result, stack.key
-    damping = context.option("damping", stack)
+    stack = local.stack
+    entries: dict[str, Value] = {}
     failed: list[Value] = []
-    for wanted in decompositions(context, stack, first=first):
-        result[wanted.key], lost = decomposed(context, wanted)
+    for wanted in decompositions(local.spec, stack):
+        entries[wanted.name], lost = decomposed(local, wanted, made)
         failed.append(lost)
     if stack.has_bias_apart:
         width = stack.first.channels * stack.first.offsets
-        channel, locations = context.state("channel", stack), context.state("locations", stack)
-        weight = update.call(bias_whitening, channel, width, locations, damping)
-        result[f"w_bias_{key}"] = update.let(f"w_bias_{key}", weight, (stack.depth, 1, 1))
-    return failed
+        channel, locations = local.state("channel"), local.state("locations")
+        damping = local.arguments["damping"]
+        call = local.update.call(bias_whitening, channel, width, locations, damping)
+        entries["w_bias"] = call
+    return entries, failed
 
 
 def steps(context: Context, stacks: Sequence[StackSpec]) -> Iterator[Value]:
     """``−lr polar(m W) Wᵀ``, scaled."""
-    update = context.update
-    found = [stacked_gradient(context, stack) for stack in stacks]
-    update.section('momentum of all "spectral" stacks')
-    ahead = first_moments(context, stacks, update.named_list("gradients_of_stacks", found))
+    gradients = [context.of_stack("gather", stack, stacked_gradient) for stack in stacks]
+    ahead = _moments(context, stacks, gradients)
     for index, stack in enumerate(stacks):
-        update.section(f"{stack.key}: step")
-        yield _step(context, stack, ahead[index])
+        given = {"gradient": ahead[index], "lr": context.arguments["lr"][stack.key]}
+        yield context.of_stack("step", stack, _step, **given)
 
 
-def _step(context: Context, stack: StackSpec, ahead: Value) -> Value:
-    update, arguments = context.update, context.arguments
-    key, shape = stack.key, stack.matrix_shape
-    whitening = {name: context.state(f"w_{name}", stack) for name in stack.factor_shapes}
+def _moments(context: Context, stacks: Sequence[StackSpec], gradients: Sequence[Value]) -> Value:
+    """What takes the place of the gradients, a list."""
+    one = stacks[0]
+    if not context.has_momentum(one):
+        return context.update.named_list("gradients_of_stacks", gradients)
+    given = {"stacked": list(gradients), "m": context.states("m", stacks)}
+    given["momentum"] = context.momentum(stacks)
+    if context.spec.partial:
+        given["active"] = context.actives(stacks)
+
+    def body(update: UpdateGraph, values: Mapping[str, Value]) -> object:
+        own = context.spec.has_own_momenta(one.scaling)
+        new_m = first_moments(update, values, values["stacked"], own=own)
+        if not context.steps_ahead(one):
+            return new_m
+        return step_ahead(update, values["stacked"], new_m, values["momentum"]), new_m
+
+    section = f'momentum of all "{stacks[0].scaling}" stacks'
+    call = context.of_scaling("moments", one.scaling, section, body, **given)
+    m, ahead = context.name("m", one.scaling), context.name("ahead", one.scaling)
+    if context.steps_ahead(one):
+        moved, new = context.update.let_tuple([ahead, m], call)
+    else:
+        moved = new = context.update.let(m, call)
+    context.keep("m", stacks, new)
+    return moved
+
+
+def _step(local: StackContext) -> object:
+    update, stack, arguments = local.update, local.stack, local.arguments
+    rows, columns = stack.matrix_shape[1:]
+    whitening = {name: local.state(f"w_{name}") for name in stack.factor_shapes}
     if stack.has_bias_apart:
-        whitening["bias"] = context.state("w_bias", stack)
-    white = rotate_input(update, stack, whitening, ahead)
-    white = update.let(f"white_{key}", white, shape)
-    polar = _polar_factor(update, stack, white)
-    direction = update.let(f"polar_{key}", polar, shape)
+        whitening["bias"] = local.state("w_bias")
+    white = local.let("white", rotate_input(local, whitening, arguments["gradient"]))
+    polar = local.let("polar", _polar_factor(update, stack, white))
     if _in_bfloat16(stack):
         whitening = {name: matrix.to(torch.bfloat16) for name, matrix in whitening.items()}
-    moved = rotate_input(update, stack, whitening, direction, back=True)
+    moved = rotate_input(local, whitening, polar, back=True)
     if _in_bfloat16(stack):
         moved = moved.to(getattr(torch, stack.dtype))
-    moved = update.let(f"direction_{key}", moved, shape)
+    moved = local.let("direction", moved)
     norm = update.call(torch.linalg.matrix_norm, moved, keepdim=True).clamp(min=1e-30)
-    scale = -arguments["lr"][key] * min(shape[1:]) ** 0.5 / norm
-    return context.step(stack, moved * update.let(f"scale_{key}", scale, (stack.depth, 1, 1)))
+    norm = update.let("norm", norm, remark="above zero")
+    size = update.call(min, rows, columns) ** 0.5
+    return step_by_parameter(local, moved * (-arguments["lr"] * size / norm))
 
 
 def _polar_factor(update: UpdateGraph, stack: StackSpec, white: Value) -> Value:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import builtins
-import math
 import operator
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 import torch
 from torch import fx
 
-from kfc_fx.codegen.text.update_graph import UpdateGraph
+from kfc_fx.codegen.text.expressions import ATOM, PRECEDENCE, UNARY, WIDTH, Expression, broken
+from kfc_fx.codegen.text.update_graph import (
+    UpdateGraph,
+    complements,
+    complements_of_powers,
+    entries_at,
+    merged,
+    values_at,
+)
 
-WIDTH = 100
 INFIX = {
     operator.add: "+",
     operator.sub: "-",
@@ -24,88 +28,113 @@ INFIX = {
     operator.truediv: "/",
     operator.matmul: "@",
     operator.pow: "**",
+    operator.or_: "|",
 }
-PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "@": 2, "**": 4}
-ATOM, UNARY = 9, 3
+NAMESPACES = {"torch": torch, "torch.linalg": torch.linalg}
+"""What the functions of torch are printed by: the shortest public name."""
 
 
-@dataclass(frozen=True)
-class Expression:
-    """Source of a value: text, brackets around parts, or an operator between two parts."""
-
-    head: str
-    parts: tuple[Expression, ...] = ()
-    tail: str = ""
-    precedence: int = ATOM
-    sign: str = ""
-
-    @property
-    def flat(self) -> str:
-        """On one line."""
-        between = f" {self.sign} " if self.sign else ", "
-        return self.head + between.join(part.flat for part in self.parts) + self.tail
-
-    def labelled(self, label: str) -> Expression:
-        """The expression behind a label, such as ``name = `` or ``"key": ``."""
-        return replace(self, head=label + self.head)
-
-    def in_brackets(self) -> Expression:
-        """The expression in round brackets."""
-        if self.sign:
-            return replace(self, head="(" + self.head, tail=self.tail + ")", precedence=ATOM)
-        return Expression("(", (self,), ")")
-
-
-def print_function(update: UpdateGraph) -> tuple[str, dict[str, str]]:
-    """Source of an update graph.
+def print_function(update: UpdateGraph, indent: int = 0) -> tuple[list[str], dict[str, str]]:
+    """Source of an update graph, and of the functions within it.
 
     Returns:
-        The text of the function, and the names it imports by the module they come from.
+        The lines of the function, and the names it imports by the module they come from.
     """
-    printer = _Printer()
-    lines = printer.body(update.graph)
-    arguments = [node.target for node in update.graph.nodes if node.op == "placeholder"]
-    head = Expression(f"def {update.name}(", tuple(Expression(str(a)) for a in arguments), "):")
-    text = [*_broken(head, 0, ""), f'    """{update.summary}"""', *lines]
-    return "\n".join(text) + "\n", printer.imports
+    printer = _Printer(indent + 4)
+    pad = " " * (indent + 4)
+    body = printer.body(update.graph)
+    arguments = tuple(Expression(name) for name in update.arguments)
+    lines = broken(Expression(f"def {update.name}(", arguments, "):"), indent)
+    if update.summary:
+        lines += docstring(update.summary, indent + 4)
+    for section, inners in update.sections.items():
+        for number, inner in enumerate(inners):
+            text, imports = print_function(inner, indent + 4)
+            printer.imports |= imports
+            lines += ["", *([] if number else comment_lines(section, pad)), *text]
+    return lines + [""] * bool(update.summary) + body, printer.imports
+
+
+def docstring(summary: str, indent: int) -> list[str]:
+    """Lines of a docstring, its paragraphs filled anew."""
+    pad = " " * indent
+    first, *rest = summary.split("\n\n")
+    width = WIDTH - indent
+    wrapped = [textwrap.wrap('"""' + first + '"""' * (not rest), width)]
+    wrapped += [textwrap.wrap(paragraph, width) for paragraph in rest]
+    lines = "\n\n".join("\n".join(pad + line for line in lines) for lines in wrapped).split("\n")
+    return lines + [f'{pad}"""'] * bool(rest)
+
+
+def comment_lines(text: str, pad: str) -> list[str]:
+    """A comment, on as many lines as it takes; names are not broken."""
+    width = WIDTH - len(pad) - len("# ")
+    lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+    return [f"{pad}# {line}" for line in lines]
 
 
 class _Printer:
-    def __init__(self) -> None:
+    def __init__(self, indent: int) -> None:
+        self.indent = indent
         self.imports: dict[str, str] = {}
         self.inlined: dict[fx.Node, Expression] = {}
+        self.forms: dict[Any, Callable[..., Expression]] = {
+            operator.getitem: self.entry,
+            operator.neg: self.negative,
+            getattr: self.attribute,
+            list: self.listed,
+            tuple: self.value,
+            merged: self.union,
+            values_at: lambda mapping, names: self.lookups(mapping, names, ""),
+            entries_at: lambda mapping, keys, name: self.lookups(mapping, keys, f'["{name}"]'),
+            complements: lambda shares: self.comprehension("1 - each", shares),
+            complements_of_powers: self.powers,
+        }
 
     def body(self, graph: fx.Graph) -> list[str]:
         lines: list[str] = []
-        deaths = _deaths(graph)
         for node in graph.nodes:
             if node.op == "placeholder" or "unpacked" in node.meta:
                 continue
             if node.op == "output":
-                lines += _broken(self.value(node.args[0]).labelled("return "), 4)
+                lines += self.output(node)
+            elif _is_returned_at_once(node):
+                self.inlined[node] = self.node(node)
             elif "statement" in node.meta or (_occurrences(node) > 1 and not _is_lookup(node)):
                 if "section" in node.meta:
-                    lines += ["", f"    # {node.meta['section']}"]
+                    lines += [""] * bool(lines)
+                    lines += comment_lines(node.meta["section"], " " * self.indent)
                 lines += self.statement(node)
-                if node in deaths:
-                    lines += _delete(deaths[node])
             else:
                 self.inlined[node] = self.node(node)
         return lines
 
     def statement(self, node: fx.Node) -> list[str]:
         expression = self.node(node)
-        target = (
-            ", ".join(n.name for n in node.meta["unpack"]) if "unpack" in node.meta else node.name
-        )
-        prefix = "" if "effect" in node.meta else f"{target} = "
-        comment = f"  # {list(node.meta['shape'])}" if "shape" in node.meta else ""
-        if len(prefix) + len(expression.head) > WIDTH - 8 and "unpack" in node.meta:
-            names = tuple(Expression(n.name) for n in node.meta["unpack"])
-            *targets, last = _broken(Expression("(", names, ") ="), 4, force=True)
-            first, *rest = _broken(expression, 4)
-            return [*targets, f"{last} {first.strip()}", *rest]
-        return _broken(expression.labelled(prefix), 4, comment)
+        if "effect" in node.meta:
+            return broken(expression, self.indent)
+        comment = node.meta.get("comment", "")
+        targets = [part.name for part in node.meta.get("unpack", ())] or [node.name]
+        prefix = f"{', '.join(targets)} = "
+        if len(prefix) + len(expression.head) > WIDTH - 8 and len(targets) > 1:
+            names = tuple(Expression(name) for name in targets)
+            *first, last = broken(Expression("(", names, ") ="), self.indent, force=True)
+            begin, *rest = broken(expression, self.indent, comment)
+            return [*first, f"{last} {begin.strip()}", *rest]
+        return broken(expression.labelled(prefix), self.indent, comment)
+
+    def output(self, node: fx.Node) -> list[str]:
+        value = node.args[0]
+        comment = value.meta.get("comment", "") if isinstance(value, fx.Node) else ""
+        return broken(self.returned(value).labelled("return "), self.indent, comment)
+
+    def returned(self, value: Any) -> Expression:
+        """A tuple without its brackets, where that fits on a line."""
+        expression = self.value(value)
+        flat = isinstance(value, tuple) and len(value) > 1
+        if flat and self.indent + len("return ") + len(expression.flat) - 2 <= WIDTH:
+            return Expression(expression.flat[1:-1])
+        return expression
 
     def value(self, value: Any) -> Expression:
         if isinstance(value, fx.Node):
@@ -125,19 +154,50 @@ class _Printer:
     def node(self, node: fx.Node) -> Expression:
         if node.op == "call_method":
             owner, *args = node.args
-            return self.call(f"{self.bracketed(owner, ATOM)}.{node.target}", args, node.kwargs)
+            link = self.call(f".{node.target}", args, node.kwargs)
+            return self.owner(owner).linked(link)
+        if node.op == "call_module":
+            return self.call(str(node.target), node.args, node.kwargs)
         target: Callable[..., Any] = node.target  # type: ignore[assignment]
         if target in INFIX:
             return self.infix(INFIX[target], *node.args)
-        if target is operator.neg:
-            return Expression(f"-{self.bracketed(node.args[0], UNARY)}", precedence=UNARY)
-        if target is operator.getitem:
-            return Expression(f"{self.bracketed(node.args[0], ATOM)}[{self.index(node.args[1])}]")
-        if target is getattr:
-            return Expression(f"{self.bracketed(node.args[0], ATOM)}.{node.args[1]}")
-        if target is list:
-            return self.value(list(node.args[0]))  # type: ignore[arg-type]
+        if target in self.forms:
+            return self.forms[target](*node.args)
         return self.call(self.function_name(target), node.args, node.kwargs)
+
+    # -- forms of expressions ------------------------------------------------------------
+
+    def entry(self, owner: Any, index: Any) -> Expression:
+        parts = index if isinstance(index, tuple) else (index,)
+        return self.owner(owner).subscripted(", ".join(self.value(part).flat for part in parts))
+
+    def attribute(self, owner: Any, name: str) -> Expression:
+        return self.owner(owner).linked(Expression(f".{name}"))
+
+    def negative(self, value: Any) -> Expression:
+        expression = self.value(value)
+        if expression.precedence < UNARY:
+            expression = expression.in_brackets()
+        return Expression(f"-{expression.flat}", precedence=UNARY)
+
+    def listed(self, values: Any) -> Expression:
+        if isinstance(values, fx.Node):
+            return self.call("list", [values], {})
+        return self.value(list(values))
+
+    def union(self, *mappings: Any) -> Expression:
+        return Expression("{", tuple(self.value(m).labelled("**") for m in mappings), "}")
+
+    def lookups(self, mapping: Any, names: Any, entry: str) -> Expression:
+        each = f"{self.owner(mapping).flat}[name]{entry} for name in {self.value(names).flat}"
+        return Expression("[", (Expression(each),), "]")
+
+    def comprehension(self, each: str, values: Any) -> Expression:
+        return Expression("[", (Expression(f"{each} for each in {self.value(values).flat}"),), "]")
+
+    def powers(self, values: Any, count: Any) -> Expression:
+        exponent = self.operand(count, "**", PRECEDENCE["**"] + 1).flat
+        return self.comprehension(f"1 - each**{exponent}", values)
 
     def infix(self, sign: str, left: Any, right: Any) -> Expression:
         level = PRECEDENCE[sign]
@@ -147,20 +207,16 @@ class _Printer:
     def operand(self, value: Any, sign: str, level: int) -> Expression:
         """Bracketed where Python needs it, and where `@` meets `*` or `/`, which reads wrong."""
         expression = self.value(value)
-        mixed = bool(expression.sign) and (sign == "@") != (expression.sign == "@")
+        mixed = expression.is_infix and (sign == "@") != (expression.sign == "@")
         mixed = mixed and PRECEDENCE.get(expression.sign) == level == PRECEDENCE["@"]
         if mixed or expression.precedence < level:
             return expression.in_brackets()
         return expression
 
-    def bracketed(self, value: Any, level: int) -> str:
+    def owner(self, value: Any) -> Expression:
+        """What stands before a subscript or a dot."""
         expression = self.value(value)
-        return f"({expression.flat})" if expression.precedence < level else expression.flat
-
-    def index(self, index: Any) -> str:
-        if isinstance(index, tuple):
-            return ", ".join(self.value(part).flat for part in index)
-        return self.value(index).flat
+        return expression.in_brackets() if expression.precedence < ATOM else expression
 
     def call(self, head: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Expression:
         parts = [self.value(arg) for arg in args]
@@ -169,54 +225,14 @@ class _Printer:
 
     def function_name(self, function: Callable[..., Any]) -> str:
         name = function.__name__
-        if getattr(torch, name, None) is function:
-            return f"torch.{name}"
+        for space, module in NAMESPACES.items():
+            for public in (name, name.removeprefix("linalg_")):
+                if getattr(module, public, None) is function:
+                    return f"{space}.{public}"
         if getattr(builtins, name, None) is function:
             return name
         self.imports[name] = function.__module__
         return name
-
-
-def _deaths(graph: fx.Graph) -> dict[fx.Node, list[str]]:
-    """Last statement of each section to the names of large values that nothing needs after it.
-
-    A function of many sections would else hold the intermediate values of all of them at once.
-    """
-    section, section_of, last = 0, {}, {}
-    for node in graph.nodes:
-        section += "section" in node.meta
-        section_of[node] = section
-        if "statement" in node.meta:
-            last[section] = node
-    needed: dict[fx.Node, float] = {}
-    for node in reversed(graph.nodes):
-        needed[node] = max((_needed_in(user, section_of, needed) for user in node.users), default=0)
-    deaths: dict[fx.Node, list[str]] = {}
-    for node in graph.nodes:
-        end = last.get(needed[node])  # type: ignore[call-overload]
-        if end is not None and end is not node and _is_large(node):
-            deaths.setdefault(end, []).append(node.name)
-    return deaths
-
-
-def _is_large(node: fx.Node) -> bool:
-    named = "statement" in node.meta and "effect" not in node.meta
-    return named and ("large" in node.meta or prod(node.meta.get("shape", ())[1:]) > 1)
-
-
-def _needed_in(
-    user: fx.Node, section_of: dict[fx.Node, int], needed: dict[fx.Node, float]
-) -> float:
-    """The section up to which a use needs its value: that of the statement it stands in, and
-    forever where it is returned."""
-    if user.op == "output":
-        return math.inf
-    return section_of[user] if "statement" in user.meta else max(section_of[user], needed[user])
-
-
-def _delete(names: Sequence[str]) -> list[str]:
-    width = WIDTH - len("    del ")
-    return [f"    del {line.rstrip(',')}" for line in textwrap.wrap(", ".join(names), width)]
 
 
 def _occurrences(node: fx.Node) -> int:
@@ -227,13 +243,20 @@ def _occurrences(node: fx.Node) -> int:
     return found.count(node)
 
 
+def _is_returned_at_once(node: fx.Node) -> bool:
+    """Whether a named value is all that the function returns, so that it needs no name."""
+    return node.next.op == "output" and node.next.args[0] is node and "unpack" not in node.meta
+
+
 def _is_lookup(node: fx.Node) -> bool:
-    """``argument["key"]``: as short as a name of its own would be."""
-    return (
-        node.target is operator.getitem
-        and isinstance(node.args[0], fx.Node)
-        and node.args[0].op == "placeholder"
-    )
+    """An entry of an argument or of a named value, ``state["64x576"]["q_gamma"]``: as short as a
+    name of its own would be."""
+    if node.target is not operator.getitem or isinstance(node.args[1], fx.Node | tuple):
+        return False
+    owner = node.args[0]
+    if not isinstance(owner, fx.Node):
+        return False
+    return owner.op == "placeholder" or "statement" in owner.meta or _is_lookup(owner)
 
 
 def _literal(value: Any) -> str:
@@ -244,45 +267,3 @@ def _literal(value: Any) -> str:
 
 def _bound(value: Any) -> str:
     return "" if value is None else str(value)
-
-
-def _broken(
-    expression: Expression, indent: int, comment: str = "", *, force: bool = False
-) -> list[str]:
-    """Lines of an expression, broken at its outermost brackets where it is too wide."""
-    pad = " " * indent
-    if not force and (len(pad + expression.flat) <= WIDTH or not expression.parts):
-        line = pad + expression.flat
-        if comment and len(line + comment) > WIDTH:
-            return [pad + comment.strip(), line]
-        return [line + comment]
-    inner = expression.parts[0]
-    if len(expression.parts) == 1 and inner.parts and not inner.sign:  # f([...]) breaks inside
-        merged = Expression(expression.head + inner.head, inner.parts, inner.tail + expression.tail)
-        return _broken(merged, indent, comment)
-    if expression.sign:
-        return _broken_infix(expression, indent, comment)
-    lines = [pad + expression.head + comment]
-    for part in expression.parts:
-        broken = _broken(part, indent + 4)
-        broken[-1] += ","
-        lines += broken
-    return [*lines, pad + expression.tail.removeprefix(",")]  # the comma of a tuple of one
-
-
-def _broken_infix(expression: Expression, indent: int, comment: str) -> list[str]:
-    """Operands on lines of their own, inside brackets, each operator before its operand."""
-    pad = " " * indent
-    left, right = expression.parts
-    operands = [left]
-    while left.sign == expression.sign and not left.head:  # a chain of one operator
-        operands[:1] = left.parts
-        left = operands[0]
-    operands.append(right)
-    head, tail = expression.head, expression.tail
-    if not head.endswith("("):
-        head, tail = head + "(", tail + ")"
-    lines = [pad + head + comment, *_broken(operands[0], indent + 4)]
-    for operand in operands[1:]:
-        lines += _broken(operand.labelled(f"{expression.sign} "), indent + 4)
-    return [*lines, pad + tail]

@@ -16,9 +16,15 @@ def choose_products(updates: Iterable[UpdateGraph], stacks: Sequence[StackSpec])
     if not any(map(_is_wide, stacks)) or not onednn_is_faster():
         return
     for update in updates:
-        for node in update.graph.nodes:
-            if node.target is operator.matmul:
-                node.target = matmul
+        _replace_products(update)
+
+
+def _replace_products(update: UpdateGraph) -> None:
+    for node in update.graph.nodes:
+        if node.target is operator.matmul:
+            node.target = matmul
+    for inner in update.functions:
+        _replace_products(inner)
 
 
 def _is_wide(stack: StackSpec) -> bool:

@@ -47,19 +47,34 @@ function readUpdateLinks(code) {
   let section = [];
   code.split("\n").forEach((line, index) => {
     if (line.trim() === "") section = [];
-    const tag = /^\s*#\s*(\S+): /.exec(line)?.[1];
-    if (stacks.has(tag)) section = stacks.get(tag);
+    section = stackNamedIn(line, stacks) ?? section;
+    const called = stackCalledIn(line, stacks);
     const found = blocksNamedIn(line);
     found.forEach((name) => named.set(name, [...(named.get(name) ?? []), index]));
-    section.forEach((name) => sections.set(name, [...(sections.get(name) ?? []), index]));
-    blocksAt.push(found.length ? found : section);
+    (called ?? section).forEach((name) =>
+      sections.set(name, [...(sections.get(name) ?? []), index]),
+    );
+    blocksAt.push(found.length ? found : (called ?? section));
   });
   return { blocksAt, named, sections };
 }
 
-// A comment lists blocks after its last colon; code names them in strings, as "block.factor".
+// Blocks of the stack that a section is of: its comment, or the head of a function of the stack.
+function stackNamedIn(line, stacks) {
+  const tag = /^\s*#\s*(\S+): /.exec(line)?.[1] ?? /^\s*def [a-z]+_(\w+)\(/.exec(line)?.[1];
+  return stacks.get(tag);
+}
+
+// Blocks of the stack whose state, "64x576", or whose function a line takes.
+function stackCalledIn(line, stacks) {
+  const found = [...line.matchAll(/"([^"]+)"|\b[a-z]+_(\w+)\(/g)];
+  return stacks.get(found.map((match) => match[1] ?? match[2]).find((key) => stacks.has(key)));
+}
+
+// A comment lists blocks after its last colon, on as many lines as it takes; code names them in
+// strings, as "block.factor".
 function blocksNamedIn(line) {
-  const comment = /^\s*#.*: (.*)$/.exec(line);
+  const comment = /^\s*#(?:.*:)? (.*)$/.exec(line);
   const known = (name) => model.blockByName.has(name);
   if (comment) return comment[1].split(/,\s*/).filter(known);
   const found = [...line.matchAll(/"([^"]+)"/g)].flatMap(([, text]) => [

@@ -1,0 +1,65 @@
+"""An optimizer in a few lines, for ``repr``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from kfc_fx.engine.engine import UpdateEngine
+from kfc_fx.optim.groups import Group
+from kfc_fx.optim.options import KFCOptions
+
+
+def shown(options: KFCOptions, groups: Sequence[Group], engine: UpdateEngine | None) -> str:
+    """Scaling, blocks, generic parameters, intervals and rates.
+
+    Args:
+        engine: of the last step; None before the first, where blocks are not known.
+    """
+    statistics = options.statistics
+    lines = [
+        f"scaling: {options.scaling!r}",
+        *(f"  {pattern!r}: {_patterns_line(chosen)}" for pattern, chosen in options.blocks.items()),
+        f"blocks: {_blocks_line(engine)}",
+        f"generic: {_generic_line(engine)}{options.generic!r}, lr ratio {options.generic_ratio:g}",
+        f"statistics: every {statistics.every} steps, refreshed every {statistics.refresh_every}",
+        *_switches(options),
+        *(_group_line(index, group) for index, group in enumerate(groups)),
+    ]
+    return "KFC(\n" + "".join(f"  {line}\n" for line in lines) + ")"
+
+
+def _patterns_line(chosen: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value!r}" for name, value in chosen.items())
+
+
+def _blocks_line(engine: UpdateEngine | None) -> str:
+    if engine is None:
+        return "known after the first step"
+    counts: dict[str, int] = {}
+    for stack in engine.spec.stacks:
+        counts[stack.scaling.name] = counts.get(stack.scaling.name, 0) + len(stack.blocks)
+    return ", ".join(f"{count} by {name}" for name, count in counts.items())
+
+
+def _generic_line(engine: UpdateEngine | None) -> str:
+    if engine is None:
+        return ""
+    count = len(engine.spec.generic)
+    return f"{count} parameter{'' if count == 1 else 's'} by "
+
+
+def _switches(options: KFCOptions) -> Iterator[str]:
+    if options.average is not None:
+        yield f"average: over {options.average:g} steps"
+    for name in ("master_weights", "compile_update", "maximize"):
+        if getattr(options, name):
+            yield f"{name}: True"
+
+
+def _group_line(index: int, group: Group) -> str:
+    count = sum(p.numel() for p in group["params"])
+    return (
+        f"group {index}: lr {float(group['lr']):g}, betas {tuple(group['betas'])}, "
+        f"weight_decay {float(group['weight_decay']):g}, {count:,} numbers"
+    )
