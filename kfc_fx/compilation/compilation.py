@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -56,6 +57,8 @@ STARTS_ANEW = (
 """How dynamo itself begins a frame anew, or leaves it."""
 
 
+_INSTALLED_ONES: weakref.WeakSet[Compilation] = weakref.WeakSet()
+
 INSTALLED = "_compiled_call_impl"
 """What ``nn.Module`` calls in place of ``_call_impl`` where it is set."""
 
@@ -103,6 +106,11 @@ class Compilation:
             )
         return found
 
+    @staticmethod
+    def installed_ones() -> list[Compilation]:
+        """Those of all compiled models that are alive, in no order that means anything."""
+        return [compilation for compilation in _INSTALLED_ONES if compilation.known_to_model]
+
     @property
     def installed(self) -> bool:
         """Whether the model's calls come here."""
@@ -132,6 +140,7 @@ class Compilation:
         own = vars(self.model)
         self._before = own.get(INSTALLED)
         own[INSTALLED] = own["kfc"] = self
+        _INSTALLED_ONES.add(self)
 
     def remove(self) -> None:
         """Leave the model as it was."""
@@ -141,6 +150,7 @@ class Compilation:
         elif self.installed:
             own[INSTALLED] = self._before
         own.pop("kfc", None)
+        _INSTALLED_ONES.discard(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Compilation:
         """Of a model that is being copied: the copy's own, on the copy."""

@@ -14,8 +14,9 @@ from kfc_fx.codegen.scalings.rules import rule_of
 from kfc_fx.codegen.spec import StackSpec, StateEntry, UpdateSpec
 from kfc_fx.linalg.eigenbasis import from_basis, in_basis
 
-OPTIONAL = ("m", "p")
-"""Entries that a saved block may lack: those of its momentum, which was zero."""
+OPTIONAL = ("m", "p", "examples")
+"""Entries that a saved block may lack: its momentum was zero, or its scaling, with the same factors
+and bases, has no count of examples."""
 
 
 @dataclass

@@ -87,7 +87,7 @@ class Inspection:
     @property
     def parameters(self) -> dict[str, Tensor]:
         """Parameters of the model by name."""
-        return real_parameters(self.compilation)
+        return real_parameters(self.compiled.named_parameters())
 
     @property
     def groups(self) -> dict[str, Group]:

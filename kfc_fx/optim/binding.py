@@ -24,11 +24,19 @@ class Binding:
     Methods take the optimizer's ``param_groups``, which belong to it and may change at any time.
     """
 
-    def __init__(self, compilation: Compilation, options: KFCOptions) -> None:
+    def __init__(
+        self,
+        compilation: Compilation,
+        options: KFCOptions,
+        outside: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """``outside``: parameters of no compiled model by name, generic ones beside the model's."""
         self.names: dict[Tensor, str] = {
             p: name for name, p in compilation.model.named_parameters()
         }
         """Parameter to name."""
+        self._outside = dict(outside or {})
+        self.names |= {p: name for name, p in self._outside.items()}
         self._compilation = compilation
         self._options = options
         self._engine: UpdateEngine | None = None
@@ -39,7 +47,20 @@ class Binding:
 
     def by_name(self, groups: Sequence[Group]) -> dict[str, Group]:
         """Parameter group by parameter name."""
-        return {self.names[p]: group for group in groups for p in group["params"]}
+        return {
+            self.names[p]: group for group in groups for p in group["params"] if p in self.names
+        }
+
+    def of_model(self, groups: Sequence[Group]) -> list[str]:
+        """Names of the model's parameters in groups."""
+        return [name for name in self.by_name(groups) if name not in self._outside]
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """Every parameter by name, complex ones as pairs of real numbers."""
+        return real_parameters(self._compilation.model.named_parameters()) | real_parameters(
+            self._outside.items()
+        )
 
     def engine(self, groups: Sequence[Group]) -> UpdateEngine:
         """The engine for the plan, devices and groups as they are now.
@@ -48,7 +69,7 @@ class Binding:
             OptionError: the plan has no block to precondition, a group splits a block, or a loaded
                 state does not fit.
         """
-        parameters = real_parameters(self._compilation)
+        parameters = self.parameters
         key = (
             self._compilation.revision,
             tuple((p.requires_grad, p.device, p.dtype) for p in parameters.values()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -134,3 +134,22 @@ class Diagnostics:
         """Continue from saved counters."""
         for name, value in counters.items():
             setattr(self, name, Counter(value) if isinstance(value, dict) else value)
+
+
+def joined(several: Sequence[Diagnostics]) -> Diagnostics:
+    """Those of several models as one, to look at: sums of counts, the largest of what is a size."""
+    found = Diagnostics(damping=several[0].damping, reduction_ratio=several[0].reduction_ratio)
+    found.steps = max(own.steps for own in several)
+    for own in several:
+        for name in COUNTS[1:]:
+            setattr(found, name, getattr(found, name) + getattr(own, name))
+        for name in (*COUNTS_BY_BLOCK, "seconds"):
+            getattr(found, name).update(getattr(own, name))
+        if own.last_largest_step is not None:
+            found.note_step(own.last_largest_step)
+        for name in ("last_nu", "last_clip_scale"):
+            value, known = getattr(own, name), getattr(found, name)
+            least = torch.minimum if name == "last_clip_scale" else torch.maximum
+            if value is not None:
+                setattr(found, name, value if known is None else least(known, value))
+    return found

@@ -18,26 +18,21 @@ def named_gradients(
 
     Args:
         groups: parameter groups of an optimizer.
-        names: parameter to name.
+        names: parameter to name; others are left out.
         maximize: take those of the negative of what was differentiated, in new tensors.
 
     Raises:
-        StepError: no parameter has a gradient, or one is sparse.
+        StepError: a gradient is sparse.
     """
     parameters = [parameter for group in groups for parameter in group["params"]]
-    gradients = {names[p]: as_real(p.grad) for p in parameters if p.grad is not None}
-    if not gradients:
-        raise StepError(
-            "no parameter has a gradient: call loss.backward() before opt.step(), with a loss "
-            "computed from the output of the compiled model"
-        )
+    gradients = {names[p]: as_real(p.grad) for p in parameters if p in names and p.grad is not None}
     for name, gradient in gradients.items():
         if gradient.is_sparse:
             raise StepError(
                 f"the gradient of {name} is sparse, which KFC does not take: make its layer with "
                 "sparse=False"
             )
-    if maximize:
+    if maximize and gradients:
         return dict(zip(gradients, torch._foreach_neg(list(gradients.values())), strict=True))
     return gradients
 

@@ -6,22 +6,25 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kfc_fx.engine.engine import UpdateEngine
+from kfc_fx.errors import counted
 from kfc_fx.optim.groups import Group
 from kfc_fx.optim.options import KFCOptions
 
 
-def shown(options: KFCOptions, groups: Sequence[Group], engine: UpdateEngine | None) -> str:
+def shown(
+    options: KFCOptions, groups: Sequence[Group], engines: Sequence[UpdateEngine | None]
+) -> str:
     """Scaling, blocks, generic parameters, intervals and rates.
 
     Args:
-        engine: of the last step; None before the first, where blocks are not known.
+        engines: of the last step of each model; None before the first, where blocks are not known.
     """
-    statistics = options.statistics
+    statistics, known = options.statistics, [engine for engine in engines if engine is not None]
     lines = [
         f"scaling: {options.scaling!r}",
         *(f"  {pattern!r}: {_patterns_line(chosen)}" for pattern, chosen in options.blocks.items()),
-        f"blocks: {_blocks_line(engine)}",
-        f"generic: {_generic_line(engine)}{options.generic!r}, lr ratio {options.generic_ratio:g}",
+        f"blocks: {_blocks_line(known)}",
+        f"generic: {_generic_line(known)}{options.generic!r}, lr ratio {options.generic_ratio:g}",
         f"statistics: every {statistics.every} steps, refreshed every {statistics.refresh_every}",
         *_switches(options),
         *(_group_line(index, group) for index, group in enumerate(groups)),
@@ -33,20 +36,20 @@ def _patterns_line(chosen: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value!r}" for name, value in chosen.items())
 
 
-def _blocks_line(engine: UpdateEngine | None) -> str:
-    if engine is None:
+def _blocks_line(engines: Sequence[UpdateEngine]) -> str:
+    if not engines:
         return "known after the first step"
     counts: dict[str, int] = {}
-    for stack in engine.spec.stacks:
+    for stack in (stack for engine in engines for stack in engine.spec.stacks):
         counts[stack.scaling.name] = counts.get(stack.scaling.name, 0) + len(stack.blocks)
     return ", ".join(f"{count} by {name}" for name, count in counts.items())
 
 
-def _generic_line(engine: UpdateEngine | None) -> str:
-    if engine is None:
+def _generic_line(engines: Sequence[UpdateEngine]) -> str:
+    if not engines:
         return ""
-    count = len(engine.spec.generic)
-    return f"{count} parameter{'' if count == 1 else 's'} by "
+    count = sum(len(engine.spec.generic) for engine in engines)
+    return f"{counted(count, 'parameter')} by "
 
 
 def _switches(options: KFCOptions) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,12 +20,12 @@ ORTHOGONAL_ITERATION_FROM = 128
 """Narrower sides take ``eigh`` at every refresh, which is cheap there and exact."""
 
 
-def real_parameters(compilation: Compilation) -> dict[str, Tensor]:
-    """The model's parameters by name; complex ones as pairs of real numbers, as
-    ``torch.optim.AdamW`` steps them."""
+def real_parameters(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Parameters by name; complex ones as pairs of real numbers, as ``torch.optim.AdamW`` steps
+    them."""
     return {
         name: as_real(p.detach()).requires_grad_(p.requires_grad) if p.is_complex() else p
-        for name, p in compilation.model.named_parameters()
+        for name, p in named
     }
 
 

@@ -71,7 +71,7 @@ def test_failures_are_told_of_the_block_that_failed(monkeypatch):
     engine.state[key]["eigenvalues_gamma"].fill_(float("nan"))
     engine.accumulate(screen(Sums(), engine.spec.stacks, 0.5))
     engine.started = False
-    assert engine.refresh(opt._scaling_numbers(engine)) == ["9"]
+    assert engine.refresh(opt._option_numbers(engine)) == ["9"]
 
 
 def refresh_of(opt):

@@ -1,0 +1,326 @@
+"""One compiled model in an optimizer: its statistics, its engine, its counters, its steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfc_fx.compilation import Compilation
+from kfc_fx.engine.engine import UpdateEngine
+from kfc_fx.engine.screening import screen
+from kfc_fx.engine.state import SavedState
+from kfc_fx.engine.step_inputs import OptionNumbers, StepNumbers
+from kfc_fx.errors import OptionError, StatisticsError, StepError, warn
+from kfc_fx.optim.binding import Binding
+from kfc_fx.optim.diagnostics import Diagnostics
+from kfc_fx.optim.exact.trial import Trial
+from kfc_fx.optim.exact_fisher import ExactFisher
+from kfc_fx.optim.gradients import all_finite, named_gradients, relative_distance
+from kfc_fx.optim.groups import Group
+from kfc_fx.optim.options import KFCOptions
+from kfc_fx.optim.rates import generic_numbers, option_numbers
+from kfc_fx.optim.schedule import Schedule, averaging_rate
+from kfc_fx.statistics.inputs import inputs_of
+from kfc_fx.statistics.request import StatisticsRequest
+
+DROPPED = "has a statistic that is not finite: it is dropped, the last good factor stays"
+UNDECOMPOSED = "has a factor that cannot be decomposed: the identity takes its place"
+
+Groups = Sequence[Group]
+
+
+class ModelStep:
+    """What an optimizer does with one of its compiled models.
+
+    Methods take the optimizer's ``param_groups``, which belong to it and may change at any time.
+
+    Args:
+        outside: parameters of no compiled model by name, which are generic ones of this.
+
+    Raises:
+        OptionError: options do not go with the model or its backend.
+    """
+
+    def __init__(
+        self, compilation: Compilation, options: KFCOptions, outside: Mapping[str, Tensor]
+    ) -> None:
+        check_model(compilation, options)
+        compilation.names.refresh_if_changed()
+        self.compilation, self._options = compilation, options
+        self.binding = Binding(compilation, options, outside)
+        self.collector = compilation.attach(request_of(compilation, options), ())
+        statistics = options.statistics
+        self.schedule = Schedule(statistics.every, statistics.refresh_every, options.first_steps)
+        self._diagnostics = Diagnostics(damping=getattr(options.scaling, "damping", None))
+        self._exact = ExactFisher(compilation, self.collector, options, self._diagnostics)
+        self._last_step_ended: float | None = None
+        self._warned: set[str] = set()
+
+    # -- around steps ------------------------------------------------------------------------
+
+    def own(self, groups: Groups) -> None:
+        """Take the statistics of these groups' parameters from now on."""
+        self.compilation.assign(self.collector, self.binding.of_model(groups))
+
+    def engine(self, groups: Groups) -> UpdateEngine:
+        """What runs the generated update: its spec, its state and its programs."""
+        return self.binding.engine(groups)
+
+    @property
+    def diagnostics(self) -> Diagnostics:
+        """Counters, timings and last values; reading it may wait for the device."""
+        engine = self.binding.current
+        if engine is not None and self._settle(engine):
+            self.arm()
+        return self._diagnostics
+
+    def saved(self) -> dict[str, Any]:
+        """Plain data for ``state_dict``."""
+        return {
+            **vars(self.binding.saved()),
+            "counters": self.diagnostics.counters(),
+            "generators": self.collector.generator_states(),
+        }
+
+    def load(self, state: SavedState, kfc: Mapping[str, Any]) -> None:
+        """Continue from what :meth:`saved` gave."""
+        self.binding.load(state)
+        self.diagnostics.restore(kfc["counters"])
+        self.collector.set_generator_states(kfc["generators"])
+        self.collector.take()
+        self.arm()
+
+    def arm(self) -> None:
+        """Let the next forward pass emit, if statistics are due at the next step, or there are
+        blocks without any, which have joined since the last."""
+        engine = self.binding.current
+        waiting = engine is not None and engine.waiting
+        due = self.schedule.statistics_due(self._diagnostics.steps)
+        self.collector.arm(due or waiting)
+
+    def initialize(self, batches: Iterable[Any], groups: Groups) -> None:
+        """See :meth:`kfc_fx.KFC.initialize`."""
+        self.collector.take()
+        for batch in batches:
+            args, kwargs = inputs_of(batch)
+            self.compilation.collect_statistics(self.collector, *args, **kwargs)
+        if not self.collector.sums.blocks:
+            raise StatisticsError("initialize got no batch with statistics; pass at least one")
+        with torch.no_grad():
+            self.use_statistics(groups)
+        self.collector.take()
+
+    # -- one step ----------------------------------------------------------------------------
+
+    def trial(self, closure: Callable[[], Any] | None) -> Trial | None:
+        """The place before the step that begins, where the damping is to be adapted after it."""
+        return self._exact.trial(closure)
+
+    def check_owner(self, groups: Groups) -> None:
+        """Raise :class:`StepError` where the model's statistics are another optimizer's by now."""
+        if not self.compilation.known_to_model:
+            raise StepError(
+                "the model was compiled anew, or uncompiled, after this KFC was made: make a KFC "
+                "for the model as it is now"
+            )
+        owner_of = self.compilation.owner_of
+        for name in self.binding.of_model(groups):
+            if owner_of(name) is not self.collector:
+                raise StepError(f"another KFC was made for {name}; step that one")
+
+    def gradients(self, groups: Groups) -> dict[str, Tensor]:
+        """The gradients that there are of what is minimized, by parameter name."""
+        names = self.binding.names
+        gradients = named_gradients(groups, names, maximize=self._options.maximize)
+        if gradients and self.collector.armed:
+            self.compilation.note_gradients(gradients)
+        return gradients
+
+    def may_step(self, gradients: Mapping[str, Tensor], groups: Groups) -> bool:
+        """Whether gradients are finite, as far as the step does not look itself."""
+        engine = self.engine(groups)
+        momenta = self.binding.momenta(engine, groups)
+        return engine.guards(gradients, momenta) or all_finite(gradients.values())
+
+    def skip(self) -> None:
+        """Take no step; the statistics go with the gradients."""
+        self._note_skipped(1)
+        self.collector.take()
+
+    @contextmanager
+    def step_size_noted(self, gradients: Mapping[str, Tensor], groups: Groups) -> Iterator[None]:
+        """Keep how far the step in the body goes, where a refresh waits for the device anyway."""
+        engine = self.engine(groups)
+        if not self.schedule.refresh_due(self._diagnostics.steps):
+            yield
+            return
+        self._settle(engine)
+        before = [engine.parameters[name].detach().clone() for name in gradients]
+        yield
+        moved = [engine.parameters[name].detach() for name in gradients]
+        self._diagnostics.note_step(relative_distance(before, moved))
+
+    @contextmanager
+    def transaction(self, groups: Groups) -> Iterator[None]:
+        """Put state and counters back as they were if the body raises."""
+        self._note_gradient_time()
+        with self.engine(groups).transaction(), self._diagnostics.transaction():
+            yield
+
+    def use_statistics(self, groups: Groups) -> None:
+        """Statistics into factors, and factors into inverses or bases, where they are due."""
+        engine = self.engine(groups)
+        step, diagnostics = self._diagnostics.steps, self._diagnostics
+        sums = self.collector.sums
+        if sums.blocks:
+            rate = averaging_rate(diagnostics.statistics_steps, self._options.statistics.decay)
+            screened = screen(sums, engine.spec.stacks, rate)
+            diagnostics.count("dropped_statistics", screened.dropped, DROPPED)
+            with diagnostics.timed("statistics"):
+                engine.accumulate(screened)
+            diagnostics.statistics_steps += 1
+        if self.collector.armed and (not sums.blocks or self.collector.missing):
+            self._note_missed(step)
+        at_once = engine.spec.factors_in_basis and bool(sums.blocks)
+        due = not engine.started or at_once or self.schedule.refresh_due(step)
+        if due and not engine.waiting:  # there is nothing to make a basis of for some blocks
+            with diagnostics.timed("refresh"):
+                failed = engine.refresh(self._option_numbers(engine))
+            diagnostics.count("inverse_failures", failed, UNDECOMPOSED)
+            diagnostics.refreshes += 1
+
+    def apply(self, gradients: Mapping[str, Tensor], groups: Groups) -> None:
+        """Gradients into parameters."""
+        engine = self.engine(groups)
+        with self._diagnostics.timed("update"):
+            scales_of = partial(self._exact.scales, gradients)
+            report = engine.apply(gradients, self._numbers(engine, groups), scales_of)
+        self._diagnostics.last_nu = report.get("nu")
+        self._diagnostics.last_clip_scale = report.get("clip_scale")
+        self._diagnostics.steps += 1
+
+    def adapt_damping(
+        self,
+        trial: Trial,
+        closure: Callable[[], Any],
+        loss: Any,
+        gradients: Mapping[str, Tensor],
+    ) -> None:
+        """Compare the change of the loss with what the quadratic model predicted."""
+        self._exact.adapt_damping(trial, closure, loss, gradients)
+
+    def end(self) -> None:
+        """Begin the way to the next step."""
+        self.collector.take()
+        self.arm()
+        self._last_step_ended = time.perf_counter()
+
+    # -- of a step ---------------------------------------------------------------------------
+
+    def _settle(self, engine: UpdateEngine) -> int:
+        """Count the steps that the device did not take as skipped; returns how many."""
+        skipped = engine.take_skipped()
+        self._diagnostics.steps -= skipped
+        if skipped:
+            self._note_skipped(skipped)
+        return skipped
+
+    def _note_skipped(self, count: int) -> None:
+        before = self._diagnostics.skipped_steps
+        self._diagnostics.skipped_steps += count
+        if not before:
+            warn(
+                "a gradient is not finite: the step is skipped, parameters and state stay "
+                "(opt.diagnostics.skipped_steps counts these)"
+            )
+
+    def _note_gradient_time(self) -> None:
+        """Share the time since the last step between the gradient and the statistics in it."""
+        seconds, statistics = self._diagnostics.seconds, self.collector.take_seconds()
+        seconds["statistics"] += statistics  # type: ignore[assignment]
+        if self._last_step_ended is not None:
+            between = time.perf_counter() - self._last_step_ended
+            seconds["gradient"] += between - statistics  # type: ignore[assignment]
+
+    def _note_missed(self, step: int) -> None:
+        """Count a due step that has no statistics, and warn of each reason once.
+
+        Raises:
+            StatisticsError: no step has had any yet, so that there are no factors to go on with.
+        """
+        reason, some = self.collector.take_missing(), bool(self.collector.sums.blocks)
+        if not reason:
+            reason = self.compilation.why_not_called
+            compiled = self.compilation.options.backend != "eager"
+            if compiled and self.collector.request.fisher == "empirical":
+                reason += "; of a compiled graph by loss.backward(), without inputs="
+        whose = "a backward pass" if some else "no backward pass"
+        verb = "gave none" if some else "gave any"
+        text = f"factor statistics are due at step {step} and {whose} {verb}: {reason}"
+        if self._diagnostics.statistics_steps == 0:
+            raise StatisticsError(text)
+        self._diagnostics.missed_statistics += 1
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warn(text)
+
+    def _numbers(self, engine: UpdateEngine, groups: Groups) -> StepNumbers:
+        options = self._options
+        rates = self.binding.learning_rates(engine, groups)
+        shrink: dict[str, float] = {}
+        if engine.spec.weight_decay:
+            shrink = {
+                name: 1 - float(group["lr"]) * group["weight_decay"]
+                for name, group in self.binding.by_name(groups).items()
+            }
+        decay = 0.0
+        if options.average is not None:
+            decay = float(torch.tensor(-1 / options.average).double().exp())
+        return StepNumbers(
+            step=self._diagnostics.steps + 1,
+            rates=rates.stacks,
+            generic_rates=rates.generic,
+            momenta=self.binding.momenta(engine, groups),
+            options=self._option_numbers(engine),
+            generic=generic_numbers(options),
+            clip=options.bound.clip if options.bound else None,
+            shrink=shrink,
+            average_decay=decay,
+        )
+
+    def _option_numbers(self, engine: UpdateEngine) -> OptionNumbers:
+        return option_numbers(engine.spec, self._options, self._exact.inverse_damping)
+
+
+def check_model(compilation: Compilation, options: KFCOptions) -> None:
+    """Raise :class:`OptionError` for options that do not go with a model or its backend."""
+    samples, backend = options.statistics.samples, compilation.options.backend
+    if samples not in (None, "auto") and backend != "eager":
+        raise OptionError(
+            f"Statistics: samples needs backend='eager', got {backend!r}: a compiled backward pass "
+            "has the share of the batch that it takes fixed in its code"
+        )
+    if options.needs_inputs and any(p.is_complex() for p in compilation.model.parameters()):
+        raise OptionError(
+            "clip_by='exact', quadratic_model and adapt_damping take the exact Fisher matrix of "
+            "all parameters, and some of the model's are complex: leave them out"
+        )
+
+
+def request_of(compilation: Compilation, options: KFCOptions) -> StatisticsRequest:
+    """The statistics that options ask of a model."""
+    return StatisticsRequest(
+        forms=options.by_block.forms_of,
+        fisher=options.fisher_for(compilation.options.likelihood),
+        scale_free=options.scale_free,
+        samples=options.statistics.samples if compilation.options.backend == "eager" else None,
+        keep_inputs=options.needs_inputs,
+        seed=options.seed,
+        maximize=options.maximize,
+    )
