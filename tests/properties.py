@@ -80,7 +80,7 @@ def factors_equal_the_oracle(drawn: DrawnNetwork) -> None:
         torch.testing.assert_close(found["omega"], omega, msg=lambda m, n=name: f"{n} Ω: {m}")
         torch.testing.assert_close(found["gamma"], gamma, msg=lambda m, n=name: f"{n} Γ: {m}")
         assert statistics.rows[name] == [rows] * block.groups
-    for name, found in statistics.sums.items():
+    for name, found in statistics.blocks.items():
         for statistic, value in found.items():
             _check_positive(value, f"{name} {statistic}")
 
@@ -130,7 +130,7 @@ def _check_positive(value: Tensor, what: str) -> None:
 def batches_add_up(drawn: DrawnNetwork) -> None:
     """Statistics of two halves of a batch are those of the whole."""
     net, x, y = drawn.build(), drawn.example(EXAMPLES), labels()
-    (whole, sums), (halves, added) = armed(net), armed(net)
+    (whole, sums), (halves, added) = armed(net), armed(copy.deepcopy(net))
     loss_of(whole, x, y, "sum").backward()
     for part in (slice(0, 1), slice(1, None)):
         loss_of(halves, x[part], y[part], "sum").backward()
@@ -171,7 +171,7 @@ def front_ends_agree(drawn: DrawnNetwork) -> None:
     It keeps attention modules and padding modes other than zeros closed, as calls of modules.
     """
     net, x = drawn.build(), drawn.example(EXAMPLES)
-    by_dynamo = kfc_fx.compile(net).kfc.trace(x)
+    by_dynamo = kfc_fx.compile(copy.deepcopy(net)).kfc.trace(x)
     compiled = kfc_fx.compile(net)
     try:
         symbolic = compiled.kfc.trace_symbolic(x)

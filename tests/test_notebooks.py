@@ -29,17 +29,17 @@ def test_names_and_reasons_are_escaped():
 
 def test_a_compiled_model_shows_its_summary_and_then_its_plan():
     compiled = kfc_fx.compile(conv_network())
-    assert compiled._repr_html_().count("<table>") == 0
-    assert "not captured yet" in compiled._repr_html_()
+    assert compiled.kfc._repr_html_().count("<table>") == 0
+    assert "not captured yet" in compiled.kfc._repr_html_()
     compiled.kfc.trace(IMAGES)
-    assert repr(compiled).startswith("CompiledModel(Sequential: 1 graphs, 4 blocks; likelihood=")
-    assert "1 graphs, 4 blocks" in compiled._repr_html_()
-    assert compiled._repr_html_().count("<table>") == 1
+    assert repr(compiled.kfc).startswith("Compilation(Sequential: 1 graph, 4 blocks; likelihood=")
+    assert "1 graph, 4 blocks" in compiled.kfc._repr_html_()
+    assert compiled.kfc._repr_html_().count("<table>") == 1
 
 
 def test_a_class_name_is_escaped():
     network = type("<img>", (nn.Linear,), {})(2, 2)
     compiled = kfc_fx.compile(network)
     compiled.kfc.trace(torch.ones(3, 2))
-    assert "<img>" not in compiled._repr_html_()
-    assert "(root)" in compiled._repr_html_()
+    assert "<img>" not in compiled.kfc._repr_html_()
+    assert "(root)" in compiled.kfc._repr_html_()

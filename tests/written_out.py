@@ -79,7 +79,7 @@ class WrittenOut:
         split = main.reshape(channels, offsets, channels, offsets)
         channel = torch.einsum("akbk->ab", split)
         offset = torch.einsum("akal->kl", split)
-        product = torch.kron(channel, offset) / channel.kfc.trace()
+        product = torch.kron(channel, offset) / channel.trace()
         return torch.block_diag(product, omega[-1:, -1:]) if layer.bias is not None else product
 
     def add(self, name: str, step: torch.Tensor) -> None:

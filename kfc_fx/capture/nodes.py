@@ -54,6 +54,13 @@ def module_of(node: fx.Node) -> tuple[str, str]:
     return _module_path(path), name.rpartition(".")[2]
 
 
+def place_in_model(module: fx.GraphModule, kind: type) -> None:
+    """Say of nodes that stand in no submodule that they are the model's own, a ``kind``."""
+    for node in module.graph.nodes:
+        if node.op not in ("placeholder", "output") and not node.meta.get("nn_module_stack"):
+            node.meta["nn_module_stack"] = {"": ("", kind)}
+
+
 def _module_path(path: str) -> str:
     """``layer1.0.conv1`` from dynamo's spelling of the same path."""
     for prefix in ("L['model'].__self__", "L['model']", "L['self']", "model"):

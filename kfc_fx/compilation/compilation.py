@@ -28,6 +28,7 @@ from kfc_fx.capture.graph import Stage, copy_graph
 from kfc_fx.capture.graph_breaks import BreakLog, GraphBreak
 from kfc_fx.capture.graph_passes import run_passes
 from kfc_fx.capture.layer_captures import LayerCaptures
+from kfc_fx.capture.nodes import place_in_model
 from kfc_fx.capture.parameter_names import ParameterNames
 from kfc_fx.capture.preserved_state import state_preserved
 from kfc_fx.capture.symbolic import refuse_to_run, symbolic_graph
@@ -199,6 +200,11 @@ class Compilation:
     def collectors(self) -> tuple[Collector, ...]:
         """Those that take statistics of some parameter."""
         return self._owners.collectors
+
+    @property
+    def assignments(self) -> int:
+        """How many times parameters were given to a collector: owners may differ after each."""
+        return self._owners.assignments
 
     def owner_of(self, parameter: str) -> Collector | None:
         """The collector that takes the statistics of a parameter's block."""
@@ -472,6 +478,8 @@ class Compilation:
         """Backend of dynamo: keep the graph, and return what runs in its place."""
         self._breaks.note_graph(module)
         captured = Stage("captured", copy_graph(module))
+        if not layer:
+            place_in_model(captured.module, type(self.model))
         canonical = run_passes(captured.module, [("canonical", canonicalise)])
         positions = parameter_inputs(example_inputs, self.names)
         given, held = tensors_of_nodes(captured.module, example_inputs)

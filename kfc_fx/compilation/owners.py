@@ -17,9 +17,12 @@ class Owners:
     def __init__(self) -> None:
         self._of_all: weakref.ref[Collector] | None = None
         self._of: dict[str, weakref.ref[Collector]] = {}
+        self.assignments = 0
+        """Grows with every call of :meth:`assign`."""
 
     def assign(self, collector: Collector, parameters: Iterable[str] | None) -> None:
         """Give parameters to a collector: all of the model, those to come too, for None."""
+        self.assignments += 1
         if parameters is None:
             self._of_all, self._of = weakref.ref(collector), {}
         else:

@@ -26,18 +26,20 @@ def with_tensors(inputs: StepInputs, device: str) -> StepInputs:
     """Numbers that change from step to step as tensors: as numbers they would be fixed in the
     compiled code, and each new one would cost a compilation."""
 
-    def listed(values: Any) -> Any:
-        return [_scalar(value, device) for value in values] if isinstance(values, list) else values
+    def listed(values: Any, dtype: torch.dtype = torch.float32) -> Any:
+        given = isinstance(values, list)
+        return [_scalar(value, device, dtype) for value in values] if given else values
 
     return replace(
         inputs,
         step=_scalar(inputs.step, device),
         generic_rates=listed(inputs.generic_rates),
-        generic_momentum=listed(inputs.generic_momentum),
+        # 1 − momentum would lose digits in single precision.
+        generic_momentum=listed(inputs.generic_momentum, torch.float64),
         shrink=listed(inputs.shrink),
     )
 
 
-def _scalar(value: Number, device: str) -> torch.Tensor:
+def _scalar(value: Number, device: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     # A fill takes its number along; a copy from the host would wait for the device.
-    return torch.full((), float(value), dtype=torch.float32, device=device)
+    return torch.full((), float(value), dtype=dtype, device=device)

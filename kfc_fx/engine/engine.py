@@ -267,6 +267,7 @@ class UpdateEngine:
             gradients, active = self._filled(gradients)
         own, momenta = spec.own_momenta, numbers.momenta
         kept = [scaling for scaling in spec.scalings if scaling in spec.momentum]
+        shared = [scaling for scaling in kept if not spec.has_own_momenta(scaling)]
         generic = [momenta.generic[parameter.name] for parameter in spec.generic]
         return StepInputs(
             parameters={name: self.parameters[name] for name in spec.parameters},
@@ -279,8 +280,8 @@ class UpdateEngine:
             step=numbers.step,
             rates=numbers.rates,
             generic_rates=[numbers.generic_rates[p.name] for p in spec.generic],
-            momenta={s: momenta.of_scaling(spec, s) or 0.0 for s in kept},
-            stack_momenta=momenta_by_stack(spec, momenta) if own else {},
+            momenta={s: momenta.of_scaling(spec, s) or 0.0 for s in shared},
+            stack_momenta=momenta_by_stack(spec, momenta) if len(shared) < len(kept) else {},
             generic_momentum=generic if own else next(iter(generic), 0.0),
             shrink=[1.0 if name in still else numbers.shrink[name] for name in spec.parameters]
             if spec.weight_decay

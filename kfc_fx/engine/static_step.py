@@ -60,7 +60,7 @@ class StaticStep:
         self._rates = _Columns(inputs.rates)
         self._momenta = _Columns(inputs.stack_momenta)
         self._generic_rates = _Numbers(inputs.generic_rates, self._flat)
-        self._generic_momenta = _Numbers(_own(inputs.generic_momentum), self._flat, listed=True)
+        self._generic_momenta = _Momenta(_own(inputs.generic_momentum), self._flat)
         self._shrink = _Numbers(inputs.shrink, self._flat)
         self._step = torch.zeros((), dtype=_number_dtype(self._flat), device=self.device)
         self._expected_step = 0
@@ -222,19 +222,17 @@ class _Columns:
 
 class _Numbers:
     """One number for each of some parameters, on the device: a single one where all are equal,
-    which ``_foreach`` functions take in one launch; ``listed``, always a list."""
+    which ``_foreach`` functions take in one launch."""
 
-    def __init__(
-        self, values: Sequence[float], gradients: Sequence[Tensor], *, listed: bool = False
-    ) -> None:
-        self.count, self._uniform = len(values), _is_uniform(values) and not listed
+    def __init__(self, values: Sequence[float], gradients: Sequence[Tensor]) -> None:
+        self.count, self._uniform = len(values), self._is_one(values)
         self._size = 1 if self._uniform else len(values)
-        dtype, device = _number_dtype(gradients), gradients[0].device
+        dtype, device = self._dtype(gradients), gradients[0].device
         self._values = torch.zeros(self._size, dtype=dtype, device=device)
         self._loaded: list[float] | None = None
 
     def fits(self, values: Sequence[float]) -> bool:
-        return len(values) == self.count and (not self._uniform or _is_uniform(values))
+        return len(values) == self.count and (not self._uniform or self._is_one(values))
 
     def load(self, values: Sequence[float]) -> None:
         wanted = [float(value) for value in values[: self._size]]
@@ -242,9 +240,6 @@ class _Numbers:
             for number, value in enumerate(wanted):  # a fill takes its number along, unlike a copy
                 self._values[number].fill_(value)
             self._loaded = wanted
-
-    def values(self) -> Any:
-        return self._given(self._values)
 
     def times(self, one: Tensor) -> Any:
         return self._given(self._values * one)
@@ -255,6 +250,25 @@ class _Numbers:
 
     def _given(self, values: Tensor) -> Any:
         return values[0] if self._uniform else list(values.unbind())
+
+    def _is_one(self, values: Sequence[float]) -> bool:
+        return _is_uniform(values)
+
+    def _dtype(self, gradients: Sequence[Tensor]) -> torch.dtype:
+        return _number_dtype(gradients)
+
+
+class _Momenta(_Numbers):
+    """A list in any case, in double precision: ``1 − momentum`` loses digits in single."""
+
+    def values(self) -> list[Tensor]:
+        return list(self._values.unbind())
+
+    def _is_one(self, values: Sequence[float]) -> bool:
+        return False
+
+    def _dtype(self, gradients: Sequence[Tensor]) -> torch.dtype:
+        return torch.float64
 
 
 def _number_dtype(gradients: Sequence[Tensor]) -> torch.dtype:

@@ -161,8 +161,8 @@ def refresh_arguments(
 
 def _named(spec: UpdateSpec, inputs: StepInputs) -> dict[str, Any]:
     momenta: dict[str, Any] = {spec.option("momentum", s): m for s, m in inputs.momenta.items()}
-    if spec.own_momenta:
-        momenta = {"momentum": inputs.stack_momenta} | momenta
+    if inputs.stack_momenta:
+        momenta["momentum"] = inputs.stack_momenta
     return {
         "parameters": inputs.parameters,
         "gradients": inputs.gradients,

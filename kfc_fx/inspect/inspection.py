@@ -18,7 +18,7 @@ from kfc_fx.compilation.captured_graph import BoundGraph
 from kfc_fx.errors import KfcError, TargetError
 from kfc_fx.inspect.inputs import InputSpec
 from kfc_fx.inspect.quiet import without_logs
-from kfc_fx.install import compile
+from kfc_fx.install import compile, uncompile
 from kfc_fx.optim.groups import Group
 from kfc_fx.optim.kfc import KFC
 from kfc_fx.optim.statistics import Statistics
@@ -43,9 +43,9 @@ class InspectionOptions:
     weight_sharing: str = "expand"
 
     def compile(self, model: nn.Module) -> nn.Module:
-        """Compile a model, not captured yet."""
+        """Compile a model anew, not captured yet."""
         return compile(
-            model,
+            uncompile(model),
             norm_layers=self.norm_layers,
             weight_sharing=self.weight_sharing,  # type: ignore[arg-type]
         )

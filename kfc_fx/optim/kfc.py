@@ -162,26 +162,26 @@ class KFC(torch.optim.Optimizer):
             raise StepError("adapt_damping needs a closure that returns the loss; it returned None")
         groups = self.param_groups
         stepping = self._with_gradients()
-        if not all(own.may_step(gradients, groups) for own, gradients in stepping):
-            for own, _ in stepping:
+        if not all(own.may_step(engine, gradients, groups) for own, engine, gradients in stepping):
+            for own, *_ in stepping:
                 own.skip()
             return loss
         with ExitStack() as stack:
-            for own, gradients in stepping:
-                stack.enter_context(own.step_size_noted(gradients, groups))
-                stack.enter_context(own.transaction(groups))
-            for own, _ in stepping:
-                own.use_statistics(groups)
-            for own, gradients in stepping:
-                own.apply(gradients, groups)
-        for own, gradients in stepping:
+            for own, engine, gradients in stepping:
+                stack.enter_context(own.step_size_noted(engine, gradients))
+                stack.enter_context(own.transaction(engine))
+            for own, engine, _ in stepping:
+                own.use_statistics(engine)
+            for own, engine, gradients in stepping:
+                own.apply(engine, gradients, groups)
+        for own, _, gradients in stepping:
             if trial is not None and closure is not None:
                 own.adapt_damping(trial, closure, loss, gradients)
             own.end()
         return loss
 
-    def _with_gradients(self) -> list[tuple[ModelStep, dict[str, Tensor]]]:
-        """The models that have gradients, and these."""
+    def _with_gradients(self) -> list[tuple[ModelStep, UpdateEngine, dict[str, Tensor]]]:
+        """The models that have gradients, their engines, and these."""
         for own in self._models:
             own.check_owner(self.param_groups)
         found = [(own, own.gradients(self.param_groups)) for own in self._models]
@@ -191,7 +191,7 @@ class KFC(torch.optim.Optimizer):
                 "no parameter has a gradient: call loss.backward() before opt.step(), with a loss "
                 "computed from the output of the compiled model"
             )
-        return found
+        return [(own, own.engine(self.param_groups), gradients) for own, gradients in found]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and the statistics that belong to them."""
@@ -224,6 +224,14 @@ class KFC(torch.optim.Optimizer):
                 f"this state_dict is of {len(states)} models, and the optimizer has "
                 f"{len(self._models)}"
             )
+        second = self.options.betas[1]
+        for group in state_dict["param_groups"]:
+            if tuple(group.get("betas", self.options.betas))[1] != second:
+                raise OptionError(
+                    f"this state_dict is of another scaling, or of other betas: the second one is "
+                    f"{group['betas'][1]} in it, and {second} here. Make KFC with the options that "
+                    "it was saved with"
+                )
         super().load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
         for own, state, data in zip(self._models, saved, states, strict=True):
             own.load(state, data)

@@ -60,6 +60,7 @@ class ModelStep:
         self._diagnostics = Diagnostics(damping=getattr(options.scaling, "damping", None))
         self._exact = ExactFisher(compilation, self.collector, options, self._diagnostics)
         self._last_step_ended: float | None = None
+        self._owned: object = None
         self._warned: set[str] = set()
 
     # -- around steps ------------------------------------------------------------------------
@@ -113,7 +114,7 @@ class ModelStep:
         if not self.collector.sums.blocks:
             raise StatisticsError("initialize got no batch with statistics; pass at least one")
         with torch.no_grad():
-            self.use_statistics(groups)
+            self.use_statistics(self.engine(groups))
         self.collector.take()
 
     # -- one step ----------------------------------------------------------------------------
@@ -129,10 +130,14 @@ class ModelStep:
                 "the model was compiled anew, or uncompiled, after this KFC was made: make a KFC "
                 "for the model as it is now"
             )
+        key = (self.compilation.assignments, tuple(len(group["params"]) for group in groups))
+        if self._owned == key:
+            return
         owner_of = self.compilation.owner_of
         for name in self.binding.of_model(groups):
             if owner_of(name) is not self.collector:
                 raise StepError(f"another KFC was made for {name}; step that one")
+        self._owned = key
 
     def gradients(self, groups: Groups) -> dict[str, Tensor]:
         """The gradients that there are of what is minimized, by parameter name."""
@@ -142,9 +147,10 @@ class ModelStep:
             self.compilation.note_gradients(gradients)
         return gradients
 
-    def may_step(self, gradients: Mapping[str, Tensor], groups: Groups) -> bool:
+    def may_step(
+        self, engine: UpdateEngine, gradients: Mapping[str, Tensor], groups: Groups
+    ) -> bool:
         """Whether gradients are finite, as far as the step does not look itself."""
-        engine = self.engine(groups)
         momenta = self.binding.momenta(engine, groups)
         return engine.guards(gradients, momenta) or all_finite(gradients.values())
 
@@ -154,9 +160,10 @@ class ModelStep:
         self.collector.take()
 
     @contextmanager
-    def step_size_noted(self, gradients: Mapping[str, Tensor], groups: Groups) -> Iterator[None]:
+    def step_size_noted(
+        self, engine: UpdateEngine, gradients: Mapping[str, Tensor]
+    ) -> Iterator[None]:
         """Keep how far the step in the body goes, where a refresh waits for the device anyway."""
-        engine = self.engine(groups)
         if not self.schedule.refresh_due(self._diagnostics.steps):
             yield
             return
@@ -167,15 +174,14 @@ class ModelStep:
         self._diagnostics.note_step(relative_distance(before, moved))
 
     @contextmanager
-    def transaction(self, groups: Groups) -> Iterator[None]:
+    def transaction(self, engine: UpdateEngine) -> Iterator[None]:
         """Put state and counters back as they were if the body raises."""
         self._note_gradient_time()
-        with self.engine(groups).transaction(), self._diagnostics.transaction():
+        with engine.transaction(), self._diagnostics.transaction():
             yield
 
-    def use_statistics(self, groups: Groups) -> None:
+    def use_statistics(self, engine: UpdateEngine) -> None:
         """Statistics into factors, and factors into inverses or bases, where they are due."""
-        engine = self.engine(groups)
         step, diagnostics = self._diagnostics.steps, self._diagnostics
         sums = self.collector.sums
         if sums.blocks:
@@ -195,9 +201,8 @@ class ModelStep:
             diagnostics.count("inverse_failures", failed, UNDECOMPOSED)
             diagnostics.refreshes += 1
 
-    def apply(self, gradients: Mapping[str, Tensor], groups: Groups) -> None:
+    def apply(self, engine: UpdateEngine, gradients: Mapping[str, Tensor], groups: Groups) -> None:
         """Gradients into parameters."""
-        engine = self.engine(groups)
         with self._diagnostics.timed("update"):
             scales_of = partial(self._exact.scales, gradients)
             report = engine.apply(gradients, self._numbers(engine, groups), scales_of)

@@ -51,6 +51,7 @@ def target_of(given: Any, model: Any) -> Target:
         raise OptionError("there is nothing to optimize: there are no parameters")
     first: list[Compilation] = []
     if model is not None:
+        _check_holds(model, chosen)
         first.append(Compilation.of(compile(model) if compilation_of(model) is None else model))
     found = tuple(dict.fromkeys([*first, *_owners(tensors_of(chosen), first)]))
     if not found:
@@ -71,6 +72,12 @@ def tensors_of(chosen: Iterable[Any]) -> Iterator[Tensor]:
             yield from (part for part in entry if isinstance(part, Tensor))
         elif isinstance(entry, Tensor):
             yield entry
+
+
+def _check_holds(model: nn.Module, chosen: list[Any]) -> None:
+    held = set(model.parameters())
+    if not any(parameter in held for parameter in tensors_of(chosen)):
+        raise OptionError(f"none of the parameters belongs to the model, a {type(model).__name__}")
 
 
 def _with_list(entry: Any) -> Any:

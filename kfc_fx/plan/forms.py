@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
-from kfc_fx.errors import OptionError
 from kfc_fx.plan import spec
 from kfc_fx.plan.spec import BlockSpec
 
@@ -29,13 +28,6 @@ class FactorForms:
     """Diagonal blocks of equal side that a dense Ω is cut into; its bias column is apart then."""
     output_parts: int = 1
     """Those that a dense Γ is cut into."""
-
-
-def check_input_factor(option: str) -> None:
-    """Raise :class:`OptionError` unless the option is a known one."""
-    if option not in get_args(InputFactorOption):
-        known = ", ".join(get_args(InputFactorOption))
-        raise OptionError(f"input_factor must be one of {known}; got {option!r}")
 
 
 def factor_forms(block: BlockSpec, option: InputFactorOption = "auto") -> FactorForms:

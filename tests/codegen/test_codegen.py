@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import linecache
 
 import pytest
@@ -10,8 +11,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 import kfc_fx
-from kfc_fx.codegen.text.printer import print_function
-from kfc_fx.codegen.text.update_graph import UpdateGraph
+from kfc_fx.optim import update_spec
 from tests.options import kfc
 
 X = torch.randn(8, 2, 6, 6, generator=torch.Generator().manual_seed(1)).double()
@@ -22,6 +22,9 @@ OPTIONS = [
     {"scaling": "inverse"},
     {"scaling": "inverse", "input_factor": "separable", "clip": None, "momentum": 0.0},
     {"scaling": "inverse", "clip_by": "exact"},
+    {"basis_limit": 4},
+    {"scaling": "eigen", "basis_limit": 4, "input_factor": "separable"},
+    {"scaling": "spectral", "input_factor": "separable"},
 ]
 
 
@@ -110,8 +113,7 @@ def test_layers_of_one_shape_are_computed_together():
     opt.step()
     source = opt.update_source
     assert "# 72x73: 2 layers: 1, 3" in source
-    # Once for each side of both layers: at the start, and in every refresh.
-    assert source.count("eigenbasis(") == 4
+    assert source.count("eigenbasis(") == 2, "one call for each factor of both layers"
     assert "# [2, 72, 73]" in source
 
 
@@ -122,50 +124,46 @@ def test_tracebacks_show_the_generated_line():
     assert linecache.getline(filename, function.__code__.co_firstlineno).startswith("def apply")
 
 
-@pytest.mark.parametrize(
-    ("build", "expected"),
-    [
-        (lambda call, a, b: call(torch.sqrt, a + b), 2.0),
-        (lambda call, a, b: call(torch.cat, (a + b,)), 4.0),
-        (lambda call, a, b: call(torch.cat, (call(torch.mul, a, b),)), 3.0),
-        (lambda call, a, b: call(torch.cat, [a + b]), 4.0),
-    ],
-    ids=["sum", "tuple of one sum", "tuple of one call", "list of one sum"],
-)
-def test_what_is_too_wide_for_a_line_means_the_same(build, expected):
-    keys = {name: name * 50 for name in "ab"}
-    update = UpdateGraph("wide", "One expression, broken into lines.")
-    x = update.argument("x")
-    update.finish(update.let("y", build(update.call, x[keys["a"]], x[keys["b"]])))
-    text, _ = print_function(update)
-    namespace = {"torch": torch}
-    exec(text, namespace)
-    found = namespace["wide"]({keys["a"]: torch.ones(1), keys["b"]: torch.full((1,), 3.0)})
-    assert found.item() == expected
+def test_factors_that_are_cut_are_turned_by_named_functions():
+    source = trained(basis_limit=4)[1].update_source
+    assert "rotate_columns(" in source
+    assert "rotate_rows(" in source
+    assert "unflatten" not in source.partition("def apply")[2]
 
 
-def test_large_values_live_no_longer_than_the_section_that_needs_them_last():
-    update = UpdateGraph("sections", "Values of one section that another needs.")
-    x = update.argument("x")
-    update.section("first")
-    alone = update.let("alone", x + 1, (2, 3))
-    shared = update.let("shared", alone * 2, (2, 3))
-    update.section("second")
-    both = update.let_list("both", update.call(torch._foreach_mul, [shared, shared], 2))
-    rate = update.let("rate", shared.sum())
-    update.section("third")
-    kept = update.let("kept", both[0].T * rate, (3, 2))
-    scratch = update.let("scratch", kept * 2, (3, 2))
-    update.section("last")
-    update.effect(torch._foreach_add_, [x], [scratch.T])
-    text, _ = print_function(update.finish({"kept": kept}))
-    deleted = {
-        part.split("\n")[0]: part.partition("    del ")[2].split("\n")[0]
-        for part in text.split("    # ")[1:]
+def test_what_is_of_one_stack_stands_in_a_function_of_that_stack():
+    """Locals end with their frame, so that no intermediate value outlives its stack."""
+    _, opt = trained()
+    functions = ast.parse(opt.update_source).body
+    apply = next(f for f in functions if isinstance(f, ast.FunctionDef) and f.name == "apply")
+    inner = {f.name for f in apply.body if isinstance(f, ast.FunctionDef)}
+    keys = [stack.key for stack in opt._engine.spec.stacks]
+    assert {f"{verb}_{key}" for verb in ("rotate", "step") for key in keys} <= inner
+    named = {
+        n.id for n in ast.walk(apply) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
     }
-    assert deleted == {"first": "alone", "second": "shared", "third": "both", "last": "scratch"}
-    namespace = {"torch": torch}
-    exec(text, namespace)
-    given = torch.ones(2, 3)
-    assert namespace["sections"](given)["kept"].unique().tolist() == [8.0 * 24.0]
-    assert given.unique().tolist() == [1 + 2 * 8.0 * 24.0]
+    assert not [name for name in named if any(name.endswith(f"_{key}") for key in keys)]
+    assert "del " not in opt.update_source
+
+
+@pytest.mark.parametrize("input_factor", ["dense", "separable"])
+def test_the_header_explains_the_names_of_stacks(input_factor):
+    source = trained(input_factor=input_factor)[1].update_source
+    header = " ".join(ast.get_docstring(ast.parse(source)).split())
+    assert "5 layers in 5 stacks, each of one shape. The" in header
+    assert "The name of a stack: rows x columns of [W b]" in header
+    assert ("channels x offsets of a separable Ω" in header) == (input_factor == "separable")
+    assert "d: a diagonal factor" in header
+    assert "cut in" not in header
+    assert "p2: a factor cut in 2 parts" in trained(basis_limit=4)[1].update_source
+
+
+def test_one_function_refreshes_at_the_first_time_and_later(monkeypatch):
+    monkeypatch.setattr(update_spec, "ORTHOGONAL_ITERATION_FROM", 200)
+    narrow = trained()[1].update_source  # whose factors are decomposed at every refresh
+    assert "def refresh(state):" in narrow
+    monkeypatch.setattr(update_spec, "ORTHOGONAL_ITERATION_FROM", 100)
+    source = trained()[1].update_source
+    assert "def refresh(state, first):" in source
+    assert 'next_basis(state["omega"], state["q_omega"], first=first)' in source
+    assert "def start" not in source

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import kfc_fx
 from kfc_fx.codegen.pieces import decompositions
 from kfc_fx.engine.screening import screen
-from kfc_fx.optim import binding
+from kfc_fx.optim import update_spec
 from kfc_fx.statistics.sums import Sums
 from tests.options import kfc
 
@@ -41,7 +41,7 @@ def trained(scaling, **options):
 
 @pytest.fixture(params=[2, 128], ids=["iterated", "decomposed"])
 def wide_from(request, monkeypatch):
-    monkeypatch.setattr(binding, "ORTHOGONAL_ITERATION_FROM", request.param)
+    monkeypatch.setattr(update_spec, "ORTHOGONAL_ITERATION_FROM", request.param)
 
 
 @pytest.mark.parametrize("input_factor", ["dense", "separable"])
@@ -71,7 +71,7 @@ def test_failures_are_told_of_the_block_that_failed(monkeypatch):
     engine.state[key]["eigenvalues_gamma"].fill_(float("nan"))
     engine.accumulate(screen(Sums(), engine.spec.stacks, 0.5))
     engine.started = False
-    assert engine.refresh(opt._option_numbers(engine)) == ["9"]
+    assert engine.refresh(opt._models[0]._option_numbers(engine)) == ["9"]
 
 
 def refresh_of(opt):

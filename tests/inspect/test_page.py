@@ -100,7 +100,7 @@ def test_names_stay_text(open_page):
     page = open_page(document)
     page.find("#expand-all").click()
     page.find("#search-input").send_keys("onerror")
-    for tab in ("stage", "start", "accumulate", "refresh", "apply", "run"):
+    for tab in ("stage", "accumulate", "refresh", "apply", "run"):
         page.open_tab(tab)
     images = page.script("return document.querySelectorAll('img, #scene script').length")
     assert images == 0

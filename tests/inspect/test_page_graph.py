@@ -110,7 +110,7 @@ def test_update_source_and_graph_are_linked(page):
     page.line("def accumulate_64x576(").click()
     assert page.selected() == "node:conv1", "a stack's line selects its first layer"
     assert page.find_all("#scene .related"), "and marks the others"
-    page.line('accumulate_512x513(statistics, examples, state["512x513"])').click()
+    page.line('accumulate_10x513(statistics, examples, state["10x513"])').click()
     assert page.selected() == "node:linear", "and so does the line of its call"
 
 

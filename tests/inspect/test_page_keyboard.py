@@ -105,8 +105,8 @@ def test_lines_are_chosen_by_keys(page):
 def test_tabs_are_switched_by_arrows(page):
     page.find("#tab-stage").click()
     page.press(RIGHT)
-    assert page.focused() == "tab-start"
-    assert page.find("#tab-start").get_attribute("aria-selected") == "true"
+    assert page.focused() == "tab-accumulate"
+    assert page.find("#tab-accumulate").get_attribute("aria-selected") == "true"
 
 
 def test_focus_is_visible(page):

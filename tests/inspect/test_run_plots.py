@@ -24,8 +24,8 @@ def test_plots_of_a_run(scaling, tmp_path):
         opt.save_report(path, loss=1.0 / (step + 1))
     figure = run_figure(json.loads(path.read_text()))
     titles = {axes.get_title() for axes in figure.axes if axes.get_title()}
-    expected = {"loss", "lr", "damping", "seconds a step", "spectrum of omega", "spectrum of gamma"}
-    expected |= {"nu", "clip scale"} if scaling == "inverse" else set()
+    expected = {"loss", "lr", "seconds a step", "spectrum of omega", "spectrum of gamma"}
+    expected |= {"damping", "nu", "clip scale"} if scaling == "inverse" else set()
     assert titles == expected
     loss = next(axes for axes in figure.axes if axes.get_title() == "loss")
     assert list(loss.lines[0].get_ydata()) == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4])

@@ -55,7 +55,7 @@ def test_it_trains_under_its_name_with_its_own_facts():
     assert opt.schedule.first_steps == 3
     seen = losses(compiled, opt, IMAGES, LABELS, 20)
     assert seen[-1] < 0.8 * seen[0]
-    assert "One step of The momentum over the root" in opt.update_source
+    assert "One step along the momentum over the root" in opt.update_source
     assert repr(opt).splitlines()[2] == "  blocks: 3 by trace"
     with pytest.raises(kfc_fx.OptionError, match="Trace: gain must be a positive number"):
         Trace(gain=0)

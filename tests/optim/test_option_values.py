@@ -171,12 +171,13 @@ def test_lr_is_positional_and_parameters_find_their_model_by_keyword():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (lambda net, compiled: ((3,), {}), r"KFC takes a model, got int: write KFC\(model\)"),
-        (lambda net, compiled: ((net.parameters(),), {}), r"KFC\(groups, model=model\)"),
+        (lambda net, compiled: ((3,), {}), "KFC takes a model, or an iterable of parameters.*got int"),
+        (lambda net, compiled: ((conv_network().parameters(),), {}), r"KFC\(params, model=model\)"),
+        (lambda net, compiled: ((net.parameters(),), {"model": 3}), r"model must be an nn\.Module, got int"),
         (lambda net, compiled: ((compiled,), {"model": compiled}), "two models"),
-        (lambda net, compiled: ((net[0].weight,), {"model": compiled}), "an iterable of tensors or groups, got Parameter"),
+        (lambda net, compiled: ((net[0].weight,), {"model": compiled}), "an iterable of parameters.*got Parameter"),
         (lambda net, compiled: (([],), {"model": compiled}), "nothing to optimize"),
-        (lambda net, compiled: ((conv_network().parameters(),), {"model": compiled}), "not one of the compiled model"),
+        (lambda net, compiled: ((conv_network().parameters(),), {"model": compiled}), "none of the parameters belongs to the model"),
     ],
 )  # fmt: skip
 def test_what_is_no_model_nor_its_parameters_is_refused(arguments, message):
@@ -187,7 +188,7 @@ def test_what_is_no_model_nor_its_parameters_is_refused(arguments, message):
 
 
 def test_a_model_without_parameters_is_refused():
-    with pytest.raises(kfc_fx.OptionError, match="the model has no parameters"):
+    with pytest.raises(kfc_fx.OptionError, match="there are no parameters"):
         kfc_fx.KFC(kfc_fx.compile(nn.ReLU()))
 
 

@@ -142,7 +142,7 @@ def test_steps_are_where_the_model_is_least(likelihood):
         old = dict(before.named_parameters())
         moved = {n: (p - old[n]).detach() for n, p in model.named_parameters()}
         along = [moved] if previous is None else [moved, previous]
-        kind = opt._compilation.options.likelihood
+        kind = model.kfc.options.likelihood
         fisher = fisher_gram(before, kind, ((x,), {}), along).double()
         for row, vector in enumerate(along):
             slope = sum((gradient[n] * vector[n]).sum() for n in names)
@@ -243,7 +243,7 @@ def test_adapted_damping_is_used_saved_and_loaded():
         opt.step(closure_of(model, opt, x, y, []))
     adapted = opt.diagnostics.damping
     assert adapted != 0.01
-    (numbers,) = opt._numbers(opt._engine).options.values()
+    (numbers,) = opt._models[0]._option_numbers(opt._engine).values()
     assert numbers["damping"] == adapted
     other_model = kfc_fx.compile(network())
     other = kfc(other_model, lr=0.1, scaling="inverse", adapt_damping=2)

@@ -56,7 +56,7 @@ def test_a_step_that_raised_can_be_taken_again_as_if_nothing_had_been(scaling, f
     assert_same_state(saved_state(opt), saved_state(plain))
 
 
-@pytest.mark.parametrize("failing", ["start", "apply"])
+@pytest.mark.parametrize("failing", ["refresh", "apply"])
 def test_a_first_step_that_raised_can_be_taken_again(failing):
     compiled, opt = make()
     reference, plain = make()

@@ -230,7 +230,7 @@ def test_a_guessed_input_is_told():
         (["--part", "apply"], "--part belongs to --view update; the view is summary"),
         (["--run"], "--run belongs to --view update"),
         (["--diff", "captured", "probes"], "--diff belongs to --view graph"),
-        (["--input-factor", "dens"], "input_factor must be one of auto, dense, separable"),
+        (["--input-factor", "dens"], "input_factor must be one of 'auto', 'dense', 'separable'"),
         (["--weight-sharing", "redcue"], "weight_sharing must be one of expand, reduce"),
         (["--view", "update", "--run", "--capture", "symbolic"], "needs --capture dynamo"),
         (["--input", "4x3x6x6", "--input", "4x3x6x6"], "does not run on 4x2x6x6 4x3x6x6"),

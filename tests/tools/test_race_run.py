@@ -29,7 +29,6 @@ from kfc_fx.tools.race.optimizers import (
 from kfc_fx.tools.race.results import RunResult, RunSpec
 from kfc_fx.tools.race.run import batches, train
 from kfc_fx.tools.race.tasks import TASKS, CellSpec, Examples, RaceData, TaskSpec
-from tests.models import collector_of
 
 STEPS = 14
 
@@ -237,7 +236,7 @@ def test_costs_cover_whole_intervals_in_turns(
     def turn(racer: race_costs.Racer, steps: int) -> float:
         turns.append((racer.name, steps))
         for _ in range(steps):
-            if racer.kfc is not None and len(turns) > 3 and collector_of(racer.kfc.compiled).armed:
+            if racer.kfc is not None and len(turns) > 3 and racer.kfc._models[0].collector.armed:
                 due.append(steps == 1)
             racer.step()
         return seconds[racer.name] * (5 if steps == 1 else 1)
@@ -260,10 +259,11 @@ def test_an_interval_holds_both_of_kfc_s(task: TaskSpec, data: RaceData) -> None
     entered = race_run.make(task, "kfc-adam", 0.01, 0, data, 8)
     (kfc,) = entered.optimizers
     assert hasattr(kfc, "schedule")
-    kfc.schedule = replace(kfc.schedule, every=4, refresh_every=6)
+    own = kfc._models[0]
+    own.schedule = replace(kfc.schedule, every=4, refresh_every=6)
     racer = race_costs.Racer("kfc-adam", entered, lambda: None)
     assert race_costs.whole_interval([racer]) == race_costs.turn_steps([racer]) == 60
-    kfc.schedule = replace(kfc.schedule, every=6)
+    own.schedule = replace(kfc.schedule, every=6)
     assert (race_costs.whole_interval([racer]), race_costs.turn_steps([racer])) == (30, 10)
 
 

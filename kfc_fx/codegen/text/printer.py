@@ -6,6 +6,7 @@ import builtins
 import operator
 import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -178,7 +179,7 @@ class _Printer:
         expression = self.value(value)
         if expression.precedence < UNARY:
             expression = expression.in_brackets()
-        return Expression(f"-{expression.flat}", precedence=UNARY)
+        return replace(expression.labelled("-"), precedence=UNARY)
 
     def listed(self, values: Any) -> Expression:
         if isinstance(values, fx.Node):
