@@ -22,7 +22,7 @@ demo: $(READY)
 
 test: lint
 	@echo "==> tests"
-	@$(BIN)/pytest
+	@$(BIN)/pytest -n 2 --dist loadfile
 
 fuzz: $(READY)
 	@$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
