@@ -72,7 +72,7 @@ def compile(
         batch_dim=batch_dim,
     )
     known = compilation_of(model)
-    if known is not None and known.options == options:
+    if known is not None and known.options == options and known.runs:
         if not known.installed:
             known.install()
         return model

@@ -334,6 +334,17 @@ def test_compiling_twice_with_the_same_options_changes_nothing():
     assert opt.diagnostics.statistics_steps == 1
 
 
+def test_compiling_a_model_that_was_captured_to_look_at_makes_it_run():
+    net = kfc_fx.compile(nn.Sequential(nn.Linear(4, 3)))
+    net.kfc.trace_symbolic(torch.randn(2, 4))
+    with pytest.raises(kfc_fx.CaptureError, match="Compile the model anew to train it"):
+        net(torch.randn(2, 4))
+    opt = kfc_fx.KFC(kfc_fx.compile(net))
+    F.cross_entropy(net(torch.randn(2, 4)), torch.tensor([0, 1])).backward()
+    opt.step()
+    assert set(opt.factors) == {"0"}
+
+
 def test_compiling_with_other_options_begins_anew():
     net, opt = make(token_network())
     backward(net)

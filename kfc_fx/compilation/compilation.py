@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -59,6 +60,7 @@ STARTS_ANEW = (
 
 
 _INSTALLED_ONES: weakref.WeakSet[Compilation] = weakref.WeakSet()
+_SERIAL = itertools.count()
 
 INSTALLED = "_compiled_call_impl"
 """What ``nn.Module`` calls in place of ``_call_impl`` where it is set."""
@@ -77,6 +79,8 @@ class Compilation:
 
     def __init__(self, model: nn.Module, options: CompileOptions) -> None:
         self.model, self.options = model, options
+        self.serial = next(_SERIAL)
+        """Larger for compilations that were made later."""
         self._before: Callable[..., Any] | None = None
         self.names = ParameterNames(model)
         self._owners = Owners()
@@ -109,13 +113,19 @@ class Compilation:
 
     @staticmethod
     def installed_ones() -> list[Compilation]:
-        """Those of all compiled models that are alive, in no order that means anything."""
-        return [compilation for compilation in _INSTALLED_ONES if compilation.known_to_model]
+        """Those of all compiled models that are alive, in the order in which they were made."""
+        alive = [compilation for compilation in _INSTALLED_ONES if compilation.known_to_model]
+        return sorted(alive, key=lambda compilation: compilation.serial)
 
     @property
     def installed(self) -> bool:
         """Whether the model's calls come here."""
         return vars(self.model).get(INSTALLED) is self
+
+    @property
+    def runs(self) -> bool:
+        """Whether the model runs: not after :meth:`trace_symbolic`, which is for looking."""
+        return self._forward is not refuse_to_run
 
     @property
     def known_to_model(self) -> bool:

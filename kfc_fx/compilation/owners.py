@@ -17,6 +17,7 @@ class Owners:
     def __init__(self) -> None:
         self._of_all: weakref.ref[Collector] | None = None
         self._of: dict[str, weakref.ref[Collector]] = {}
+        self._distinct: tuple[weakref.ref[Collector], ...] = ()
         self.assignments = 0
         """Grows with every call of :meth:`assign`."""
 
@@ -27,6 +28,8 @@ class Owners:
             self._of_all, self._of = weakref.ref(collector), {}
         else:
             self._of |= dict.fromkeys(parameters, weakref.ref(collector))
+        references = [*([self._of_all] if self._of_all else []), *self._of.values()]
+        self._distinct = tuple(dict.fromkeys(references))  # each call of the model asks for these
 
     def owner_of(self, parameter: str) -> Collector | None:
         """The collector that has a parameter."""
@@ -36,6 +39,5 @@ class Owners:
     @property
     def collectors(self) -> tuple[Collector, ...]:
         """All that have some parameter."""
-        references = [*([self._of_all] if self._of_all else []), *self._of.values()]
-        alive = (reference() for reference in references)
-        return tuple({collector: None for collector in alive if collector is not None})
+        alive = (reference() for reference in self._distinct)
+        return tuple(collector for collector in alive if collector is not None)

@@ -153,7 +153,7 @@ class KFC(torch.optim.Optimizer):
             StatisticsError: statistics are due for the first time and none have arrived.
         """
         refuse_several_processes()
-        trial = self._models[0].trial(closure)  # of options that are for one model
+        trial = self._models[0].exact.trial(closure)  # of options that are for one model
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -167,6 +167,8 @@ class KFC(torch.optim.Optimizer):
                 own.skip()
             return loss
         with ExitStack() as stack:
+            if len(stepping) > 1:  # the step of one writes at its end, and then no other may raise
+                stack.enter_context(_unwritten_if_raised([engine for _, engine, _ in stepping]))
             for own, engine, gradients in stepping:
                 stack.enter_context(own.step_size_noted(engine, gradients))
                 stack.enter_context(own.transaction(engine))
@@ -176,7 +178,7 @@ class KFC(torch.optim.Optimizer):
                 own.apply(engine, gradients, groups)
         for own, _, gradients in stepping:
             if trial is not None and closure is not None:
-                own.adapt_damping(trial, closure, loss, gradients)
+                own.exact.adapt_damping(trial, closure, loss, gradients)
             own.end()
         return loss
 
@@ -373,6 +375,18 @@ def _models(
         ModelStep(first, options, outside),
         *(ModelStep(compilation, options, {}) for compilation in others),
     ]
+
+
+@contextmanager
+def _unwritten_if_raised(engines: Sequence[UpdateEngine]) -> Iterator[None]:
+    """Put the parameters of several engines back as they were if the body raises."""
+    parameters = [p for engine in engines for p in engine.parameters.values()]
+    before = [p.detach().clone() for p in parameters]
+    try:
+        yield
+    except BaseException:
+        torch._foreach_copy_([p.detach() for p in parameters], before)
+        raise
 
 
 def _copy_into(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

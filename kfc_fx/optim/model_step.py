@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,7 +19,6 @@ from kfc_fx.engine.step_inputs import OptionNumbers, StepNumbers
 from kfc_fx.errors import OptionError, StatisticsError, StepError, warn
 from kfc_fx.optim.binding import Binding
 from kfc_fx.optim.diagnostics import Diagnostics
-from kfc_fx.optim.exact.trial import Trial
 from kfc_fx.optim.exact_fisher import ExactFisher
 from kfc_fx.optim.gradients import all_finite, named_gradients, relative_distance
 from kfc_fx.optim.groups import Group
@@ -58,7 +57,7 @@ class ModelStep:
         statistics = options.statistics
         self.schedule = Schedule(statistics.every, statistics.refresh_every, options.first_steps)
         self._diagnostics = Diagnostics(damping=getattr(options.scaling, "damping", None))
-        self._exact = ExactFisher(compilation, self.collector, options, self._diagnostics)
+        self.exact = ExactFisher(compilation, self.collector, options, self._diagnostics)
         self._last_step_ended: float | None = None
         self._owned: object = None
         self._warned: set[str] = set()
@@ -118,10 +117,6 @@ class ModelStep:
         self.collector.take()
 
     # -- one step ----------------------------------------------------------------------------
-
-    def trial(self, closure: Callable[[], Any] | None) -> Trial | None:
-        """The place before the step that begins, where the damping is to be adapted after it."""
-        return self._exact.trial(closure)
 
     def check_owner(self, groups: Groups) -> None:
         """Raise :class:`StepError` where the model's statistics are another optimizer's by now."""
@@ -204,21 +199,11 @@ class ModelStep:
     def apply(self, engine: UpdateEngine, gradients: Mapping[str, Tensor], groups: Groups) -> None:
         """Gradients into parameters."""
         with self._diagnostics.timed("update"):
-            scales_of = partial(self._exact.scales, gradients)
+            scales_of = partial(self.exact.scales, gradients)
             report = engine.apply(gradients, self._numbers(engine, groups), scales_of)
         self._diagnostics.last_nu = report.get("nu")
         self._diagnostics.last_clip_scale = report.get("clip_scale")
         self._diagnostics.steps += 1
-
-    def adapt_damping(
-        self,
-        trial: Trial,
-        closure: Callable[[], Any],
-        loss: Any,
-        gradients: Mapping[str, Tensor],
-    ) -> None:
-        """Compare the change of the loss with what the quadratic model predicted."""
-        self._exact.adapt_damping(trial, closure, loss, gradients)
 
     def end(self) -> None:
         """Begin the way to the next step."""
@@ -300,7 +285,7 @@ class ModelStep:
         )
 
     def _option_numbers(self, engine: UpdateEngine) -> OptionNumbers:
-        return option_numbers(engine.spec, self._options, self._exact.inverse_damping)
+        return option_numbers(engine.spec, self._options, self.exact.inverse_damping)
 
 
 def check_model(compilation: Compilation, options: KFCOptions) -> None:

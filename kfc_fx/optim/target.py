@@ -89,7 +89,8 @@ def _with_list(entry: Any) -> Any:
 
 
 def _owners(parameters: Iterable[Tensor], known: list[Compilation]) -> Iterator[Compilation]:
-    """The compiled model of each parameter; of several, the one with the most parameters."""
+    """The compiled model of each parameter: of several the one with the most parameters, and of
+    these the one that was compiled last."""
     candidates = sorted(
         Compilation.installed_ones(), key=lambda c: sum(1 for _ in c.model.parameters())
     )

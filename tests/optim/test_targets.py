@@ -120,6 +120,28 @@ def test_one_optimizer_steps_two_models():
     assert "4 by adam" in repr(opt)
 
 
+def test_a_step_that_raises_for_one_model_moves_none(monkeypatch):
+    nets = [kfc_fx.compile(mlp(0)), kfc_fx.compile(mlp(1))]
+    opt = kfc_fx.KFC([p for net in nets for p in net.parameters()], lr=0.01)
+    train(opt, *nets, steps=2)
+    before = [parameters(net) for net in nets]
+    opt.zero_grad()
+    sum(loss_of(net) for net in nets).backward()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory, say")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(opt._models[1].engine(opt.param_groups), "apply", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            opt.step()
+    for net, kept in zip(nets, before, strict=True):
+        assert_equal(parameters(net), kept)
+    assert opt.diagnostics.steps == 2
+    opt.step()
+    assert opt.diagnostics.steps == 3
+
+
 def test_models_take_turns():
     """As generator and discriminator do: what has no gradient takes no step and misses nothing."""
     first, second = kfc_fx.compile(mlp(0)), kfc_fx.compile(mlp(1))
@@ -209,6 +231,15 @@ def test_the_exact_fisher_matrix_is_of_one_model(scaling):
     nets = [kfc_fx.compile(mlp()), kfc_fx.compile(mlp())]
     with pytest.raises(kfc_fx.OptionError, match="of one model, and the parameters are of 2"):
         kfc_fx.KFC([p for net in nets for p in net.parameters()], scaling=scaling)
+
+
+def test_of_models_that_share_all_parameters_the_one_compiled_last_is_meant():
+    net = kfc_fx.compile(mlp())
+    twins = [copy.copy(net) for _ in range(3)]
+    for twin in twins:
+        kfc_fx.compile(twin)
+    kept = kfc_fx.KFC(net.parameters(), lr=0.01)
+    assert kept._models[0].compilation is twins[-1].kfc
 
 
 def test_of_nested_compiled_models_the_outer_one_is_meant():
