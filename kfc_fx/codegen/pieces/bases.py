@@ -17,9 +17,15 @@ FOLLOW_SUMMARY = """Narrow factors are decomposed anew. Wide ones follow by one 
 iteration, but at the ``first`` refresh, where there is no basis to go on from."""
 
 
-def basis_entries(stack: StackSpec) -> dict[str, StateEntry]:
-    """State of the bases."""
-    return {f"q_{name}": StateEntry(s, "identity") for name, s in stack.basis_shapes.items()}
+def basis_entries(stack: StackSpec, momentum: str | None) -> dict[str, StateEntry]:
+    """Bases, second moments in them, and a momentum.
+
+    Args:
+        momentum: its name; None for a stack without one.
+    """
+    bases = {f"q_{name}": StateEntry(s, "identity") for name, s in stack.basis_shapes.items()}
+    moments = ("v",) if momentum is None else ("v", momentum)
+    return bases | {name: StateEntry(stack.matrix_shape, "zeros") for name in moments}
 
 
 def eigenvalue_entries(spec: UpdateSpec, stack: StackSpec) -> dict[str, StateEntry]:

@@ -37,11 +37,7 @@ COUNTS_EXAMPLES = False
 
 def state_entries(stack: StackSpec, *, momentum: bool) -> dict[str, StateEntry]:
     """Bases, and moments in them."""
-    entries = basis_entries(stack)
-    entries["v"] = StateEntry(stack.matrix_shape, "zeros")
-    if momentum:
-        entries["m"] = StateEntry(stack.matrix_shape, "zeros")
-    return entries
+    return basis_entries(stack, "m" if momentum else None)
 
 
 def refresh(local: StackContext, made: Made) -> tuple[dict[str, Value], list[Value]]:

@@ -32,11 +32,7 @@ COUNTS_EXAMPLES = True
 
 def state_entries(stack: StackSpec, *, momentum: bool) -> dict[str, StateEntry]:
     """Bases, second moments in them, and the momentum in the original coordinates."""
-    entries = basis_entries(stack)
-    entries["v"] = StateEntry(stack.matrix_shape, "zeros")
-    if momentum:
-        entries["p"] = StateEntry(stack.matrix_shape, "zeros")
-    return entries
+    return basis_entries(stack, "p" if momentum else None)
 
 
 def refresh(local: StackContext, made: Made) -> tuple[dict[str, Value], list[Value]]:
