@@ -11,7 +11,7 @@ from kfc_fx.compilation import Compilation
 from kfc_fx.engine.engine import UpdateEngine
 from kfc_fx.engine.state import SavedState
 from kfc_fx.engine.step_inputs import Momenta
-from kfc_fx.errors import OptionError, warn
+from kfc_fx.errors import OptionError, counted, warn
 from kfc_fx.optim.groups import Group, check_second_beta
 from kfc_fx.optim.options import KFCOptions
 from kfc_fx.optim.rates import LearningRates, learning_rates, momenta
@@ -154,11 +154,14 @@ class Binding:
         other = [name for name in anew if name in self._loaded.blocks]
         if other:
             raise OptionError(
-                f"the loaded state does not fit {len(other)} blocks ({_shown(other)}): it is of "
-                "another scaling, of factors in another form, or of another layer. Make KFC with "
+                f"the loaded state does not fit {counted(len(other), 'block')} ({_shown(other)}): "
+                "it is of another scaling, of factors in another form, or of another layer. Make KFC with "
                 "the options that it was saved with, or load the model's state alone"
             )
-        warn(f"{len(anew)} blocks begin anew ({_shown(anew)}): the loaded state has none of them")
+        warn(
+            f"the loaded state has nothing for {counted(len(anew), 'block')} ({_shown(anew)}), "
+            "begun anew"
+        )
 
     def _tell_of_lost_blocks(self, spec: UpdateSpec) -> None:
         """Warn of blocks that have become generic while the model was trained."""
@@ -171,8 +174,9 @@ class Binding:
         if lost:
             first = lost[0]
             warn(
-                f"{len(lost)} layers have no block any more ({_shown([b.name for b in lost])}) and "
-                f"are updated as generic parameters; {first.weight}: {reasons[first.weight]}"
+                f"updated as generic parameters from now on, without the block that there was: "
+                f"{counted(len(lost), 'layer')} ({_shown([b.name for b in lost])}); "
+                f"{first.weight}: {reasons[first.weight]}"
             )
 
     @property

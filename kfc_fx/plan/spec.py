@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from kfc_fx.errors import KfcError
+from kfc_fx.errors import KfcError, counted
 from kfc_fx.kernels.geometry import ConvGeometry
 from kfc_fx.notebook import table_html
 from kfc_fx.plan.kinds import KINDS, Diagonal, LayerKind, Sides
@@ -287,10 +287,7 @@ class CurvaturePlan:
         raise KfcError(f"no curvature block is named {name!r}; blocks of this plan: {known}")
 
     def __str__(self) -> str:
-        lines = [
-            f"{len(self.blocks)} blocks, {len(self.generic)} generic parameters, "
-            f"{len(self.frozen)} frozen"
-        ]
+        lines = [self._counts]
         for b in self.blocks:
             times = f" x{b.groups} groups" if b.groups > 1 else ""
             uses = f", used {b.uses} times" if b.uses > 1 else ""
@@ -314,12 +311,20 @@ class CurvaturePlan:
             return ""
         bound = sum(graph.bindings for graph in self.graphs)
         alone = sum(bool(graph.layer) for graph in self.graphs)
-        text = f"{len(self.graphs)} " + ("graph" if len(self.graphs) == 1 else "graphs")
+        text = counted(len(self.graphs), "graph")
         if bound > len(self.graphs):
             text += f", run with {bound} assignments of parameters"
         if alone:
             text += f", {alone} of them of a layer by itself"
         return text
+
+    @property
+    def _counts(self) -> str:
+        blocks, generic = len(self.blocks), len(self.generic)
+        return (
+            f"{counted(blocks, 'block')}, {counted(generic, 'generic parameter')}, "
+            f"{len(self.frozen)} frozen"
+        )
 
     def _repr_html_(self) -> str:
         """The account as a table, for notebooks."""
@@ -329,10 +334,6 @@ class CurvaturePlan:
         ]
         rows += [(g.name, "generic", "", "", "", "", g.reason) for g in self.generic]
         rows += [(name, "frozen", "", "", "", "", "") for name in self.frozen]
-        caption = (
-            f"{len(self.blocks)} blocks, {len(self.generic)} generic parameters, "
-            f"{len(self.frozen)} frozen"
-        )
         rows += [("(break)", "", "", "", "", "", str(found)) for found in self.breaks]
         header = ("layer", "kind", "|T|", "Ω", "Γ", "groups", "reason")
-        return table_html(caption, header, rows)
+        return table_html(self._counts, header, rows)
