@@ -22,7 +22,7 @@ demo: $(READY)
 
 test: lint
 	@echo "==> tests"
-	@$(BIN)/pytest -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 fuzz: $(READY)
 	@$(BIN)/python -m tests.fuzz --minutes $(MINUTES)

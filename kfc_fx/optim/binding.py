@@ -155,8 +155,8 @@ class Binding:
         if other:
             raise OptionError(
                 f"the loaded state does not fit {counted(len(other), 'block')} ({_shown(other)}): "
-                "it is of another scaling, of factors in another form, or of another layer. Make KFC with "
-                "the options that it was saved with, or load the model's state alone"
+                "it is of another scaling, of factors in another form, or of another layer. "
+                "Make KFC with the options that it was saved with, or load the model's state alone"
             )
         warn(
             f"the loaded state has nothing for {counted(len(anew), 'block')} ({_shown(anew)}), "
