@@ -80,8 +80,8 @@ class StackSpec:
 
     @property
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and stacked shape of each factor that is kept as an EMA; the parts of one that is
-        cut follow each other."""
+        """Name and stacked shape of each factor that is kept as an EMA. A factor that is cut into k
+        parts has k matrices in place of one, next to each other."""
         shapes = statistic_shapes(self.first, self.forms)
         parts = self.parts
         return {name: (self.depth * parts[name], *shape[1:]) for name, shape in shapes.items()}

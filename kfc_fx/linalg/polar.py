@@ -76,11 +76,15 @@ def polar_factor_by_gram(matrix: Tensor, late: torch.dtype | None = None) -> Ten
 def orthogonalizers(
     grams: list[Tensor], share: float, dtype: torch.dtype | None = None
 ) -> list[Tensor]:
-    """M for which ``M X`` is ``share`` times the polar factor of X plus ``1 − share`` times X, both
-    at the Frobenius norm of X, and so is their sum.
+    """Matrices M that move X towards its polar factor P and keep its norm.
 
-    Three steps are enough for X whose entries are of one size, as those of an Adam step are:
-    their singular values lie within one or two decades, and the polar factor is but a part.
+    ``M X = c (share · P + (1 − share) · X)``, where P is scaled to the Frobenius norm of X and c
+    makes that norm the one of ``M X`` too. With ``X = |X| x`` and ``P = |X| p x``, p the polynomial
+    of the iteration and ``|p x| = 1``, M is ``c (share · p + (1 − share) · I)``, and
+    ``1/c² = share² + (1 − share)² + 2 share (1 − share) ⟨p x, x⟩``.
+
+    Three steps of the iteration are enough where the entries of X are of one size, as those of an
+    Adam step are. The singular values of such X lie within one or two decades.
 
     Args:
         grams: ``X Xᵀ``, each ``[L, R, R]``, X ``[L, R, C]`` with ``R ≤ C``; of one device and
@@ -100,7 +104,7 @@ def orthogonalizers(
     # cosine of the angle between X and its polar factor
     cosines = torch._foreach_div(_inner(turned, identities), norms)
     mixed = torch._foreach_mul(cosines, 2 * share * (1 - share))
-    mixed = torch._foreach_sqrt(torch._foreach_add(mixed, share**2 + (1 - share) ** 2))
+    mixed = torch._foreach_sqrt(torch._foreach_add(mixed, share**2 + (1 - share) ** 2))  # 1 / c
     to_polar = torch._foreach_reciprocal(torch._foreach_mul(norms, mixed))
     kept = torch._foreach_reciprocal(mixed)
     shares = torch._foreach_mul(to_polar, share), torch._foreach_mul(kept, 1 - share)

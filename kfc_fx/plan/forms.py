@@ -97,8 +97,8 @@ def quadratic_statistic(block: BlockSpec) -> str:
 def statistic_shapes(block: BlockSpec, forms: FactorForms) -> dict[str, tuple[int, int, int]]:
     """Shape of each statistic that a site of the block emits, in the order of its probes.
 
-    A diagonal factor is a row of Ω, ``[groups, 1, columns]``, or a column of Γ; the parts of one
-    that is cut take the place of its group, ``[groups · parts, side / parts, side / parts]``.
+    A diagonal factor is a row of Ω, ``[groups, 1, columns]``, or a column of Γ. A factor that is
+    cut into k parts has k matrices in place of one: ``[groups · k, side / k, side / k]``.
     """
     groups, rows, columns = block.groups, block.rows, block.columns
     if forms.input == "separable":

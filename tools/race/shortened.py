@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from kfc_fx.tools.race.results import RunResult, RunSpec
 from kfc_fx.tools.race.search import Entry, SearchSpec, best_rates
@@ -36,45 +36,73 @@ def next_shortened(
 ) -> list[RunSpec]:
     """The shortened runs of ``entry`` that can be made now; empty at the end.
 
-    For each of ``targets``, the rivals' final losses, the shortest of seed 0 that ends no further
-    above it than the seeds of a whole run are apart is found by bisection, each length at the rates
-    that were best for whole runs. It is repeated with the other seeds at its better rate; if their
-    mean does not reach the target, the next longer one is, made at once if it was passed over.
+    For each of ``targets``, the rivals' final losses, a bisection with seed 0 finds the shortest
+    length that ends near the target: no further above it than the seeds of a whole run are apart.
+    Each length is run at the rates that were best for whole runs. The length found is then run with
+    all seeds at the better of its rates. If their mean does not reach the target, the next longer
+    length is run so.
     """
     runs = entry.runs(results)
     rates = best_rates(runs)[:RATES]
-    if not rates or not targets:
+    if not rates:
         return []
     whole = [run.final_loss for run in runs if run.spec.lr == rates[0] and not run.diverged]
-    apart = max(whole) - min(whole)
-    ascending = lengths(entry)[::-1]
-
-    def missing_at(steps: int) -> list[RunSpec]:
-        return [spec for lr in rates if (spec := _spec(entry, steps, lr, 0)) not in results]
-
-    def first_at(steps: int) -> RunResult:
-        return min(
-            (results[_spec(entry, steps, lr, 0)] for lr in rates), key=lambda run: run.final_loss
-        )
-
+    known = _ShortenedRuns(entry, rates, entry.seeds_of(search), results)
     for target in targets:
+        if missing := known.missing_for(target, apart=max(whole) - min(whole)):
+            return missing
+    return []
+
+
+@dataclass(frozen=True)
+class _ShortenedRuns:
+    """The shortened runs of one entry that were made.
+
+    Attributes:
+        rates: at which each length is tried.
+        seeds: runs of a length that decide whether it reaches a target.
+    """
+
+    entry: Entry
+    rates: Sequence[float]
+    seeds: int
+    results: Mapping[RunSpec, RunResult]
+
+    def missing_for(self, target: float, apart: float) -> list[RunSpec]:
+        """Runs to make next, until the shortest length that reaches ``target`` is known."""
+        ascending = lengths(self.entry)[::-1]
         low, high = 0, len(ascending)
         while low < high:
             middle = (low + high) // 2
-            if missing := missing_at(ascending[middle]):
+            if missing := self._missing_rates(ascending[middle]):
                 return missing
-            near = first_at(ascending[middle]).final_loss <= target + apart
-            low, high = (low, middle) if near else (middle + 1, high)
+            is_near = self._better(ascending[middle]).final_loss <= target + apart
+            low, high = (low, middle) if is_near else (middle + 1, high)
         for steps in ascending[low:]:
-            if missing := missing_at(steps):
+            if missing := self._missing_rates(steps) or self._missing_seeds(steps):
                 return missing
-            lr = first_at(steps).spec.lr
-            specs = [_spec(entry, steps, lr, seed) for seed in range(entry.seeds_of(search))]
-            if missing := [spec for spec in specs if spec not in results]:
-                return missing
-            if statistics.fmean(results[spec].final_loss for spec in specs) <= target:
+            if statistics.fmean(self.results[s].final_loss for s in self._seeds(steps)) <= target:
                 break
-    return []
+        return []
+
+    def _missing_rates(self, steps: int) -> list[RunSpec]:
+        return [spec for spec in self._rates(steps) if spec not in self.results]
+
+    def _missing_seeds(self, steps: int) -> list[RunSpec]:
+        return [spec for spec in self._seeds(steps) if spec not in self.results]
+
+    def _better(self, steps: int) -> RunResult:
+        return min((self.results[s] for s in self._rates(steps)), key=lambda run: run.final_loss)
+
+    def _rates(self, steps: int) -> list[RunSpec]:
+        return [self._spec(steps, lr, seed=0) for lr in self.rates]
+
+    def _seeds(self, steps: int) -> list[RunSpec]:
+        lr = self._better(steps).spec.lr
+        return [self._spec(steps, lr, seed) for seed in range(self.seeds)]
+
+    def _spec(self, steps: int, lr: float, seed: int) -> RunSpec:
+        return replace(self.entry.run(lr, seed), steps=steps, cell_steps=self.entry.cell[2])
 
 
 def shortest(runs: Iterable[RunResult], seeds: int, target: float) -> int | None:
@@ -89,7 +117,3 @@ def shortest(runs: Iterable[RunResult], seeds: int, target: float) -> int | None
         if len(losses) >= seeds and statistics.fmean(losses) <= target
     ]
     return min(found, default=None)
-
-
-def _spec(entry: Entry, steps: int, lr: float, seed: int) -> RunSpec:
-    return replace(entry.run(lr, seed), steps=steps, cell_steps=entry.cell[2])

@@ -37,7 +37,9 @@ def moments_at_start(
 
 def generic_arguments(spec: UpdateSpec) -> list[str]:
     """Arguments of ``apply`` for the generic parameters, besides ``lr`` and ``gradients``."""
-    names = ["generic"] * (bool(_state_names(spec)))
+    names = []
+    if _state_names(spec):
+        names.append("generic")
     if "generic" in spec.momentum:
         names.append("generic_momentum")
     if spec.generic_rule == "adamw":
@@ -70,8 +72,8 @@ def generic_steps(context: Context) -> Value:
 
 
 def _state_names(spec: UpdateSpec) -> list[str]:
-    first = ["m"] * ("generic" in spec.momentum)
-    return [*first, "v"] if spec.generic_rule == "adamw" else first
+    has_moment = {"m": "generic" in spec.momentum, "v": spec.generic_rule == "adamw"}
+    return [name for name, has in has_moment.items() if has]
 
 
 def _body(spec: UpdateSpec):  # type: ignore[no-untyped-def]

@@ -46,6 +46,14 @@ class UpdateGraph:
     Values named by :meth:`let` become statements with their names and shape comments; all
     others stand inside the expression that uses them. A function may have functions of its own
     (:meth:`function`), each a graph that the outer one calls as a submodule.
+
+    The printer reads these entries of a node's ``meta``:
+
+    - ``statement``: the node is a statement of its own, with the node's name.
+    - ``comment``: what stands behind the statement.
+    - ``section``: a comment line before the statement.
+    - ``unpack``: the nodes whose names the statement unpacks its tuple into, each ``unpacked``.
+    - ``effect``: the call has no result that is used, and stays.
     """
 
     def __init__(self, name: str, summary: str = "") -> None:
