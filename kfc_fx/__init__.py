@@ -21,7 +21,9 @@ from kfc_fx.optim.scalings.inverse import Inverse
 from kfc_fx.optim.scalings.spectral import Spectral
 from kfc_fx.optim.statistics import Statistics
 from kfc_fx.plan.spec import BlockSpec, CurvaturePlan, GenericSpec
-from kfc_fx.statistics.likelihood import Bernoulli, Categorical, Gaussian
+from kfc_fx.statistics.likelihoods.bernoulli import Bernoulli
+from kfc_fx.statistics.likelihoods.categorical import Categorical
+from kfc_fx.statistics.likelihoods.gaussian import Gaussian
 
 __version__ = "0.1.0"
 

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 from torch import nn
 
 from kfc_fx.compilation import Compilation, CompileOptions
-from kfc_fx.compilation.options import LikelihoodOption
 from kfc_fx.errors import OptionError, warn
 from kfc_fx.plan.sharing import SharingOption
+from kfc_fx.statistics.likelihoods.named import LikelihoodOption
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from kfc_fx.capture.graph_breaks import BreakLog, frame_of
 from kfc_fx.capture.layer_captures import LayerCaptures
@@ -147,7 +147,7 @@ class Account:
 
     def _note_uses_outside(self, output: object, call: Call) -> None:
         """Take note of the parameters that plain Python used, where no graph held the use."""
-        tensors: list[Tensor] = float_tensors(output)  # of dataclasses too, which are no pytrees
+        tensors = float_tensors(output).values()  # of dataclasses too, which are no pytrees
         for parameter, node in uses_outside(tensors, call.first_node, call.graphs):
             name = self._names.name_of(parameter)
             if name and (name, node) not in self._outside:

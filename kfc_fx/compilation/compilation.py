@@ -6,6 +6,7 @@ import copy
 import itertools
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from html import escape
 from typing import Any
@@ -19,6 +20,7 @@ from kfc_fx.capture.preserved_state import state_preserved
 from kfc_fx.capture.symbolic import symbolic_graph
 from kfc_fx.compilation.armed_pass import ArmedPass
 from kfc_fx.compilation.captured_graph import BoundGraph, CapturedGraph
+from kfc_fx.compilation.loss_functions import likelihood_of_graphs
 from kfc_fx.compilation.options import CompileOptions
 from kfc_fx.compilation.owners import Owners
 from kfc_fx.compilation.runs import Runs
@@ -27,8 +29,9 @@ from kfc_fx.plan.forms import FactorForms, factor_forms
 from kfc_fx.plan.spec import BlockSpec, CurvaturePlan
 from kfc_fx.rewrite.emitting import Emitters
 from kfc_fx.statistics.collector import Collector
-from kfc_fx.statistics.fisher_pass import REENTRANT
 from kfc_fx.statistics.inputs import batch_size
+from kfc_fx.statistics.likelihoods.choice import LikelihoodChoice
+from kfc_fx.statistics.likelihoods.likelihood import Likelihood
 from kfc_fx.statistics.request import StatisticsRequest
 from kfc_fx.statistics.tap import collect, tap
 
@@ -56,6 +59,10 @@ class Compilation:
         """Larger for compilations that were made later."""
         self._before: Callable[..., Any] | None = None
         self.names = ParameterNames(model)
+        self.choice = LikelihoodChoice(
+            options.likelihood, lambda: likelihood_of_graphs(self._account.graphs)
+        )
+        """The likelihood of the model's output."""
         self._owners = Owners()
         self._runs = Runs(model, options, self.names, self._owners.owner_of)
         self._account = self._runs.account
@@ -133,10 +140,10 @@ class Compilation:
         model = memo.get(id(self.model))
         if model is None:
             return Compilation.of(copy.deepcopy(self.model, memo))
-        return restored(model, self.options.as_given())
+        return restored(model, self.options.as_given(), self.choice.state())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return restored, (self.model, self.options.as_given())
+        return restored, (self.model, self.options.as_given(), self.choice.state())
 
     def __repr__(self) -> str:
         given = ", ".join(f"{name}={value!r}" for name, value in self.options.as_given().items())
@@ -163,7 +170,7 @@ class Compilation:
             parameters: names of those whose blocks it is for; None for all of the model, those that
                 join it later too. An earlier collector takes no more statistics of these.
         """
-        collector = Collector(self.options.likelihood, request)
+        collector = Collector(self.choice, request)
         self._owners.assign(collector, parameters)
         return collector
 
@@ -253,9 +260,7 @@ class Compilation:
         running.drop_changed(self._blocks)
         in_function = self._runs.layers.watch.in_function
         for collector, record in running.records.items():
-            if in_function and record.fisher == "sampled":
-                record.missing = REENTRANT
-            elif in_function:
+            if in_function:
                 record.again = partial(self._runs.again, running)
             elif running.graphs == 0:
                 record.missing = self._why_nothing_ran()
@@ -315,7 +320,12 @@ class Compilation:
         """
         if not self.captured:
             raise CaptureError(self._why_nothing_captured())
-        return self._account.plan
+        return replace(self._account.plan, likelihood=tuple(self.choice.lines))
+
+    @property
+    def likelihood(self) -> Likelihood | None:
+        """That of the model's output, named or found from the loss; None until it is known."""
+        return self.choice.likelihood
 
     @property
     def _blocks(self) -> tuple[BlockSpec, ...]:
@@ -338,13 +348,17 @@ class Compilation:
         return {block.weight: (block, forms) for block, forms in chosen if forms is not None}
 
 
-def restored(model: nn.Module, options: dict[str, Any]) -> Compilation:
+def restored(
+    model: nn.Module, options: dict[str, Any], likelihood: dict[str, Any] | None = None
+) -> Compilation:
     """A compilation anew on a copied or unpickled model, which may still be without its state.
 
     Args:
         options: as :meth:`CompileOptions.as_given` has them.
+        likelihood: as :meth:`LikelihoodChoice.state` has it.
     """
     compilation = Compilation(model, CompileOptions.of(**options))
+    compilation.choice.restore(likelihood or {})
     compilation.install()
     return compilation
 

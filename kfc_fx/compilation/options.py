@@ -8,9 +8,8 @@ from typing import Any
 from kfc_fx.capture.dynamo import check_backend
 from kfc_fx.errors import OptionError
 from kfc_fx.plan.sharing import SharingOption, check_sharing
-from kfc_fx.statistics.likelihood import CotangentFunction, Likelihood, resolve_likelihood
-
-LikelihoodOption = str | Likelihood | CotangentFunction
+from kfc_fx.statistics.likelihoods.likelihood import Likelihood
+from kfc_fx.statistics.likelihoods.named import LikelihoodOption, named_likelihood
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,8 @@ class CompileOptions:
 
     given_likelihood: LikelihoodOption
     """As the user named it; :attr:`likelihood` is what it means."""
-    likelihood: Likelihood = field(compare=False)
+    likelihood: Likelihood | None = field(compare=False)
+    """None where it is found from the loss."""
     backend: str
     strict: bool
     norm_layers: bool
@@ -54,7 +54,7 @@ class CompileOptions:
                 "the output; put the model into a module whose forward transposes both"
             )
         shared = weight_sharing if isinstance(weight_sharing, str) else dict(weight_sharing)
-        resolved = resolve_likelihood(likelihood)
+        resolved = named_likelihood(likelihood)
         return cls(likelihood, resolved, backend, strict, norm_layers, shared, batch_dim)
 
     def as_given(self) -> dict[str, Any]:

@@ -263,7 +263,8 @@ class Runs:
         if emitting is None:
             return graph.run(*inputs)
         for block, forms in emitting.emitters:
-            running.record_of(block.name).emitted[block.name] = (block, forms)
+            weight = self._model.get_parameter(block.weight)
+            running.record_of(block.name).note_emission(block, forms, weight)
         probes: list[Tensor] = []
         for block, forms in emitting.probed:
             parameter = self._model.get_parameter(block.weight)

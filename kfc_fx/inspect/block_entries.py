@@ -21,7 +21,7 @@ from kfc_fx.statistics.inputs import batch_size
 def block_entries(inspection: Inspection) -> list[dict[str, Any]]:
     """One entry for each block, in the order of the plan."""
     inputs = tuple(torch.empty(spec.shape, device="meta") for spec in inspection.inputs)
-    share = inspection.request.share(batch_size((inputs, {})))
+    share = inspection.request.share(batch_size((inputs, {})), inspection.fisher)
     costs = [cost for graph in inspection.graphs for cost in site_costs(graph, share)]
     stacks = {b.name: stack for stack in _stacks(inspection) for b in stack.blocks}
     return [

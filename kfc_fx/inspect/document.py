@@ -147,7 +147,7 @@ def _step_costs(
     try:
         passes = [gradient_work(graph) for graph in inspection.graphs]
         fisher = Work()
-        if inspection.request.fisher == "sampled":
+        if inspection.fisher == "sampled":
             fisher = sum((fisher_work(graph) for graph in inspection.graphs), fisher)
     except Exception as error:  # an operator without a fake implementation, or that needs data
         return costs, [f"the work of the graphs cannot be counted: {first_line(error)}"]

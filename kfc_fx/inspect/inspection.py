@@ -24,7 +24,8 @@ from kfc_fx.optim.kfc import KFC
 from kfc_fx.optim.statistics import Statistics
 from kfc_fx.optim.update_spec import real_parameters, update_spec
 from kfc_fx.plan.spec import CurvaturePlan
-from kfc_fx.statistics.request import StatisticsRequest
+from kfc_fx.statistics.likelihoods.categorical import Categorical
+from kfc_fx.statistics.request import Fisher, StatisticsRequest
 
 CAPTURES = ("dynamo", "symbolic")
 OPERATOR_ERROR = re.compile(r"""got \w+\(['"](.+)['"]\)""")
@@ -83,6 +84,11 @@ class Inspection:
     def request(self) -> StatisticsRequest:
         """The statistics that the optimizer asks for."""
         return self.compilation.collectors[0].request
+
+    @property
+    def fisher(self) -> Fisher:
+        """What Γ is estimated from; that of classes, since there is no loss that tells more."""
+        return self.request.fisher_for(self.compilation.likelihood or Categorical())
 
     @property
     def parameters(self) -> dict[str, Tensor]:

@@ -121,11 +121,15 @@ class ExactFisher:
             raise StepError(
                 "the exact Fisher matrix needs a forward pass through the compiled model"
             )
+        likelihood = self._collector.likelihood
+        if likelihood is None:
+            raise StepError("the exact Fisher matrix needs a likelihood, and no loss told it yet")
         return fisher_gram(
             self._compilation.model,
-            self._collector.likelihood,
+            likelihood,
             inputs,
             vectors,
             samples=samples,
             parameters=at,
+            output_path=self._collector.choice.output,
         )

@@ -26,9 +26,12 @@ from kfc_fx.optim.options import KFCOptions
 from kfc_fx.optim.rates import generic_numbers, option_numbers
 from kfc_fx.optim.schedule import Schedule, averaging_rate
 from kfc_fx.statistics.inputs import inputs_of
+from kfc_fx.statistics.likelihoods.categorical import Categorical
+from kfc_fx.statistics.loss_pass import UNDECIDED
 from kfc_fx.statistics.request import StatisticsRequest
 
 DROPPED = "has a statistic that is not finite: it is dropped, the last good factor stays"
+NOT_FINITE = "a gradient is not finite"
 UNDECOMPOSED = "has a factor that cannot be decomposed: the identity takes its place"
 
 Groups = Sequence[Group]
@@ -85,6 +88,7 @@ class ModelStep:
         return {
             **vars(self.binding.saved()),
             "counters": self.diagnostics.counters(),
+            "likelihood": self.collector.choice.state(),
             "generators": self.collector.generator_states(),
         }
 
@@ -92,6 +96,7 @@ class ModelStep:
         """Continue from what :meth:`saved` gave."""
         self.binding.load(state)
         self.diagnostics.restore(kfc["counters"])
+        self.collector.choice.restore(kfc["likelihood"])
         self.collector.set_generator_states(kfc["generators"])
         self.collector.take()
         self.arm()
@@ -147,12 +152,19 @@ class ModelStep:
     ) -> bool:
         """Whether gradients are finite, as far as the step does not look itself."""
         momenta = self.binding.momenta(engine, groups)
+        if self._is_without_likelihood:
+            return False
         return engine.guards(gradients, momenta) or all_finite(gradients.values())
 
     def skip(self) -> None:
         """Take no step; the statistics go with the gradients."""
-        self._note_skipped(1)
+        self._note_skipped(1, UNDECIDED if self._is_without_likelihood else NOT_FINITE)
         self.collector.take()
+
+    @property
+    def _is_without_likelihood(self) -> bool:
+        """Whether the loss has told nothing of its likelihood yet, for want of a gradient."""
+        return self.collector.likelihood is None and self.collector.missing == UNDECIDED
 
     @contextmanager
     def step_size_noted(
@@ -179,6 +191,7 @@ class ModelStep:
         """Statistics into factors, and factors into inverses or bases, where they are due."""
         step, diagnostics = self._diagnostics.steps, self._diagnostics
         sums = self.collector.sums
+        sums.drop_lost()
         if sums.blocks:
             rate = averaging_rate(diagnostics.statistics_steps, self._options.statistics.decay)
             screened = screen(sums, engine.spec.stacks, rate)
@@ -218,15 +231,15 @@ class ModelStep:
         skipped = engine.take_skipped()
         self._diagnostics.steps -= skipped
         if skipped:
-            self._note_skipped(skipped)
+            self._note_skipped(skipped, NOT_FINITE)
         return skipped
 
-    def _note_skipped(self, count: int) -> None:
+    def _note_skipped(self, count: int, why: str) -> None:
         before = self._diagnostics.skipped_steps
         self._diagnostics.skipped_steps += count
         if not before:
             warn(
-                "a gradient is not finite: the step is skipped, parameters and state stay "
+                f"{why}: the step is skipped, parameters and state stay "
                 "(opt.diagnostics.skipped_steps counts these)"
             )
 
@@ -245,10 +258,16 @@ class ModelStep:
             StatisticsError: no step has had any yet, so that there are no factors to go on with.
         """
         reason, some = self.collector.take_missing(), bool(self.collector.sums.blocks)
+        if not reason and self.collector.taking:
+            reason = (
+                "the step is taken within the backward pass that they are taken in: pass "
+                "statistics=kfc_fx.Statistics(fisher='sampled'), whose pass comes before"
+            )
         if not reason:
             reason = self.compilation.why_not_called
             compiled = self.compilation.options.backend != "eager"
-            if compiled and self.collector.request.fisher == "empirical":
+            request, likelihood = self.collector.request, self.collector.likelihood
+            if compiled and request.fisher_for(likelihood or Categorical()) == "empirical":
                 reason += "; of a compiled graph by loss.backward(), without inputs="
         whose = "a backward pass" if some else "no backward pass"
         verb = "gave none" if some else "gave any"
@@ -307,7 +326,7 @@ def request_of(compilation: Compilation, options: KFCOptions) -> StatisticsReque
     """The statistics that options ask of a model."""
     return StatisticsRequest(
         forms=options.by_block.forms_of,
-        fisher=options.fisher_for(compilation.options.likelihood),
+        fisher=options.statistics.fisher,
         scale_free=options.scale_free,
         samples=options.statistics.samples if compilation.options.backend == "eager" else None,
         keep_inputs=options.needs_inputs,

@@ -15,8 +15,6 @@ from kfc_fx.optim.scalings.inverse import Inverse
 from kfc_fx.optim.scalings.scaling import Scaling, VectorScaling
 from kfc_fx.optim.scalings.table import scaling_of
 from kfc_fx.optim.statistics import Statistics
-from kfc_fx.statistics.likelihood import Categorical, Likelihood
-from kfc_fx.statistics.request import Fisher
 
 SHARED = ("clip", "clip_by", "clip_samples", "quadratic_model", "adapt_damping")
 """Options on which all scalings that step by a vector agree: ν and the quadratic model are of the
@@ -102,14 +100,6 @@ class KFCOptions(Checked):
     def first_steps(self) -> int:
         """First steps at which statistics and a refresh are due whatever the intervals are."""
         return max(value.first_steps for value in self.scalings)
-
-    def fisher_for(self, likelihood: Likelihood) -> Fisher:
-        """What Γ is estimated from. By default the loss's own backward pass, where that trains as
-        well: for classes. With Bernoulli outputs its gradients are much alike at first."""
-        if self.statistics.fisher is not None:
-            return self.statistics.fisher
-        fits = self.scale_free and isinstance(likelihood, Categorical)
-        return "empirical" if fits else "sampled"
 
     # -- steps by a vector -------------------------------------------------------------------
 

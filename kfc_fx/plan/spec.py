@@ -277,6 +277,8 @@ class CurvaturePlan:
     frozen: tuple[str, ...]
     graphs: tuple[GraphSpec, ...] = ()
     breaks: tuple[BreakSpec, ...] = ()
+    likelihood: tuple[str, ...] = ()
+    """That of the output and how it was found, a line for each tensor of the output."""
 
     def block(self, name: str) -> BlockSpec:
         """The block of the layer at module path ``name``."""
@@ -299,6 +301,7 @@ class CurvaturePlan:
             lines.append(f"  block    {b.name}: {b.kind}, {sides}{times}{uses}{shared}{grows}")
         lines += [f"  generic  {g.name} {list(g.shape)}: {g.reason}" for g in self.generic]
         lines += [f"  frozen   {name}" for name in self.frozen]
+        lines += [f"  likelihood  {line}" for line in self.likelihood]
         if self.graphs_text:
             lines.append(f"  graphs   {self.graphs_text}")
         lines += [f"  break    {found}" for found in self.breaks]

@@ -11,7 +11,9 @@ from kfc_fx.kernels.dtypes import statistic_dtype
 from kfc_fx.plan.forms import FactorForms, quadratic_statistic, statistic_shapes
 from kfc_fx.plan.spec import BlockSpec
 from kfc_fx.statistics.inputs import Inputs
-from kfc_fx.statistics.likelihood import Likelihood
+from kfc_fx.statistics.likelihoods.categorical import Categorical
+from kfc_fx.statistics.likelihoods.choice import LikelihoodChoice
+from kfc_fx.statistics.likelihoods.likelihood import Likelihood
 from kfc_fx.statistics.record import Destination, ForwardRecord, probe_for
 from kfc_fx.statistics.request import Fisher, StatisticsRequest
 from kfc_fx.statistics.setup import Closable, PassSetup
@@ -25,8 +27,11 @@ class Collector:
     takes their statistics, or runs the Fisher pass for them.
     """
 
-    def __init__(self, likelihood: Likelihood, request: StatisticsRequest) -> None:
-        self.likelihood, self.request = likelihood, request
+    def __init__(
+        self, choice: LikelihoodChoice, request: StatisticsRequest, batch_dim: int = 0
+    ) -> None:
+        self.choice, self.request = choice, request
+        self._batch_dim = batch_dim
         self._armed = False
         self._sums = Sums()
         self._seconds = 0.0
@@ -37,6 +42,11 @@ class Collector:
         self._generators: dict[torch.device, torch.Generator] = {}
 
     # -- for the optimizer -------------------------------------------------------------------
+
+    @property
+    def likelihood(self) -> Likelihood | None:
+        """That of the model's output; None until it is known."""
+        return self.choice.likelihood
 
     @property
     def armed(self) -> bool:
@@ -108,8 +118,12 @@ class Collector:
         Args:
             fisher: what its Γ is taken from, if not what the request says.
         """
-        fisher = fisher or self.request.fisher
-        return ForwardRecord(fisher, self.request.share(examples, fisher))
+        likelihood = self.choice.likelihood
+        expected = fisher or self.request.fisher_for(likelihood or Categorical())
+        known = fisher or self.request.fisher or likelihood
+        return ForwardRecord(
+            expected if known else None, self.request.share(examples, expected), examples
+        )
 
     def probes_for(
         self, record: ForwardRecord, block: BlockSpec, forms: FactorForms, weight: Tensor
@@ -138,14 +152,16 @@ class Collector:
 
     def setup(self, record: ForwardRecord) -> PassSetup:
         """What the backward pass for the statistics of a forward pass works with."""
-        scale_free = self.request.scale_free
         return PassSetup(
             record,
-            self.likelihood,
-            scale_free,
-            self.request.maximize,
+            self.choice,
+            self.request,
+            record.examples,
+            self._batch_dim,
             self.generator,
+            lambda: self._sums,
             self._add,
+            self.note_missing,
             self._opened,
         )
 
@@ -162,4 +178,5 @@ class Collector:
 
     def _add(self, taken: BlockSums, record: ForwardRecord, examples: int, seconds: float) -> None:
         self._sums.add(taken, record.rows, examples)
+        self._sums.follow({name: record.weights[name] for name in taken if name in record.weights})
         self._seconds += seconds

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -12,38 +11,43 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from kfc_fx.errors import OutputError
-from kfc_fx.statistics.setup import PassSetup, values_of
+from kfc_fx.statistics.counted import counted_share
+from kfc_fx.statistics.likelihoods.likelihood import Likelihood
+from kfc_fx.statistics.setup import PassSetup
 
 
 class GradientPass:
     """Takes the statistics of one forward pass while the loss's backward pass runs.
 
-    The tap's backward, which comes first in it, opens it; it closes where autograd ends, also with
+    It is opened before the backward pass reaches a layer, and closes where autograd ends, also with
     an error. The cotangents c of the loss are those c* of the likelihood up to a factor: by the
-    size of the batch, the reduction of the loss, a gradient scaler. It is found by least squares,
-    ``(c · c*) / (c · c)``, and its square is what statistics are multiplied by. Of a loss that the
-    model computes inside, c is not seen; where the scale of Γ does not matter, the factor is that
-    of a mean over the examples then.
+    size of the batch, the reduction of the loss, a gradient scaler. Statistics are multiplied by
+    the square of that factor.
 
     Args:
-        prediction: the output's; ``position``: its place among the tapped tensors.
+        values: of the prediction.
+        cotangent: of the prediction. None for that of a loss which the model computes inside a
+            compiled graph; where the scale of Γ does not matter, the factor is that of a mean over
+            the examples then.
     """
 
-    def __init__(self, setup: PassSetup, prediction: Tensor, position: int) -> None:
-        self._setup, self._position = setup, position
-        self._examples = setup.likelihood.examples(prediction)
-        self._values: Tensor | None = values_of(prediction)
+    lasts = True
+
+    def __init__(
+        self, setup: PassSetup, likelihood: Likelihood, values: Tensor, cotangent: Tensor | None
+    ) -> None:
+        self._setup = setup
+        self._examples = likelihood.examples(values, setup.batch_dim)
+        self._square = self._square_of(likelihood, values, cotangent)
         self._running = ExitStack()
 
-    def __call__(self, cotangents: Sequence[Tensor | None]) -> None:
-        values, self._values = self._values, None
-        if values is None:
-            return  # a second backward pass through the same forward pass
+    def begin(self) -> None:
+        """Take statistics from now on until the backward pass ends."""
         setup, record = self._setup, self._setup.record
         if not record.probes and not record.again:
             setup.deliver(record.inputs, record, self._examples, 0.0)
             return
-        record.square = self._square(values, cotangents[self._position])
+        record.square = self._square
         record.running = True
         if record.again:
             self._running.enter_context(record.again())
@@ -61,22 +65,21 @@ class GradientPass:
         Variable._execution_engine.queue_callback(end)
 
     @torch.no_grad()
-    def _square(self, values: Tensor, cotangent: Tensor | None) -> Tensor:
+    def _square_of(
+        self, likelihood: Likelihood, values: Tensor, cotangent: Tensor | None
+    ) -> Tensor:
         """The square of the factor from the loss's cotangents to the likelihood's."""
         if cotangent is None:
-            if self._setup.scale_free:
+            if self._setup.request.scale_free:
                 return values.new_full((), float(self._examples) ** 2)
             raise OutputError(
                 "fisher='empirical' takes the gradient of the loss with respect to the prediction, "
                 "and the loss was not computed from it; use fisher='sampled'"
             )
-        if self._setup.maximize:
-            cotangent = -cotangent
-        wanted = self._setup.likelihood.empirical_cotangent(values, cotangent)
-        own = cotangent.to(wanted.dtype).flatten()  # dot products make no third copy of the logits
-        square = torch.dot(own, own)
-        factor = torch.dot(own, wanted.flatten()) / square
-        return torch.where(square > 0, factor, 0).square()
+        own = cotangent.to(values.dtype)
+        counts = likelihood.counts(values, own).expand_as(values)
+        share = counted_share(counts, self._setup.batch_dim)
+        return likelihood.scale(values, own).square() / share.to(own)
 
     def close(self) -> None:
         """Take no more; what was taken so far is lost."""

@@ -15,23 +15,28 @@ from kfc_fx.errors import OutputError
 Replace = Callable[[Tensor], Tensor]
 
 
-def find_prediction(output: Any) -> Tensor:
+def find_prediction(output: Any, path: str | None = None) -> Tensor:
     """The tensor whose likelihood is meant.
 
     A tensor is itself; then ``output.logits`` or ``output["logits"]``, ``output["out"]``, and
     the first floating-point tensor of a tuple, list or dict that is no scalar (a loss).
 
+    Args:
+        path: of the tensor in the output, as :func:`float_tensors` has it, where it is known.
+
     Raises:
         OutputError: nothing of the kind; the message says what to pass.
     """
+    if path:
+        return _at(output, path)
     if _is_float(output):
         return output
     for named in (getattr(output, "logits", None), _item(output, "logits"), _item(output, "out")):
         if isinstance(named, Tensor) and _is_float(named):
             return named
     if isinstance(output, Mapping | tuple | list):
-        for leaf in _leaves(output):
-            if _is_float(leaf) and leaf.dim() > 0:
+        for leaf in float_tensors(output).values():
+            if leaf.dim() > 0:
                 return leaf
     raise OutputError(
         f"cannot find the prediction in the model's output of type {type(output).__name__}: return "
@@ -40,10 +45,24 @@ def find_prediction(output: Any) -> Tensor:
     )
 
 
-def float_tensors(output: Any) -> list[Tensor]:
-    """The distinct floating-point tensors of an output, the prediction among them."""
-    leaves = [leaf for leaf in _leaves(output) if _is_float(leaf)]
-    return list({id(leaf): leaf for leaf in leaves}.values())
+def float_tensors(output: Any) -> dict[str, Tensor]:
+    """The distinct floating-point tensors of an output by their path in it, the prediction among
+    them. A path is names and indices with dots between, empty for an output that is a tensor."""
+    known: dict[int, str] = {}
+    found: dict[str, Tensor] = {}
+    for path, leaf in _leaves(output, ""):
+        if _is_float(leaf) and id(leaf) not in known:
+            known[id(leaf)] = path
+            found[path] = leaf
+    return found
+
+
+def _at(output: Any, path: str) -> Tensor:
+    for own, leaf in _leaves(output, ""):
+        if own == path and _is_float(leaf):
+            return leaf  # type: ignore[no-any-return]
+    known = ", ".join(repr(own) for own in float_tensors(output)) or "none"
+    raise OutputError(f"the model's output has no tensor {path!r}; its tensors are: {known}")
 
 
 def replace_tensors(output: Any, replace: Replace) -> Any:
@@ -60,15 +79,34 @@ def replace_tensors(output: Any, replace: Replace) -> Any:
     return pytree.tree_map(replaced, output)
 
 
-def _leaves(output: Any) -> Iterator[Any]:
-    """Leaves of pytrees, and of the containers that pytree takes for leaves."""
-    for leaf in pytree.tree_leaves(output):
-        entries = _entries(leaf)
-        if entries:
-            for value in entries.values():
-                yield from _leaves(value)
+def _leaves(output: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Leaves of pytrees, and of the containers that pytree takes for leaves, with their paths."""
+    entries = _entries(output)
+    if entries:
+        for key, value in entries.items():
+            yield from _leaves(value, _joined(path, str(key)))
+        return
+    leaves, _ = pytree.tree_flatten_with_path(output)
+    for keys, leaf in leaves:
+        own = path
+        for key in keys:
+            own = _joined(own, _shown(key))
+        if keys and _entries(leaf):
+            yield from _leaves(leaf, own)
         else:
-            yield leaf
+            yield own, leaf
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _shown(key: Any) -> str:
+    """A step of a pytree's path: a key, an index, or the name of a field."""
+    for field in ("key", "idx", "name"):
+        if hasattr(key, field):
+            return str(getattr(key, field))
+    return str(key)
 
 
 def _entries(leaf: Any) -> dict[Any, Any]:

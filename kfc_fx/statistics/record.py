@@ -26,14 +26,18 @@ from kfc_fx.statistics.sums import BlockSums, add
 class ForwardRecord:
     """One armed forward pass: the blocks that ran in it, their output rows, what was taken."""
 
-    fisher: Fisher
-    """What Γ of this pass is taken from."""
+    fisher: Fisher | None
+    """What Γ of this pass is taken from; None until the likelihood is known."""
     share: BatchShare = WHOLE
     """Of the batch, that statistics are estimated from."""
+    examples: int = 0
+    """Of the inputs; 0 where that is not known."""
     rows: dict[str, list[int]] = field(default_factory=dict)
     """Output rows N·|T| of each group, by block."""
     emitted: dict[str, tuple[BlockSpec, FactorForms]] = field(default_factory=dict)
     """What each block was, by its name, when it emitted."""
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    """The weight of each block as it was when it emitted."""
     probes: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     """Leaves whose gradients are the statistics, by block, in the order of its statistics."""
     inputs: BlockSums = field(default_factory=dict)
@@ -56,8 +60,13 @@ class ForwardRecord:
 
     def drop(self, block: str) -> None:
         """Take nothing of a block: what it is has changed while the pass ran."""
-        for kept in (self.rows, self.probes, self.inputs, self.emitted):
+        for kept in (self.rows, self.probes, self.inputs, self.emitted, self.weights):
             kept.pop(block, None)
+
+    def note_emission(self, block: BlockSpec, forms: FactorForms, weight: Tensor) -> None:
+        """Keep what a block was when it emitted."""
+        self.emitted[block.name] = (block, forms)
+        self.weights[block.name] = weight
 
     def note_rows(self, block: BlockSpec, span: tuple[int, int], rows: int) -> None:
         """Add the output rows N·|T| of a site to the groups ``[start, stop)`` of its block."""

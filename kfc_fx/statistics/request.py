@@ -8,6 +8,8 @@ from typing import Literal
 
 from kfc_fx.plan.forms import FactorForms, factor_forms
 from kfc_fx.plan.spec import BlockSpec
+from kfc_fx.statistics.likelihoods.categorical import Categorical
+from kfc_fx.statistics.likelihoods.likelihood import Likelihood
 from kfc_fx.statistics.share import WHOLE, BatchShare
 
 Fisher = Literal["sampled", "empirical"]
@@ -38,7 +40,7 @@ class StatisticsRequest:
 
     Attributes:
         forms: which blocks emit, in which form.
-        fisher: what Γ is estimated from.
+        fisher: what Γ is estimated from; None for what :meth:`fisher_for` says of the likelihood.
         scale_free: whether only the directions of Γ count. The cotangent of a loss that the model
             computes inside is then taken for that of a mean over the examples.
         samples: examples of a batch that count.
@@ -48,21 +50,28 @@ class StatisticsRequest:
     """
 
     forms: FormsOf = factor_forms
-    fisher: Fisher = "sampled"
+    fisher: Fisher | None = None
     scale_free: bool = False
     samples: Samples = None
     keep_inputs: bool = False
     seed: int | None = None
     maximize: bool = False
 
-    def share(self, examples: int, fisher: Fisher | None = None) -> BatchShare:
+    def fisher_for(self, likelihood: Likelihood) -> Fisher:
+        """What Γ is estimated from. By default the loss's own backward pass, where that trains as
+        well: for classes. With Bernoulli outputs its gradients are much alike at first."""
+        if self.fisher is not None:
+            return self.fisher
+        fits = self.scale_free and isinstance(likelihood, Categorical)
+        return "empirical" if fits else "sampled"
+
+    def share(self, examples: int, fisher: Fisher) -> BatchShare:
         """The share of a batch that statistics are estimated from.
 
         Args:
             examples: of the batch; 0 where that is not known.
-            fisher: of this batch, if not the request's.
+            fisher: what Γ of this batch is estimated from.
         """
-        fisher = fisher or self.fisher
         if self.samples is None or not examples:
             return WHOLE
         if self.samples != "auto":

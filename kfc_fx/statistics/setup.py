@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from kfc_fx.statistics.likelihood import Likelihood
+from kfc_fx.statistics.likelihoods.choice import LikelihoodChoice
 from kfc_fx.statistics.record import ForwardRecord
-from kfc_fx.statistics.sums import BlockSums
+from kfc_fx.statistics.request import StatisticsRequest
+from kfc_fx.statistics.sums import BlockSums, Sums
 
 
 class Deliver(Protocol):
@@ -28,35 +28,31 @@ class Closable(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PassSetup:
     """One armed forward pass, and what the backward pass for its statistics works with.
 
     Attributes:
         record: of the forward pass.
-        likelihood: of the model's output.
-        scale_free: whether only the directions of Γ count.
-        maximize: whether the loss is the negative of one.
+        choice: the likelihood of the model's output.
+        request: what is asked for.
+        examples: of the forward pass's inputs; 0 where that is not known.
+        batch_dim: dimension of the examples in the output.
         generator: of the sampled targets, by device.
-        deliver: takes what the pass has found. A step or ``zero_grad`` between the forward pass and
+        sums: of the collector as they are now. A step or ``zero_grad`` between the forward pass and
             then starts new sums, and the pass adds to the new ones.
+        deliver: takes what the pass has found.
+        miss: takes the reason for which a pass gives no statistics.
         opened: passes that are within the loss's backward pass now, for whoever ends them early.
     """
 
     record: ForwardRecord
-    likelihood: Likelihood
-    scale_free: bool
-    maximize: bool
+    choice: LikelihoodChoice
+    request: StatisticsRequest
+    examples: int
+    batch_dim: int
     generator: Callable[[torch.device], torch.Generator]
+    sums: Callable[[], Sums]
     deliver: Deliver
+    miss: Callable[[str], None]
     opened: list[Closable]
-
-
-def values_of(prediction: Tensor) -> Tensor:
-    """A copy of a prediction, whose tapped alias the user may change in place before backward.
-
-    In single precision at least: probabilities in half precision lose the tail that samples come
-    from.
-    """
-    wide = torch.promote_types(prediction.dtype, torch.float32)
-    return prediction.detach().to(wide, copy=True)

@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kfc_fx.errors import OutputError
+from kfc_fx.errors import OptionError, OutputError
 from kfc_fx.statistics.fisher_pass import FisherPass
-from kfc_fx.statistics.gradient_pass import GradientPass
-from kfc_fx.statistics.outputs import find_prediction, float_tensors, replace_tensors
+from kfc_fx.statistics.loss_pass import LossPass, LossPasses
+from kfc_fx.statistics.outputs import (
+    find_prediction,
+    float_tensors,
+    replace_tensors,
+)
+from kfc_fx.statistics.prediction import Prediction, widened
 from kfc_fx.statistics.setup import PassSetup
-
-Run = Callable[[Sequence[Tensor | None]], None]
-"""Takes the cotangents of the tapped tensors."""
 
 
 class OutputTap(torch.autograd.Function):
-    """Identity; its backward runs the passes, or opens them, then passes the cotangents on."""
+    """Identity; its backward opens the passes for statistics, then passes the cotangents on."""
 
     @staticmethod
-    def forward(ctx: Any, runs: Sequence[Run], *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, passes: LossPasses, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         ctx.set_materialize_grads(False)
-        ctx.runs = runs
+        ctx.passes = passes
         return tuple(tensor.detach() for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        for run in ctx.runs:
-            run(cotangents)
+        ctx.passes(cotangents)
         return (None, *cotangents)
 
 
@@ -43,40 +44,63 @@ def tap(output: Any, setups: Sequence[PassSetup]) -> Any:
     Raises:
         OutputError: the output holds no prediction.
     """
-    prediction = find_prediction(output)
-    for setup in setups:
-        setup.likelihood.examples(prediction)  # raises for an output without examples
-    tensors = [tensor for tensor in float_tensors(output) if tensor.requires_grad]
+    likeliest = {setup: _likeliest(output, setup) for setup in setups}
+    tensors = {path: t for path, t in float_tensors(output).items() if t.requires_grad}
     setups = [setup for setup in setups if setup.record.rows or setup.record.again]
     if not tensors or not setups:
         return output  # nothing to differentiate: a frozen or unused part of the model
-    position = _position(prediction, tensors)
-    # Passes of their own run at once, before those are opened that last as long as the loss's.
-    runs: list[Run] = [
-        FisherPass(setup, prediction) for setup in setups if setup.record.fisher == "sampled"
-    ]
-    runs += [
-        GradientPass(setup, prediction, position)
+    passes = [
+        LossPass(setup, _predictions(tensors, likeliest[setup], named=setup.choice.names_output))
         for setup in setups
-        if setup.record.fisher == "empirical"
     ]
-    tapped = OutputTap.apply(runs, *tensors)
-    by_id = {id(old): new for old, new in zip(tensors, tapped, strict=True)}
+    losses = {place: t.grad_fn for place, t in enumerate(tensors.values()) if t.dim() == 0}
+    tapped = OutputTap.apply(LossPasses(passes, losses), *tensors.values())
+    by_id = {id(old): new for old, new in zip(tensors.values(), tapped, strict=True)}
     return replace_tensors(output, lambda tensor: by_id.get(id(tensor), tensor))
 
 
 def collect(output: Any, setup: PassSetup) -> None:
-    """Run the pass with sampled targets at once, without a loss's backward pass."""
-    prediction = find_prediction(output)
-    setup.likelihood.examples(prediction)
-    FisherPass(setup, prediction)([])
+    """Run the pass with sampled targets at once, without a loss's backward pass.
+
+    Raises:
+        OptionError: the likelihood is not known, which only a loss tells.
+    """
+    likelihood = setup.choice.likelihood
+    if likelihood is None:
+        raise OptionError(
+            "initialize() takes statistics before there is a loss that tells the likelihood: name "
+            "it, as in kfc_fx.compile(model, likelihood='categorical')"
+        )
+    prediction = _likeliest(output, setup)
+    FisherPass(setup, likelihood, prediction, widened(prediction.detach())).begin()
 
 
-def _position(prediction: Tensor, tensors: Sequence[Tensor]) -> int:
-    for position, tensor in enumerate(tensors):
-        if tensor is prediction:
-            return position
-    raise OutputError(
-        "the prediction in the model's output does not depend on any trained parameter, "
-        "so it has no curvature; check that it is not detached"
-    )
+def _likeliest(output: Any, setup: PassSetup) -> Tensor:
+    """The prediction of an output, checked."""
+    prediction = find_prediction(output, setup.choice.output)
+    if setup.choice.likelihood is not None:
+        setup.choice.likelihood.check(prediction)
+    return prediction
+
+
+def _predictions(
+    tensors: Mapping[str, Tensor], likeliest: Tensor, *, named: bool
+) -> list[Prediction]:
+    """The tensors of an output whose likelihood may be meant, the likeliest first.
+
+    Args:
+        tensors: those that depend on parameters, by their path.
+        named: whether the user has named the likeliest, and no other can be meant.
+    """
+    found = [
+        Prediction.of(path, place, tensor, keep=tensor is likeliest)
+        for place, (path, tensor) in enumerate(tensors.items())
+        if (tensor is likeliest if named else tensor.dim() > 0)
+    ]
+    found.sort(key=lambda prediction: prediction.tensor is not likeliest)
+    if not found or found[0].tensor is not likeliest:
+        raise OutputError(
+            "the prediction in the model's output does not depend on any trained parameter, "
+            "so it has no curvature; check that it is not detached"
+        )
+    return found

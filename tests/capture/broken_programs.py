@@ -226,7 +226,7 @@ def factors_are_true(
         torch.testing.assert_close(output, expected["output"], rtol=0, atol=0)
         _same_gradients(net, reference, exact=backend == "eager")
         if fisher == "sampled":
-            onehot = compiled.kfc.options.likelihood
+            onehot = compiled.kfc.likelihood
             cotangent = onehot.sampled_cotangent(expected["output"].double(), generator)
             truth, _ = _pass(expected["before"], x, y, cotangent)
         statistics = collector.take()

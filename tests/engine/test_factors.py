@@ -120,7 +120,8 @@ def test_by_default_statistics_are_of_part_of_a_large_batch(fisher, examples, ta
 def test_initialize_takes_the_part_of_sampled_statistics():
     """Its targets are sampled, whatever the steps take theirs from."""
     torch.manual_seed(0)
-    compiled = kfc_fx.compile(nn.Sequential(nn.Linear(4, 3)).double())
+    net = nn.Sequential(nn.Linear(4, 3)).double()
+    compiled = kfc_fx.compile(net, likelihood="categorical")
     opt = kfc(compiled, lr=0.0, fisher="empirical")
     x = torch.randn(200, 4).double()
     opt.initialize([x])

@@ -314,10 +314,19 @@ def test_initialize_gives_the_factors_of_all_its_batches_and_nothing_else(batche
 
 
 def test_initialize_leaves_batch_statistics_of_a_training_model_alone():
-    compiled, opt = make()
+    compiled = kfc_fx.compile(conv_network(), likelihood="categorical")
+    opt = kfc_fx.KFC(compiled)
     before = copy.deepcopy(compiled.state_dict())
     opt.initialize([IMAGES])
     assert_equal(compiled.state_dict().values(), before.values())
+
+
+def test_initialize_before_any_loss_needs_the_name_of_the_likelihood():
+    compiled, opt = make()
+    with pytest.raises(kfc_fx.OptionError, match=r"name it, as in kfc_fx.compile\(model, likeli"):
+        opt.initialize([IMAGES])
+    train(compiled, opt, 1)
+    opt.initialize([IMAGES])  # known by now
 
 
 @pytest.mark.parametrize("empty", [[], iter(())], ids=["list", "iterator"])

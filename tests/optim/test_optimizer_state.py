@@ -12,6 +12,7 @@ from torch.optim import lr_scheduler
 import kfc_fx
 from tests.models import (
     assert_equal,
+    assert_same_state,
     conv_network,
     make,
     parameters,
@@ -183,14 +184,14 @@ def test_a_state_dict_is_a_snapshot_and_loading_one_keeps_it(scaling):
     model = copy.deepcopy(compiled.state_dict())
     snapshot = copy.deepcopy(saved)
     train(compiled, opt, 2)
-    torch.testing.assert_close(saved["kfc"], snapshot["kfc"], rtol=0, atol=0)
+    assert_same_state(saved["kfc"], snapshot["kfc"])
     after = parameters(compiled)
     for _ in range(2):  # the second time shows that the first did not write into it
         compiled.load_state_dict(model)
         opt.load_state_dict(saved)
         train(compiled, opt, 2)
         assert_equal(parameters(compiled), after)
-    torch.testing.assert_close(saved["kfc"], snapshot["kfc"], rtol=0, atol=0)
+    assert_same_state(saved["kfc"], snapshot["kfc"])
 
 
 def test_a_state_loaded_before_the_first_forward_pass_is_there():
@@ -202,7 +203,7 @@ def test_a_state_loaded_before_the_first_forward_pass_is_there():
     again.load_state_dict(saved)
     assert again.param_groups[0]["lr"] == 0.02
     assert again.diagnostics.steps == 3
-    torch.testing.assert_close(again.state_dict()["kfc"], saved["kfc"], rtol=0, atol=0)
+    assert_same_state(again.state_dict()["kfc"], saved["kfc"])
     own = parameters(fresh)
     with opt.averaged(), again.averaged():
         assert_equal(parameters(fresh), parameters(compiled))

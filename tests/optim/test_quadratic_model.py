@@ -14,7 +14,9 @@ from kfc_fx.errors import StepError
 from kfc_fx.optim.exact.fisher_vector import fisher_gram
 from kfc_fx.optim.exact.quadratic_model import best_combination
 from kfc_fx.optim.exact.trial import LEAST, MOST, adapted_damping
-from kfc_fx.statistics.likelihood import Bernoulli, Categorical, Gaussian
+from kfc_fx.statistics.likelihoods.bernoulli import Bernoulli
+from kfc_fx.statistics.likelihoods.categorical import Categorical
+from kfc_fx.statistics.likelihoods.gaussian import Gaussian
 from tests.options import kfc
 
 LOSSES = {
@@ -142,7 +144,7 @@ def test_steps_are_where_the_model_is_least(likelihood):
         old = dict(before.named_parameters())
         moved = {n: (p - old[n]).detach() for n, p in model.named_parameters()}
         along = [moved] if previous is None else [moved, previous]
-        kind = model.kfc.options.likelihood
+        kind = model.kfc.likelihood
         fisher = fisher_gram(before, kind, ((x,), {}), along).double()
         for row, vector in enumerate(along):
             slope = sum((gradient[n] * vector[n]).sum() for n in names)

@@ -58,7 +58,8 @@ def test_empirical_statistics_take_no_backward_pass_of_their_own(fisher, passes)
 
 @BACKENDS
 def test_empirical_factors_are_of_the_gradients_of_the_loss(backend):
-    """Also where the loss is none of the likelihood's own: its scale alone is fitted."""
+    """Also where the loss is none of the likelihood's own: its scale alone is fitted. Rows are at
+    their own scale, that of a smoothed one to the share of a target that is smoothed away."""
     compiled, opt = make_whole(backend, fisher="empirical")
     compiled.eval()
     weights = torch.rand(5) + 0.5
@@ -72,11 +73,14 @@ def test_empirical_factors_are_of_the_gradients_of_the_loss(backend):
         z,
     )
     likely = logits.detach().softmax(1) - F.one_hot(LABELS, 5)
-    scale = (own * likely).sum() / own.square().sum()
+    squares = own.square().sum(1)
+    scale = (squares / (3 * weights[LABELS] / weights[LABELS].sum())).sum() / squares.sum()
     rows = own * scale
     loss.backward()
     opt.step()
-    torch.testing.assert_close(opt.factors["6"].gamma, rows.T @ rows / len(IMAGES))
+    ratio = opt.factors["6"].gamma / (rows.T @ rows / len(IMAGES))
+    torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio), rtol=1e-4, atol=0)
+    assert 1 <= ratio.mean() < 1 / (1 - 0.1) ** 2
     # Weights change its directions, and not only its scale.
     assert not torch.allclose(opt.factors["6"].gamma, likely.T @ likely / len(IMAGES), rtol=0.02)
 
@@ -178,7 +182,8 @@ def test_a_backward_pass_that_fails_leaves_nothing_behind(backend):
 
 
 def test_a_loss_without_gradient_at_the_prediction_gives_zeros():
-    compiled, opt = make_whole(fisher="empirical")
+    compiled = kfc_fx.compile(conv_network(), likelihood="categorical")
+    opt = kfc(compiled, fisher="empirical", samples=None)
     (0 * F.cross_entropy(compiled(IMAGES), LABELS)).backward()
     opt.step()
     assert opt.diagnostics.dropped_statistics == {}
@@ -204,7 +209,8 @@ def test_by_default_gradients_of_the_loss_serve_where_only_directions_count(
 ):
     compiled = kfc_fx.compile(conv_network(), likelihood=likelihood)
     _opt = kfc(compiled, **options)
-    assert collector_of(compiled).request.fisher == fisher
+    collector = collector_of(compiled)
+    assert collector.request.fisher_for(collector.likelihood) == fisher
 
 
 class WithLoss(nn.Module):
@@ -233,8 +239,23 @@ def test_a_loss_that_the_model_computes_gives_the_same_statistics(backend):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_where_the_scale_matters_the_loss_must_be_seen():
+def test_the_gradient_of_a_loss_that_the_model_computes_is_seen():
+    """At its scale, which "eigen" depends on; a copy that returns its logits says what it is."""
+    expected, opt = make_whole(fisher="empirical", scaling="eigen")
+    (3 * F.cross_entropy(expected(IMAGES), LABELS)).backward()
+    opt.step()
     compiled = kfc_fx.compile(WithLoss())
+    other = kfc(compiled, lr=0.01, fisher="empirical", scaling="eigen", samples=None)
+    (3 * compiled(IMAGES, LABELS)["loss"]).backward()
+    other.step()
+    (line,) = compiled.kfc.plan.likelihood
+    assert line.startswith("Categorical(dim=-1) of output 'logits': ")
+    found = {name.removeprefix("net."): own for name, own in factors(other).items()}
+    torch.testing.assert_close(found, factors(opt), rtol=1e-4, atol=1e-6)
+
+
+def test_where_the_scale_matters_the_loss_must_be_seen():
+    compiled = kfc_fx.compile(WithLoss(), backend="aot_eager")
     _opt = kfc(compiled, lr=0.01, fisher="empirical", scaling="eigen")
     with pytest.raises(kfc_fx.OutputError, match=r"loss was not computed from it.*sampled"):
         compiled(IMAGES, LABELS)["loss"].backward()

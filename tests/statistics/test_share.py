@@ -199,7 +199,7 @@ def test_a_large_batch_gives_a_sixteenth_of_it_at_least():
     request = StatisticsRequest(fisher="empirical", samples="auto")
     x = torch.zeros(4096, 1)
     for examples, kept in ((4096, 256), (512, 32), (128, 8), (32, 8), (6, 6)):
-        part = request.share(examples)
+        part = request.share(examples, "empirical")
         assert len(part.cut(x[:examples], 1024, 9)[0]) == kept
         assert len(part.cut(x[:examples], 4, 1000)[0]) == max(min(32, examples), examples // 4)
 

@@ -188,7 +188,7 @@ def _truth(
             prediction = find_prediction(output)
             generator = torch.Generator(prediction.device).manual_seed(SEED)
             values = prediction.detach().to(torch.promote_types(prediction.dtype, torch.float32))
-            cotangent = compiled.kfc.options.likelihood.sampled_cotangent(values, generator)
+            cotangent = compiled.kfc.likelihood.sampled_cotangent(values, generator)
             prediction.backward(cotangent.to(prediction.dtype))
     reset()
     return truth

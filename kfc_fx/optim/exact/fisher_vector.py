@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kfc_fx.errors import KfcError
 from kfc_fx.statistics.inputs import Inputs, first_examples
-from kfc_fx.statistics.likelihood import Likelihood
+from kfc_fx.statistics.likelihoods.likelihood import Likelihood
 from kfc_fx.statistics.outputs import find_prediction
 
 Vector = Mapping[str, Tensor]
@@ -25,6 +25,7 @@ def fisher_gram(
     *,
     samples: int | None = None,
     parameters: Vector | None = None,
+    output_path: str | None = None,
 ) -> Tensor:
     """``vᵢᵀ F vⱼ`` with ``F = (1/N) Σ_n J_nᵀ F_z J_n``, J the Jacobian of the output.
 
@@ -37,6 +38,7 @@ def fisher_gram(
         vectors: k vectors of the same names.
         samples: use the first so many examples; all by default.
         parameters: values of the parameters to take F at; by default the model's own.
+        output_path: of the prediction in the model's output, where it has several tensors.
 
     Returns:
         ``[k, k]``, symmetric.
@@ -52,7 +54,7 @@ def fisher_gram(
         # Copies made inside the transform: batch norm may write to them.
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         output = torch.func.functional_call(model, {**buffers, **own, **chosen}, args, kwargs)
-        return find_prediction(output)
+        return find_prediction(output, output_path)
 
     devices = sorted({p.device.index for p in moved.values() if p.device.type == "cuda"})
     tangents: list[Tensor] = []
@@ -78,5 +80,6 @@ def fisher_gram(
             ) from error
         tangents.append(tangent)
     wide = torch.promote_types(output.dtype, torch.float32)
+    likelihood.check(output)
     examples = likelihood.examples(output)
     return likelihood.curvature(output.to(wide), torch.stack(tangents).to(wide)) / examples

@@ -1,0 +1,132 @@
+"""Which likelihood a model's output has: named by the user, or found from the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from kfc_fx.errors import warn
+from kfc_fx.statistics.likelihoods.evidence import Finding, find_likelihood
+from kfc_fx.statistics.likelihoods.likelihood import Likelihood
+from kfc_fx.statistics.likelihoods.named import likelihood_from
+
+DISAGREES = 0.5
+"""Cosine of the loss's gradient and a named likelihood's, below which the name is doubted."""
+
+
+class LikelihoodChoice:
+    """The likelihood of one model's output, of each tensor in it that a loss is computed from. Once
+    it is known it stays.
+
+    Args:
+        named: as the user named it; None where it is found from the loss.
+        of_graphs: what the model's graphs tell of a loss whose gradient is not seen.
+    """
+
+    def __init__(
+        self,
+        named: Likelihood | None,
+        of_graphs: Callable[[], Finding | None] = lambda: None,
+    ) -> None:
+        self._named, self._of_graphs = named, of_graphs
+        self._checked = False
+        self._found: dict[str, tuple[Likelihood, str]] = {}
+
+    def of(self, path: str) -> Likelihood | None:
+        """That of the tensor at a path of the output; None where it is not known."""
+        return self._named or self._found.get(path, (None, ""))[0]
+
+    def unseen(self, path: str) -> Likelihood | None:
+        """That of a tensor with respect to which the gradient of the loss is not seen."""
+        if self.of(path) is None and (found := self._of_graphs()) is not None:
+            self._found[path] = (found.likelihood, found.reason)
+        return self.of(path)
+
+    @property
+    def likelihood(self) -> Likelihood | None:
+        """That of the tensor that was differentiated first; None until it is known."""
+        return self._named or next((likelihood for likelihood, _ in self._found.values()), None)
+
+    @property
+    def names_output(self) -> bool:
+        """Whether the user has named a tensor of the output."""
+        return getattr(self._named, "output", None) is not None
+
+    @property
+    def output(self) -> str | None:
+        """The path of the tensor in the output that is meant; None where nobody said so yet."""
+        if self._named is not None:
+            named = getattr(self._named, "output", None)
+            return None if named is None else str(named)
+        return next(iter(self._found), None)
+
+    def settled(
+        self, values: Tensor, cotangent: Tensor, examples: int, batch_dim: int, path: str
+    ) -> Likelihood | None:
+        """The likelihood, found from the loss's cotangent where it was not known. One that was
+        named is checked by it.
+
+        Args:
+            values: the output, in single precision at least.
+            cotangent: of what is minimized.
+            examples: of the batch; 0 where that is not known.
+            batch_dim: dimension of the examples in the output.
+            path: of these values in the model's output.
+
+        Returns:
+            None where it is not known: a cotangent that is zero or not finite decides nothing.
+        """
+        known = self.of(path)
+        if known is not None and (self._named is None or self._checked):
+            return known
+        found = find_likelihood(values, cotangent, examples, batch_dim)
+        if found is None:
+            return known
+        if known is None:
+            self._found[path] = (found.likelihood, found.reason)
+            if found.doubt:
+                warn(f"the likelihood is taken to be {found.likelihood}: {found.doubt}")
+            return found.likelihood
+        self._checked = True
+        _compare(known, values, cotangent, found)
+        return known
+
+    @property
+    def lines(self) -> list[str]:
+        """What is known, for people: one line for each tensor of the output."""
+        if self._named is not None:
+            return [f"{self._named}, as named"]
+        if not self._found:
+            return ["found from the loss at the first step"]
+        return [
+            f"{likelihood}{f' of output {path!r}' if path else ''}: {reason}"
+            for path, (likelihood, reason) in self._found.items()
+        ]
+
+    def state(self) -> dict[str, Any]:
+        """What was found, as plain data by path."""
+        return {
+            path: {"likelihood": likelihood.as_dict(), "reason": reason}
+            for path, (likelihood, reason) in self._found.items()
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue with what was found before, where none was named."""
+        if self._named is None:
+            self._found = {
+                path: (likelihood_from(own["likelihood"]), own["reason"])
+                for path, own in state.items()
+            }
+
+
+def _compare(named: Likelihood, values: Tensor, cotangent: Tensor, found: Finding) -> None:
+    """Warn where the loss's gradient is far from that of a named likelihood."""
+    agreement = float(named.agreement(values, cotangent.to(values.dtype)))
+    if agreement < DISAGREES:
+        warn(
+            f"likelihood={named} does not fit the loss: the cosine of their gradients is "
+            f"{agreement:.2f}. {found.likelihood} does, since {found.reason}: pass that, or "
+            "likelihood='auto', to kfc_fx.compile"
+        )

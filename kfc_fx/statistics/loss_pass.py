@@ -1,0 +1,218 @@
+"""The backward pass of the loss, in which the statistics of a forward pass are taken."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+from torch.autograd.graph import get_gradient_edge
+
+from kfc_fx.statistics.fisher_pass import REENTRANT, FisherPass
+from kfc_fx.statistics.gradient_pass import GradientPass
+from kfc_fx.statistics.likelihoods.likelihood import Likelihood
+from kfc_fx.statistics.prediction import Prediction, widened
+from kfc_fx.statistics.setup import PassSetup
+
+UNSEEN = (
+    "the loss is computed within the model, where its gradient is not seen, so that its likelihood "
+    "cannot be found: pass likelihood= to kfc_fx.compile"
+)
+"""Why the likelihood is not found in a backward pass."""
+UNDECIDED = (
+    "the gradient of the loss with respect to the model's output is zero or not finite, and tells "
+    "nothing of the likelihood"
+)
+
+
+class Pass(Protocol):
+    """A pass that takes statistics."""
+
+    lasts: bool
+    """Whether it lasts as long as the loss's; else it is over when :meth:`begin` returns."""
+
+    def begin(self) -> None:
+        """Take statistics from now on."""
+
+
+class LossPasses:
+    """Those of all collectors that take statistics of one forward pass.
+
+    Args:
+        losses: scalars of the output by their place among the tapped tensors. Where the loss is
+            one of them, its gradient with respect to the prediction comes by within the model.
+    """
+
+    def __init__(
+        self, passes: Sequence[LossPass], losses: dict[int, torch.autograd.graph.Node | None]
+    ) -> None:
+        self._passes, self._losses = tuple(passes), losses
+        self._waiting: list[LossPass] = []
+        if losses:
+            for prediction in {id(p.likeliest.tensor): p.likeliest for p in passes}.values():
+                prediction.tensor.register_hook(_Within(self, prediction.tensor))
+
+    def __call__(self, cotangents: Sequence[Tensor | None]) -> None:
+        """The tap's backward: a backward pass comes by, with the cotangents of the tapped tensors,
+        and has not reached a layer yet."""
+        ready: list[tuple[LossPass, Pass | None]] = []
+        for own in self._passes:
+            if own.over or not own.reaches_weights():
+                continue
+            given = own.differentiated(cotangents)
+            if given is None and self._comes_within(own, cotangents):
+                self._waiting.append(own)
+            else:
+                ready.append((own, own.begun(*(given or (own.likeliest, None)))))
+        _begin(ready)
+
+    def within(self, tensor: Tensor, cotangent: Tensor) -> None:
+        """The cotangent of a prediction, of a loss that the model has computed from it."""
+        here = [own for own in self._waiting if own.likeliest.tensor is tensor]
+        self._waiting = [own for own in self._waiting if own not in here]
+        _begin([(own, own.begun(own.likeliest, cotangent)) for own in here])
+
+    def _comes_within(self, own: LossPass, cotangents: Sequence[Tensor | None]) -> bool:
+        """Whether the loss is a scalar of the output that was computed from the prediction."""
+        target = own.likeliest.tensor.grad_fn
+        starts = [node for place, node in self._losses.items() if cotangents[place] is not None]
+        return target is not None and any(_leads_to(node, target) for node in starts)
+
+
+def _begin(passes: Sequence[tuple[LossPass, Pass | None]]) -> None:
+    """Passes of their own run at once, before those are opened that last as long as the loss's."""
+    for own in sorted((own for _, own in passes if own), key=lambda own: own.lasts):
+        own.begin()
+    for loss_pass, _ in passes:  # after what the passes themselves do at the end
+        Variable._execution_engine.queue_callback(loss_pass.note_gradients)
+
+
+class LossPass:
+    """Takes the statistics of one forward pass for one collector, once, in the first backward pass
+    that gives its parameters gradients. Passes to inputs alone, as for saliency, attacks or
+    penalties, take nothing.
+
+    Args:
+        predictions: tensors of the output whose likelihood may be meant, the likeliest first.
+    """
+
+    def __init__(self, setup: PassSetup, predictions: Sequence[Prediction]) -> None:
+        self._setup, self._predictions = setup, tuple(predictions)
+        self.over = False
+        """Whether its backward pass has come by."""
+
+    @property
+    def likeliest(self) -> Prediction:
+        """The prediction that is meant where the loss does not say so."""
+        return self._predictions[0]
+
+    def differentiated(
+        self, cotangents: Sequence[Tensor | None]
+    ) -> tuple[Prediction, Tensor] | None:
+        """The prediction that the loss differentiates most, with its cotangent."""
+        seen = {p: cotangents[p.position] for p in self._predictions}
+        given = {p: cotangent for p, cotangent in seen.items() if cotangent is not None}
+        if len(given) > 1:
+            return max(given.items(), key=_size)
+        return next(iter(given.items()), None)
+
+    def begun(self, prediction: Prediction, cotangent: Tensor | None) -> Pass | None:
+        """The pass for a prediction with this cotangent; None where no more is to be done."""
+        setup, record = self._setup, self._setup.record
+        self.over, self._predictions = True, ()
+        values = prediction.values
+        if values is None:
+            setup.miss("the output that the loss is computed from was changed in place")
+            return None
+        if cotangent is not None and setup.request.maximize:
+            cotangent = -cotangent
+        likelihood = self._likelihood(prediction, values, cotangent)
+        setup.sums().drop_lost(or_zero=True)
+        if not record.probes and not record.again:  # no statistic depends on the likelihood
+            setup.deliver(record.inputs, record, _examples(setup, values), 0.0)
+            return None
+        if likelihood is None:
+            setup.miss(UNSEEN if cotangent is None else UNDECIDED)
+            return None
+        if record.fisher is None:
+            record.fisher = setup.request.fisher_for(likelihood)
+            record.share = setup.request.share(setup.examples, record.fisher)
+        if record.fisher == "empirical":
+            return GradientPass(setup, likelihood, values, cotangent)
+        if record.again:
+            setup.miss(REENTRANT)
+            return None
+        return FisherPass(setup, likelihood, prediction.tensor, values, cotangent)
+
+    def _likelihood(
+        self, prediction: Prediction, values: Tensor, cotangent: Tensor | None
+    ) -> Likelihood | None:
+        """That of a prediction, found from the loss where it was not known."""
+        setup = self._setup
+        if cotangent is None:
+            return setup.choice.unseen(prediction.path)
+        with torch.no_grad():
+            return setup.choice.settled(
+                values, cotangent, setup.examples, setup.batch_dim, prediction.path
+            )
+
+    def note_gradients(self) -> None:
+        """Keep which parameters have gradients at the end of the backward pass."""
+        self._setup.sums().note_gradients()
+
+    def reaches_weights(self) -> bool:
+        """Whether the backward pass that runs is one for gradients of parameters.
+
+        A checkpoint that is reentrant hides its parameters, and refuses passes to inputs alone.
+        """
+        record = self._setup.record
+        if record.again:
+            return True
+        weights = [weight for weight in record.weights.values() if weight.requires_grad]
+        return not weights or any(map(_is_reached, weights))
+
+
+class _Within:
+    """A hook on the prediction, which must not keep what is above it alive."""
+
+    def __init__(self, of: LossPasses, tensor: Tensor) -> None:
+        self._of, self._tensor = weakref.ref(of), weakref.ref(tensor)
+
+    def __call__(self, cotangent: Tensor) -> None:
+        found, tensor = self._of(), self._tensor()
+        if found is not None and tensor is not None:
+            found.within(tensor, cotangent)
+
+
+def _size(entry: tuple[Prediction, Tensor]) -> float:
+    return float(torch.linalg.vector_norm(widened(entry[1].detach())))
+
+
+def _examples(setup: PassSetup, values: Tensor) -> int:
+    return values.shape[setup.batch_dim] if values.dim() > setup.batch_dim else 1
+
+
+def _is_reached(weight: Tensor) -> bool:
+    """Whether the backward pass that runs computes the gradient of a weight."""
+    try:
+        return bool(torch._C._will_engine_execute_node(get_gradient_edge(weight).node))
+    except RuntimeError:  # torch does not say so of a leaf that autograd.grad was asked for
+        return True
+
+
+def _leads_to(start: torch.autograd.graph.Node | None, target: torch.autograd.graph.Node) -> bool:
+    """Whether a node other than the target itself leads down to it."""
+    if start is None or start is target:
+        return False
+    waiting, known = [start], {start}
+    while waiting:
+        for node, _ in waiting.pop().next_functions:
+            if node is target:
+                return True
+            if node is not None and node not in known:
+                known.add(node)
+                waiting.append(node)
+    return False
