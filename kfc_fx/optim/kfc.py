@@ -249,7 +249,8 @@ class KFC(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         engines = [own.binding.current for own in self._models]
-        return shown(self.options, self.param_groups, engines)
+        likelihoods = [own.collector.likelihood_line for own in self._models]
+        return shown(self.options, self.param_groups, engines, likelihoods)
 
     @property
     def diagnostics(self) -> Diagnostics:

@@ -12,12 +12,16 @@ from kfc_fx.optim.options import KFCOptions
 
 
 def shown(
-    options: KFCOptions, groups: Sequence[Group], engines: Sequence[UpdateEngine | None]
+    options: KFCOptions,
+    groups: Sequence[Group],
+    engines: Sequence[UpdateEngine | None],
+    likelihoods: Sequence[str],
 ) -> str:
     """Scaling, blocks, generic parameters, intervals and rates.
 
     Args:
         engines: of the last step of each model; None before the first, where blocks are not known.
+        likelihoods: of each model's output, and what Γ is estimated from.
     """
     statistics, known = options.statistics, [engine for engine in engines if engine is not None]
     lines = [
@@ -26,6 +30,7 @@ def shown(
         f"blocks: {_blocks_line(known)}",
         f"generic: {_generic_line(known)}{options.generic!r}, lr ratio {options.generic_ratio:g}",
         f"statistics: every {statistics.every} steps, refreshed every {statistics.refresh_every}",
+        *(f"likelihood: {line}" for line in likelihoods),
         *_switches(options),
         *(_group_line(index, group) for index, group in enumerate(groups)),
     ]

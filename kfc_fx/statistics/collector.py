@@ -49,6 +49,13 @@ class Collector:
         return self.choice.likelihood
 
     @property
+    def likelihood_line(self) -> str:
+        """The likelihood, and what Γ is estimated from, for people."""
+        if self.likelihood is None:
+            return "found from the loss at the first step"
+        return f"{self.likelihood}, {self.request.fisher_for(self.likelihood)}"
+
+    @property
     def armed(self) -> bool:
         """Whether the next forward pass takes statistics."""
         return self._armed

@@ -5,11 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kfc_fx.statistics.likelihoods.likelihood import BatchOfPredictions, gram
+from kfc_fx.statistics.likelihoods.likelihood import (
+    BatchOfPredictions,
+    at_a_reduction,
+    gram,
+)
 
 EDGE = 1e-6
 """Distance that probabilities keep from 0 and 1."""
-SOFT = 0.05
+SOFT = 5e-3
 """Standard deviation of the logarithms of the entries' scales from which on targets are soft."""
 
 
@@ -37,14 +41,16 @@ class Bernoulli(BatchOfPredictions):
         """Exact for targets 0 and 1, any reduction and weights.
 
         Such an entry is ``s p`` or ``−s (1 − p)``, over the slope of p. Where targets are soft,
-        s is the largest of these entries' scales, which is right if some targets are 0 or 1.
+        s is that of a mean or a sum, where one fits; else the largest of these entries' scales,
+        which is right if some targets are 0 or 1.
         """
         own = self.entry_scales(output, cotangent)
         counted = cotangent != 0
         logs = torch.where(counted, own.clamp_min(torch.finfo(own.dtype).tiny).log(), 0)
         spread = [_deviation(logs, counted & side) for side in (cotangent > 0, cotangent < 0)]
         is_soft = torch.stack(spread).amax() > SOFT
-        own = torch.where(is_soft, own.amax(), own)
+        counts = (output.numel(), len(output), 1)
+        own = torch.where(is_soft, at_a_reduction(own.amax(), counts, own.amax()), own)
         square = cotangent.square()
         inverse = torch.where(counted, square / torch.where(counted, own, 1), 0).sum()
         return inverse / square.sum().clamp_min(torch.finfo(square.dtype).tiny)

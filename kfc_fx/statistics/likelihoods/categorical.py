@@ -6,12 +6,19 @@ import torch
 from torch import Tensor
 
 from kfc_fx.errors import OutputError
-from kfc_fx.statistics.likelihoods.likelihood import BatchOfPredictions, gram
+from kfc_fx.statistics.likelihoods.likelihood import (
+    BatchOfPredictions,
+    at_a_reduction,
+    gram,
+)
 
 LIKELIEST = 4
 """Classes whose cotangents tell the loss's scale. A few are enough, and unlikely ones have
 cotangents that a penalty in the loss would outweigh."""
 
+SOFT = 1e-5
+"""Share of a row's square beside the cotangent of one class, from which on its target is soft."""
+TINY = 1e-12
 CERTAIN = 1e-6
 """Distance of a probability from one at which its cotangent may be lost in rounding."""
 
@@ -73,7 +80,8 @@ class Categorical(BatchOfPredictions):
         """Exact for cross-entropy with hard targets, any reduction, weights and ignored targets.
 
         Such a row is ``c = s (p − onehot)``, so that ``c / p`` is s at every class but the target.
-        Where targets are soft, or smoothed, it is somewhat less than s at classes of small p.
+        Where targets are soft it is less than s, at classes of small p; s is that of a mean or a
+        sum then, where one fits.
         """
         dim = self.class_dim(output)
         square = cotangent.square().sum(dim)
@@ -81,8 +89,11 @@ class Categorical(BatchOfPredictions):
             own = (cotangent * output).sum(dim).abs()
         else:
             # of log-probabilities the loss's cotangent is −s onehot
-            scales = self._row_scales(output, cotangent), cotangent.sum(dim).abs()
-            own = torch.where((cotangent > 0).any(), *scales)
+            rows = self._row_scales(output, cotangent)
+            counts = (output.numel() // output.shape[dim], len(output), 1)
+            soft = at_a_reduction(rows.amax(), counts, rows)
+            rows = torch.where(self.has_hard_targets(output, cotangent), rows, soft)
+            own = torch.where((cotangent > 0).any(), rows, cotangent.sum(dim).abs())
         return _least_squares(square, own)
 
     def counts(self, output: Tensor, cotangent: Tensor) -> Tensor:
@@ -90,6 +101,18 @@ class Categorical(BatchOfPredictions):
         dim = self.class_dim(output)
         certain = self._probability(output).amax(dim, keepdim=True) > 1 - CERTAIN
         return (cotangent != 0).any(dim, keepdim=True) | certain
+
+    def has_hard_targets(self, output: Tensor, cotangent: Tensor) -> Tensor:
+        """Whether each row pushes one class alone up, or down, from where the softmax has it."""
+        dim, square = self.class_dim(output), cotangent.square().sum(self.class_dim(output))
+        p = output.softmax(dim)
+        mean, norm = (cotangent * p).sum(dim), p.square().sum(dim)
+        parallel = torch.zeros_like(square)
+        for target in (cotangent.argmin(dim, keepdim=True), cotangent.argmax(dim, keepdim=True)):
+            of_target, chance = (x.gather(dim, target).squeeze(dim) for x in (cotangent, p))
+            inner = (mean - of_target).square() / (norm - 2 * chance + 1).clamp_min(TINY)
+            parallel = torch.maximum(parallel, inner)
+        return square - parallel <= SOFT * square
 
     def agreement(self, output: Tensor, cotangent: Tensor) -> Tensor:
         """See :class:`Likelihood`."""

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from kfc_fx.errors import warn
+from kfc_fx.statistics.likelihoods.bernoulli import Bernoulli
+from kfc_fx.statistics.likelihoods.categorical import Categorical
 from kfc_fx.statistics.likelihoods.evidence import Finding, find_likelihood
 from kfc_fx.statistics.likelihoods.likelihood import Likelihood
 from kfc_fx.statistics.likelihoods.named import likelihood_from
@@ -124,9 +126,20 @@ class LikelihoodChoice:
 def _compare(named: Likelihood, values: Tensor, cotangent: Tensor, found: Finding) -> None:
     """Warn where the loss's gradient is far from that of a named likelihood."""
     agreement = float(named.agreement(values, cotangent.to(values.dtype)))
-    if agreement < DISAGREES:
+    if agreement < DISAGREES or not _may_be(named, values, found):
         warn(
-            f"likelihood={named} does not fit the loss: the cosine of their gradients is "
-            f"{agreement:.2f}. {found.likelihood} does, since {found.reason}: pass that, or "
+            f"likelihood={named} does not fit the loss (cosine of their gradients "
+            f"{agreement:.2f}). {found.likelihood} does, since {found.reason}: pass that, or "
             "likelihood='auto', to kfc_fx.compile"
         )
+
+
+def _may_be(named: Likelihood, values: Tensor, found: Finding) -> bool:
+    """Whether the loss may be that of a named likelihood, after what was found."""
+    other = found.likelihood
+    if isinstance(named, Categorical) and isinstance(other, Categorical):
+        count = values.dim()
+        return named.class_dim(values) % count == other.class_dim(values) % count
+    if isinstance(named, Categorical):
+        return False
+    return not (isinstance(named, Bernoulli) and isinstance(other, Categorical))

@@ -31,6 +31,12 @@ PENALISED, ALIKE = 0.2, 0.9
 and a cosine from the second on with the cotangent of one class."""
 FEWEST, ON_THE_EDGE = 8, 0.05
 """Entries, and share of the entries, whose target is 0 or 1 at the scale of them all."""
+DISTANT = 0.2
+"""Distance of a soft target from its probability, that some have."""
+SMOOTH = 0.05
+"""Squares of the steps of c along z, relative to those of the differences of c from its mean, up to
+which c is a function of z. Of independent values they are twice as many. And the relative standard
+deviation of c from which on it varies."""
 TIGHT = 0.75
 """Share of a reduction's scale that soft targets need at least."""
 WIDE = 10.0
@@ -222,7 +228,8 @@ class _Evidence:
         if likelihood.probabilities:
             counted &= (self.z > EDGE) & (self.z < 1 - EDGE)
         logs = likelihood.entry_scales(self.z, self.c)[counted].log()
-        return logs, logs - self.c[counted].abs().log(), counted
+        slope = self.z[counted] * (1 - self.z[counted]) if likelihood.probabilities else 1.0
+        return logs, (self.c[counted].abs() * slope).log() - logs, counted
 
     def _has_hard_targets(self, likelihood: Bernoulli) -> bool:
         """Whether all entries have one scale, or those of an example, of an output unit, of a sign
@@ -294,13 +301,17 @@ class _Evidence:
         return False
 
     def _has_soft_targets(self, likelihood: Bernoulli) -> bool:
-        """Whether all targets are within [0, 1] at the scale of a reduction, and not at much
-        less."""
-        logs, *_ = self._scales(likelihood)
+        """Whether all targets are within [0, 1] at the scale of a reduction, and not at much less,
+        and some are far from the probabilities."""
+        logs, divisors, _ = self._scales(likelihood)
         if len(logs) < FEWEST:
             return False
-        least = float(logs.max().exp())
-        return any(TIGHT * s <= least <= s * (1 + self.tolerance) for s in self.reductions)
+        least, sizes = float(logs.max().exp()), (logs + divisors).exp()
+        return any(
+            TIGHT * s <= least <= s * (1 + self.tolerance)
+            and float((sizes >= DISTANT * s).float().mean()) >= ON_THE_EDGE
+            for s in self.reductions
+        )
 
     def _is_wide(self, likelihood: Bernoulli) -> bool:
         """Whether some probabilities are near 0 and some near 1, where coins are not numbers."""
@@ -309,21 +320,21 @@ class _Evidence:
 
     def _is_function_of_output(self, likelihood: Bernoulli) -> bool:
         """Whether c is one function of z for positive c and one for negative c, as a focal loss of
-        targets 0 and 1 has it. It grows in size towards the wrong side, over both signs of z."""
+        targets 0 and 1 has it. Both are found at z of both signs: no single target, whose residual
+        is a function of z too, gives that."""
         if likelihood.probabilities:
             return False
-        found = []
         for side in (1.0, -1.0):
             chosen = side * self.c > 0
-            z, c = side * self.z[chosen], side * self.c[chosen]
-            if len(z) < FEWEST:
+            z, c = self.z[chosen], self.c[chosen]
+            if len(z) < FEWEST or not ((z < 0).any() and (z > 0).any()):
                 return False
-            order = z.argsort()
-            rises = c[order].diff() >= -self.equal * c.max()
-            varies = c.max() - c.min() > WIDE * self.equal * c.max()
-            crosses = bool((z < 0).any()) and bool((z > 0).any())
-            found.append(bool(rises.all()) and bool(varies) and crosses and not _is_line(z, c))
-        return all(found)
+            spread = (c - c.mean()).square().sum()
+            if c.std() <= SMOOTH * c.abs().max() or _is_line(z, c):
+                return False
+            if c[z.argsort()].diff().square().sum() > SMOOTH * spread:
+                return False
+        return True
 
     # -- numbers -----------------------------------------------------------------------------
 

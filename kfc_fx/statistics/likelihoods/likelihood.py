@@ -6,12 +6,16 @@ the model's output, never of a batch mean. Its sign does not matter to Γ, its s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from kfc_fx.errors import OutputError
+
+ROUNDING = 1e-3
+"""Of a scale that is read off gradients."""
 
 
 class Likelihood(Protocol):
@@ -103,6 +107,22 @@ class BatchOfPredictions:
         given = {name: value for name, value in vars(self).items() if value not in (None, False)}
         shown = ", ".join(f"{name}={value!r}" for name, value in given.items())
         return f"{type(self).__name__}({shown})"
+
+
+def at_a_reduction(scale: Tensor, counts: Sequence[int], otherwise: Tensor) -> Tensor:
+    """Scales of soft targets: that of a mean or a sum, where it is such a one.
+
+    Args:
+        scale: the least that leaves all targets within [0, 1].
+        counts: what losses are divided by.
+        otherwise: scales to take where none of these fits.
+    """
+    found = otherwise
+    for count in sorted(set(counts)):  # the smallest that fits comes last
+        reduction = 1 / max(count, 1)
+        fits = (scale <= reduction * (1 + ROUNDING)) & (scale >= reduction / 2)
+        found = torch.where(fits, reduction, found)
+    return found
 
 
 def gram(rows: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Losses, what likelihood is found for each, and whether factors are at its scale."""
