@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from kfc_fx.compilation import Compilation, CompileOptions
+from kfc_fx.compilation.options import BatchDim
 from kfc_fx.errors import OptionError, warn
 from kfc_fx.plan.sharing import SharingOption
 from kfc_fx.statistics.likelihoods.named import LikelihoodOption
@@ -22,7 +23,7 @@ def compile(
     strict: bool = False,
     norm_layers: bool = True,
     weight_sharing: SharingOption = "expand",
-    batch_dim: int = 0,
+    batch_dim: BatchDim = 0,
 ) -> Model:
     """Prepare an existing model, in place, for training by KFC. By default it runs eagerly.
 
@@ -37,8 +38,10 @@ def compile(
         model: any module.
         likelihood: predictive distribution of the output: ``"categorical"`` (class scores),
             ``"gaussian"`` (unit variance) or ``"bernoulli"`` (logits); or a function from the
-            output to the cotangents, of its shape, of one sampled target per example. ``"auto"``
-            is ``"categorical"``.
+            output to the cotangents, of its shape, of one sampled target per example; or one of
+            :class:`Categorical`, :class:`Gaussian` and :class:`Bernoulli`, which say more. By
+            default it is found from the gradient of the loss, and ``model.kfc.plan`` says what was
+            found; one that was named is compared with it.
         backend: what runs the captured graphs: ``"eager"``, ``"aot_eager"`` or ``"inductor"``.
         strict: raise at capture if the weight of a conv or linear call gets no block.
         norm_layers: give the scale and shift of norm layers a block, the exact Fisher matrix of
@@ -46,7 +49,10 @@ def compile(
         weight_sharing: how linear layers treat locations (tokens, pixels) that share their
             weight: ``"expand"`` sums over them as a convolution does, ``"reduce"`` averages the
             inputs and sums the gradients first; or a mapping from globs on block names.
-        batch_dim: dimension of the examples in input and output; 0 alone is supported.
+        batch_dim: dimension of the examples in inputs and output: 1 for a model that leads with
+            time, as recurrent layers do without ``batch_first``. Two dimensions where they differ,
+            of the inputs and of the output: ``(0, 1)`` for the ``[T, N, C]`` of CTC. Where channels
+            are not last, as in convolutions, examples come first.
 
     Returns:
         The model itself.

@@ -127,14 +127,15 @@ def check_backend(backend: str) -> None:
         raise OptionError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
 
 
-def mark_batch_dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Tell dynamo that the first dimension of every input may change, without insisting.
+def mark_batch_dynamic(args: tuple[Any, ...], kwargs: dict[str, Any], batch_dim: int = 0) -> None:
+    """Tell dynamo that the dimension of the examples may change, and the first, without insisting.
 
     Without it, the second batch size met (the last batch of an epoch) costs a recompile.
     """
     for leaf in pytree.tree_leaves((args, kwargs)):
-        if isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.size(0) > 1:
-            torch._dynamo.maybe_mark_dynamic(leaf, 0)
+        for dim in {0, batch_dim}:
+            if isinstance(leaf, torch.Tensor) and leaf.dim() > dim and leaf.size(dim) > 1:
+                torch._dynamo.maybe_mark_dynamic(leaf, dim)
 
 
 def constant_nodes(module: fx.GraphModule) -> set[str]:

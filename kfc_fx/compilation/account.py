@@ -99,6 +99,7 @@ class Account:
             uses,
             norm_layers=self._options.norm_layers,
             weight_sharing=self._options.weight_sharing,
+            batch_dim=self._options.input_batch_dim,
         )
         if self._options.strict:
             refuse_generic_layers(plan, uses)

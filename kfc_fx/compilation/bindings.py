@@ -69,11 +69,13 @@ def binding_of(
     inputs: tuple[Any, ...],
     names: ParameterNames,
     constants: tuple[int, ...],
+    batch_dim: int = 0,
 ) -> GraphBinding:
     """The binding of a graph for the inputs of one run; a new one is made where there is none.
 
     Args:
         constants: positions of other inputs that hold no data of the examples.
+        batch_dim: dimension of the examples in the inputs of layers whose channels are last.
     """
     given = [inputs[position] for position in graph.parameter_positions]
     numbers = tuple(concrete(inputs[position]) for position in graph.number_positions)
@@ -83,7 +85,7 @@ def binding_of(
     own = tuple(map(names.name_of, given))
     key = (own, constants, numbers)
     if key not in graph.bindings:
-        graph.bindings[key] = _bind(graph, inputs, names, own, constants, numbers)
+        graph.bindings[key] = _bind(graph, inputs, names, own, constants, numbers, batch_dim)
     graph.last = (fast, graph.bindings[key])
     return graph.bindings[key]
 
@@ -95,6 +97,7 @@ def _bind(
     own: tuple[str | None, ...],
     constants: tuple[int, ...],
     numbers: tuple[int, ...],
+    batch_dim: int,
 ) -> GraphBinding:
     captured, canonical = graph.captured[0].module, graph.captured[1].module
     given, held = tensors_of_nodes(captured, inputs)
@@ -111,6 +114,6 @@ def _bind(
     return GraphBinding(
         canonical=canonical,
         parameters=parameters,
-        uses=match_uses(canonical.graph, parameters, without),
+        uses=match_uses(canonical.graph, parameters, without, batch_dim=batch_dim),
         without_examples=outputs_without_examples(canonical.graph, {*parameters, *without}),
     )

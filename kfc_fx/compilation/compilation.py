@@ -60,7 +60,9 @@ class Compilation:
         self._before: Callable[..., Any] | None = None
         self.names = ParameterNames(model)
         self.choice = LikelihoodChoice(
-            options.likelihood, lambda: likelihood_of_graphs(self._account.graphs)
+            options.likelihood,
+            lambda: likelihood_of_graphs(self._account.graphs),
+            examples_told=options.batch_dims != (0, 0),
         )
         """The likelihood of the model's output."""
         self._owners = Owners()
@@ -170,7 +172,7 @@ class Compilation:
             parameters: names of those whose blocks it is for; None for all of the model, those that
                 join it later too. An earlier collector takes no more statistics of these.
         """
-        collector = Collector(self.choice, request)
+        collector = Collector(self.choice, request, self.options.output_batch_dim)
         self._owners.assign(collector, parameters)
         return collector
 
@@ -215,7 +217,7 @@ class Compilation:
         armed = [collector for collector in self.collectors if collector.armed]
         if not (armed and torch.is_grad_enabled()):
             return self._runs.call(args, kwargs, recording=False)
-        examples = batch_size((args, kwargs))
+        examples = batch_size((args, kwargs), self.options.input_batch_dim)
         running = ArmedPass({collector: collector.begin(examples) for collector in armed})
         with self._runs.recording(running):
             output = self._runs.call(args, kwargs, recording=True)
@@ -247,7 +249,9 @@ class Compilation:
 
         Buffers and random number generators are left as they were.
         """
-        record = collector.begin(batch_size((args, kwargs)), fisher="sampled")
+        record = collector.begin(
+            batch_size((args, kwargs), self.options.input_batch_dim), fisher="sampled"
+        )
         running = ArmedPass({collector: record})
         with state_preserved(self.model), torch.enable_grad():
             with self._runs.recording(running):

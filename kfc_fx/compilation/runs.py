@@ -92,7 +92,7 @@ class Runs:
         Args:
             recording: watch the layers that plain Python calls, and account for what it uses.
         """
-        mark_batch_dynamic(args, kwargs)
+        mark_batch_dynamic(args, kwargs, self._options.input_batch_dim)
         outer, call = self._call, Call(len(self.account.graphs), next_number())
         self._call, known = call, self.breaks.breaks
         try:
@@ -237,7 +237,7 @@ class Runs:
         """The graph with the names of the parameters that it is run with."""
         constants = self._call.constants_among(inputs) if self._call else ()
         known = len(graph.bindings)
-        binding = binding_of(graph, inputs, self._names, constants)
+        binding = binding_of(graph, inputs, self._names, constants, self._options.input_batch_dim)
         if len(graph.bindings) > known:
             self.account.note_change()
         return binding

@@ -132,4 +132,5 @@ class ExactFisher:
             samples=samples,
             parameters=at,
             output_path=self._collector.choice.output,
+            batch_dims=self._compilation.options.batch_dims,
         )

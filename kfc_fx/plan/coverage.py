@@ -36,6 +36,7 @@ def build_plan(
     *,
     norm_layers: bool = True,
     weight_sharing: SharingOption = "expand",
+    batch_dim: int = 0,
 ) -> CurvaturePlan:
     """Decide for every parameter: block, generic or frozen; prove the result complete.
 
@@ -44,6 +45,7 @@ def build_plan(
         graphs: the uses found in each captured graph.
         norm_layers: whether the scale and shift of a norm layer gets a block.
         weight_sharing: "expand" or "reduce" for linear blocks, or by glob on their names.
+        batch_dim: dimension of the examples in the inputs of layers whose channels are last.
 
     Raises:
         OptionError: a pattern of ``weight_sharing`` matches no linear block.
@@ -59,7 +61,7 @@ def build_plan(
         reason = _refusal(spec, sites[spec.name], unmatched, norm_layers)
         if reason is None:
             uses = max(sum(s.weight == spec.name for s in graph.sites) for graph in graphs)
-            block = _block(spec, sites, unmatched, specs, uses)
+            block = replace(_block(spec, sites, unmatched, specs, uses), batch_dim=batch_dim)
             if block.layer.takes_sharing:
                 block = replace(block, sharing=sharing_of(block.name, weight_sharing))
             reason = too_wide(block)

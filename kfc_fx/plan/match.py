@@ -45,6 +45,7 @@ def match_uses(
     constants: Collection[str] = (),
     *,
     open_regions: bool = True,
+    batch_dim: int = 0,
 ) -> GraphUses:
     """Account for every use of every parameter in a canonical graph.
 
@@ -53,6 +54,7 @@ def match_uses(
         parameters: node name to parameter name, for nodes that hold a parameter.
         constants: names of other nodes that hold no data of the examples, such as buffers.
         open_regions: account for uses in checkpointed regions too; else they are no sites.
+        batch_dim: dimension of the examples in the inputs of layers whose channels are last.
 
     Returns:
         The sites (weight and bias are parameters of the model themselves, not functions of
@@ -71,10 +73,10 @@ def match_uses(
         for node, call in applied.items()
     }
     opened = regions(graph) if open_regions else ()
-    inside = {region.call: _uses_inside(region, parameters, data) for region in opened}
+    inside = {region.call: _uses_inside(region, parameters, data, batch_dim) for region in opened}
     sites = []
     for node, call in calls.items():
-        sites += [_site(node, call, parameters)] if call else []
+        sites += [_site(node, call, parameters, batch_dim)] if call else []
         sites += inside[node].sites if node in inside else ()
     unmatched = [use for uses in inside.values() for use in uses.unmatched]
     for node, call in calls.items():
@@ -115,7 +117,7 @@ def outputs_without_examples(graph: fx.Graph, without: Collection[str]) -> tuple
 
 
 def _uses_inside(
-    region: Region, parameters: Mapping[str, str], data: Collection[fx.Node]
+    region: Region, parameters: Mapping[str, str], data: Collection[fx.Node], batch_dim: int
 ) -> GraphUses:
     """The uses in a region, whose operands may be parameters."""
     named = {
@@ -124,7 +126,7 @@ def _uses_inside(
         if isinstance(outer, fx.Node) and outer.name in parameters
     }
     without = [inner.name for inner, outer in region.operands if outer not in data]
-    uses = match_uses(region.body.graph, named, without, open_regions=False)
+    uses = match_uses(region.body.graph, named, without, open_regions=False, batch_dim=batch_dim)
     sites = tuple(replace(site, region=region.name) for site in uses.sites)
     return GraphUses(sites, uses.unmatched)
 
@@ -250,7 +252,9 @@ def _fits(call: LayerCall, bias: WeightView, weight: WeightView) -> bool:
     return whole and bias.rows == weight.rows
 
 
-def _site(node: fx.Node, call: LayerCall, parameters: Mapping[str, str]) -> SiteSpec:
+def _site(
+    node: fx.Node, call: LayerCall, parameters: Mapping[str, str], batch_dim: int
+) -> SiteSpec:
     assert isinstance(call.x, fx.Node)
     weight, bias = weight_view(call.weight), weight_view(call.bias)
     assert weight is not None
@@ -268,7 +272,7 @@ def _site(node: fx.Node, call: LayerCall, parameters: Mapping[str, str]) -> Site
         rows=weight.rows,
         packed=call.packed,
         batch=call.batch,
-        locations=locations_of(node, call),
+        locations=locations_of(node, call, batch_dim),
     )
 
 

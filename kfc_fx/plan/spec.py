@@ -147,6 +147,8 @@ class BlockSpec:
     """Of a linear layer: how its factors treat the locations that share the weight."""
     locations: int = 0
     """|T| of its first site with the inputs of the capture; 0 where that is not known."""
+    batch_dim: int = 0
+    """Dimension of the examples in its inputs, if its channels are last."""
 
     @property
     def layer(self) -> LayerKind:

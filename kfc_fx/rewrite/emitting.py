@@ -13,6 +13,7 @@ from kfc_fx.capture.graph import Stage
 from kfc_fx.capture.graph_passes import run_passes
 from kfc_fx.capture.nodes import dimensions
 from kfc_fx.plan.forms import FactorForms, statistic_shapes
+from kfc_fx.plan.locations import batch_axis
 from kfc_fx.plan.spec import BlockSpec, SiteSpec
 from kfc_fx.rewrite.region_operands import (
     graph_of,
@@ -124,7 +125,8 @@ def _row_count(graph: fx.Graph, site: SiteSpec, block: BlockSpec) -> fx.Node:
     # Right behind the site: a later use of its output would keep it in memory.
     with graph.inserting_after(nodes[site.node]):
         if block.sharing == "reduce" and dimensions(nodes[site.node]) > 1:
-            return graph.call_method("size", (nodes[site.node], 0))
+            axis = batch_axis(dimensions(nodes[site.node]), block.batch_dim)
+            return graph.call_method("size", (nodes[site.node], axis))
         if site.batch and site.batch.ends:
             return graph.call_function(group_sizes, (nodes[site.batch.ends],))
         counted, channels = _rows_of(site, block, nodes)

@@ -131,6 +131,7 @@ class LossPass:
             cotangent = -cotangent
         likelihood = self._likelihood(prediction, values, cotangent)
         setup.sums().drop_lost(or_zero=True)
+        setup.choice.note_examples(setup.examples, _examples(setup, values))
         if not record.probes and not record.again:  # no statistic depends on the likelihood
             setup.deliver(record.inputs, record, _examples(setup, values), 0.0)
             return None

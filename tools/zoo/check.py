@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import fx, nn
 
 import kfc_fx
 from kfc_fx.errors import OutputError, first_line
+from kfc_fx.statistics.likelihoods.named import NAMED
 from kfc_fx.statistics.outputs import find_prediction
 from kfc_fx.statistics.request import Fisher, StatisticsRequest
 from kfc_fx.statistics.sums import BlockSums
@@ -70,7 +72,8 @@ def check_case(case: ModelCase) -> CaseReport:
     breaks_before = Counter(torch._dynamo.utils.counters["graph_break"])
     reset = starting_state(model)
     plain = observe(model, case, reset)
-    compiled = kfc_fx.compile(model, likelihood=case.likelihood)
+    named = NAMED[case.likelihood](output=plain.prediction or None)
+    compiled = kfc_fx.compile(model, likelihood=named)
     reset()
     started = time.perf_counter()
     compiled.kfc.trace(*case.args, **case.kwargs)
@@ -123,6 +126,9 @@ def _armed_step(
 ) -> ArmedStep:
     """Passes with statistics of sampled targets, and of the loss's own gradient where the targets
     can be read off that: of classes."""
+    # The loss weighs all outputs, whatever the model is for.
+    warnings.filterwarnings("ignore", ".* does not fit the loss", kfc_fx.KfcWarning)
+    warnings.filterwarnings("ignore", "the model's input leads with", kfc_fx.KfcWarning)
     passes: dict[Fisher, ArmedStep] = {}
     for fisher in FISHERS if case.likelihood == "categorical" else FISHERS[:1]:
         known = passes["sampled"].sums if passes else None

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kfc_fx.statistics.outputs import float_tensors
+from kfc_fx.errors import OutputError
+from kfc_fx.statistics.outputs import find_prediction, float_tensors
 from kfc_fx.tools.zoo.case import ModelCase
 
 TOLERANCE = 1e-6
@@ -29,6 +30,8 @@ class CheckError(Exception):
 class Observation:
     """Everything that a training step's forward and backward pass leaves behind."""
 
+    prediction: str | None
+    """Path of the prediction in the output; None where there is none."""
     outputs: dict[str, Tensor]
     gradients: dict[str, Tensor]
     buffers: dict[str, Tensor]
@@ -41,10 +44,20 @@ def observe(call: nn.Module, case: ModelCase, reset: Callable[[], None]) -> Obse
     tensors = float_tensors(output)
     loss_of(output).backward()
     return Observation(
-        {f"output {i}": t.detach() for i, t in enumerate(tensors)},
+        _path_of_prediction(output),
+        {f"output {i}": t.detach() for i, t in enumerate(tensors.values())},
         {name: p.grad for name, p in call.named_parameters() if p.grad is not None},
         {name: buffer.clone() for name, buffer in call.named_buffers()},
     )
+
+
+def _path_of_prediction(output: Any) -> str | None:
+    """Of the tensor whose likelihood is meant; None where there is none."""
+    try:
+        prediction = find_prediction(output)
+    except OutputError:
+        return None
+    return next(path for path, tensor in float_tensors(output).items() if tensor is prediction)
 
 
 def loss_of(output: Any) -> Tensor:
@@ -52,7 +65,7 @@ def loss_of(output: Any) -> Tensor:
     tensors = float_tensors(output)
     parts = [
         (t * torch.linspace(0.5, 1.5, t.numel(), dtype=t.dtype).reshape(t.shape)).mean()
-        for t in tensors
+        for t in tensors.values()
         if t.requires_grad
     ]
     if not parts:

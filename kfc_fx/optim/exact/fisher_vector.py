@@ -26,6 +26,7 @@ def fisher_gram(
     samples: int | None = None,
     parameters: Vector | None = None,
     output_path: str | None = None,
+    batch_dims: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """``vᵢᵀ F vⱼ`` with ``F = (1/N) Σ_n J_nᵀ F_z J_n``, J the Jacobian of the output.
 
@@ -39,6 +40,7 @@ def fisher_gram(
         samples: use the first so many examples; all by default.
         parameters: values of the parameters to take F at; by default the model's own.
         output_path: of the prediction in the model's output, where it has several tensors.
+        batch_dims: dimension of the examples in the inputs and in the output.
 
     Returns:
         ``[k, k]``, symmetric.
@@ -46,7 +48,7 @@ def fisher_gram(
     Raises:
         KfcError: an op of the model has no forward-mode derivative.
     """
-    args, kwargs = first_examples(inputs, samples)
+    args, kwargs = first_examples(inputs, samples, batch_dims[0])
     own = {name: p.detach() for name, p in model.named_parameters()} | dict(parameters or {})
     moved = {name: p for name, p in own.items() if any(name in vector for vector in vectors)}
 
@@ -81,5 +83,5 @@ def fisher_gram(
         tangents.append(tangent)
     wide = torch.promote_types(output.dtype, torch.float32)
     likelihood.check(output)
-    examples = likelihood.examples(output)
+    examples = likelihood.examples(output, batch_dims[1])
     return likelihood.curvature(output.to(wide), torch.stack(tangents).to(wide)) / examples

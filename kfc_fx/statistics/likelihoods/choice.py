@@ -25,20 +25,38 @@ class LikelihoodChoice:
     Args:
         named: as the user named it; None where it is found from the loss.
         of_graphs: what the model's graphs tell of a loss whose gradient is not seen.
+        examples_told: whether the user has said where examples are.
     """
 
     def __init__(
         self,
         named: Likelihood | None,
         of_graphs: Callable[[], Finding | None] = lambda: None,
+        *,
+        examples_told: bool = False,
     ) -> None:
         self._named, self._of_graphs = named, of_graphs
+        self._examples_told = examples_told
         self._checked = False
         self._found: dict[str, tuple[Likelihood, str]] = {}
 
     def of(self, path: str) -> Likelihood | None:
         """That of the tensor at a path of the output; None where it is not known."""
         return self._named or self._found.get(path, (None, ""))[0]
+
+    def note_examples(self, of_inputs: int, of_output: int) -> None:
+        """Warn once where inputs and output lead with different sizes, and nobody said which of
+        their dimensions is that of the examples."""
+        if self._examples_told or not of_inputs or of_inputs == of_output:
+            return
+        self._examples_told = True
+        warn(
+            f"the model's input leads with {of_inputs} and its output with {of_output}, which is "
+            "taken for the number of examples: factors are of another scale if it is not. Pass "
+            "batch_dim= to kfc_fx.compile, as in batch_dim=1 for a model that leads with time or "
+            "batch_dim=(0, 1) for an output [time, examples, classes]; or return an output that "
+            "leads with the examples"
+        )
 
     def unseen(self, path: str) -> Likelihood | None:
         """That of a tensor with respect to which the gradient of the loss is not seen."""

@@ -21,6 +21,7 @@ from kfc_fx.ops.patch_gram import patch_gram
 from kfc_fx.ops.row_gram import row_gram
 from kfc_fx.ops.separable_gram import separable_gram
 from kfc_fx.plan.forms import FactorForms
+from kfc_fx.plan.locations import batch_axis
 from kfc_fx.plan.spec import BlockSpec, SiteSpec
 from kfc_fx.statistics.share import BatchShare, scaled
 
@@ -71,6 +72,8 @@ class LinearRule:
     """Average the input and sum the cotangent over all dimensions but the first and last."""
     input_parts: int = 1
     output_parts: int = 1
+    batch_dim: int = 0
+    """Of tensors that have it before their last dimension; else examples are first."""
 
     @classmethod
     def of(cls, block: BlockSpec, site: SiteSpec, forms: FactorForms) -> Self:
@@ -83,6 +86,7 @@ class LinearRule:
             reduce=block.sharing == "reduce",
             input_parts=forms.input_parts,
             output_parts=forms.output_parts,
+            batch_dim=block.batch_dim,
         )
 
     def statistics(self, share: BatchShare, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
@@ -95,7 +99,7 @@ class LinearRule:
 
     def output_statistics(self, share: BatchShare, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`MatrixRule`."""
-        g, scale = share.cut(g)
+        g, scale = share.cut(examples_first(g, self.batch_dim))
         if self.reduce and g.dim() > 2:
             g = g.sum(tuple(range(1, g.dim() - 1)))
         columns = g.tensor_split(self._used * self.output_parts, dim=-1)
@@ -107,6 +111,7 @@ class LinearRule:
 
     def input_statistics(self, share: BatchShare, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`MatrixRule`."""
+        x = examples_first(x, self.batch_dim)
         x, scale = share.cut(x, self._rows(x), x.shape[-1] // self.input_parts)
         if self.reduce and x.dim() > 2:
             x = x.mean(tuple(range(1, x.dim() - 1)))
@@ -253,11 +258,12 @@ class EmbeddingRule:
     tokens: int
     padding_idx: int | None = None
     output_parts: int = 1
+    batch_dim: int = 0
 
     @classmethod
     def of(cls, block: BlockSpec, site: SiteSpec, forms: FactorForms) -> Self:
         """See :class:`EmissionRule`."""
-        return cls(block.channels, site.padding_idx, forms.output_parts)
+        return cls(block.channels, site.padding_idx, forms.output_parts, block.batch_dim)
 
     def statistics(self, share: BatchShare, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """``x`` holds indices; those of ``padding_idx`` count as empty rows. All are counted: that
@@ -267,9 +273,15 @@ class EmbeddingRule:
         ones = torch.ones_like(indices, dtype=counts.dtype)
         if self.padding_idx is not None:
             ones = (indices != self.padding_idx % self.tokens).to(counts.dtype)
-        g, scale = share.cut(g)
+        g, scale = share.cut(examples_first(g, self.batch_dim))
         gammas = torch.stack([row_gram(own) for own in g.tensor_split(self.output_parts, -1)])
         return counts.scatter_add(0, indices, ones)[None, None], *scaled((gammas,), scale)
+
+
+def examples_first(x: Tensor, batch_dim: int, channel_dims: int = 1) -> Tensor:
+    """A view with the dimension of the examples in front, if it is before those of channels."""
+    axis = batch_axis(x.dim() - channel_dims + 1, batch_dim)
+    return x.movedim(axis, 0) if axis else x
 
 
 def _row_squares(x: Tensor, *, bias: bool = False) -> Tensor:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from kfc_fx.kernels.dtypes import statistic_dtype
 from kfc_fx.plan.forms import FactorForms
 from kfc_fx.plan.spec import BlockSpec, SiteSpec
+from kfc_fx.statistics.rules.matrices import examples_first
 from kfc_fx.statistics.share import BatchShare, scaled
 
 
@@ -27,7 +28,8 @@ class ScaleShiftRule:
     """One kind of norm. ``shape`` is that of the weight, ``groups`` and ``eps`` the norm's own.
 
     A batch norm in evaluation mode reads its running mean and variance besides. Examples are
-    along the first dimension. The block is ``F_c ⊗ 1``, so that its Γ counts rows.
+    along the first dimension; along ``batch_dim``, if the channels are last. The block is
+    ``F_c ⊗ 1``, so that its Γ counts rows.
     """
 
     norm: str
@@ -35,19 +37,22 @@ class ScaleShiftRule:
     bias: bool
     groups: int = 1
     eps: float | None = None
+    batch_dim: int = 0
 
     @classmethod
     def of(cls, block: BlockSpec, site: SiteSpec, _: FactorForms) -> Self:
         """See :class:`~kfc_fx.statistics.rules.matrices.EmissionRule`."""
         assert site.norm is not None
         norm, bias = site.norm, block.bias is not None
-        return cls(norm.norm, block.weight_shape, bias, norm.groups, norm.eps)
+        batch_dim = 0 if norm.norm in ("batch", "group") else block.batch_dim
+        return cls(norm.norm, block.weight_shape, bias, norm.groups, norm.eps, batch_dim)
 
     def statistics(
         self, share: BatchShare, x: Tensor, g: Tensor, *running: Tensor
     ) -> tuple[Tensor, ...]:
         """``[C, 2, 2]``, or ``[C, 1, 1]`` without a bias, and ``[C, 1, 1]``."""
         dtype, scale = statistic_dtype(x), 1.0
+        x, g = (examples_first(t, self.batch_dim, len(self.shape)) for t in (x, g))
         if x.dim() == g.dim() and len(x) == len(g):  # else one x is broadcast over examples
             (x, _), (g, scale) = share.cut(x), share.cut(g)
         channels = prod(self.shape)
