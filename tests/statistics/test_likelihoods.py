@@ -266,7 +266,7 @@ def test_one_logit_has_the_variance_of_its_coin():
         (kfc_fx.Bernoulli(probabilities=True), torch.sigmoid),
         (kfc_fx.Gaussian(), lambda h: h),
     ],
-    ids=repr,
+    ids=["scores", "log-probabilities", "probabilities", "logits", "chances", "numbers"],
 )
 def test_sampled_cotangents_have_the_fisher_matrix_of_the_output(likelihood, output):
     """Seen from what is before a softmax or a sigmoid, along random directions."""
