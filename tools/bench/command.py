@@ -7,12 +7,15 @@ import typer
 from kfc_fx.tools.bench.kernels import kernels
 from kfc_fx.tools.bench.memory import memory
 from kfc_fx.tools.bench.step import step
+from kfc_fx.tools.losses.command import losses
 from kfc_fx.tools.race.command import train
 
 app = typer.Typer(
-    help="Measure kernels, training steps and runs, and memory.", no_args_is_help=True
+    help="Measure kernels, steps, runs and memory, and what losses tell.",
+    no_args_is_help=True,
 )
 app.command()(kernels)
 app.command()(step)
 app.command()(train)
 app.command()(memory)
+app.command()(losses)

@@ -1,4 +1,4 @@
-"""Losses of torch and torchvision, on outputs of every form."""
+"""Losses of torch and of the field, on outputs of every form."""
 
 from __future__ import annotations
 
@@ -211,8 +211,6 @@ def _locations(generator: torch.Generator) -> Iterator[LossCase]:
 
 
 def _coins(generator: torch.Generator) -> Iterator[LossCase]:
-    from torchvision.ops import sigmoid_focal_loss
-
     one = torch.randint(2, (N,), generator=generator).double()
     labels = torch.randint(2, (N, CLASSES), generator=generator).double()
     pixels = ((_uniform(generator, N, 1, 4, 4) - 0.5) * 2).clamp_min(0)
@@ -280,7 +278,7 @@ def _coins(generator: torch.Generator) -> Iterator[LossCase]:
         "sigmoid_focal_loss",
         "Bernoulli()",
         (N, CLASSES),
-        lambda z: sigmoid_focal_loss(z, labels, reduction="mean"),
+        lambda z: _sigmoid_focal_loss(z, labels),
         exact="direction",
     )
     yield LossCase(
@@ -308,6 +306,13 @@ def _coins(generator: torch.Generator) -> Iterator[LossCase]:
         examples=lambda z: of_probabilities(z, pixels),
         exact="soft",
     )
+
+
+def _sigmoid_focal_loss(z: Tensor, targets: Tensor, alpha: float = 0.25) -> Tensor:
+    """``−α_t (1 − p_t)² log p_t`` (Lin et al. 2017, equation 5, γ = 2), the mean over entries."""
+    loss = F.binary_cross_entropy_with_logits(z, targets, reduction="none")
+    weight = alpha * targets + (1 - alpha) * (1 - targets)
+    return (weight * (1 - (-loss).exp()).square() * loss).mean()
 
 
 def _numbers(generator: torch.Generator) -> Iterator[LossCase]:
