@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -44,6 +45,24 @@ class ParameterNames:
         for name, parameter in held.items():
             self._keep(parameter, name)
         self.version += 1
+
+    def refresh_if_renamed(self) -> None:
+        """Refresh, if the model holds parameters under other names by now, as after one was
+        reparametrised or a layer wrapped. In a call with foreign tensors names stay."""
+        if self._own.keys() != dict(self._model.named_parameters()).keys():
+            self.refresh()
+
+    def refresh_if_trained(self, trained: Collection[int]) -> None:
+        """Refresh, if the model holds others by now, and these are no stand-ins: an optimizer
+        trains them.
+
+        Args:
+            trained: identities of the parameters of optimizers.
+        """
+        held = dict(self._model.named_parameters())
+        new = [p for name, p in held.items() if self._own.get(name, _nothing)() is not p]
+        if new and all(id(p) in trained or not p.requires_grad for p in new):
+            self.refresh()
 
     def refresh_if_changed(self) -> None:
         """Refresh, if the model holds others by now, as after a layer was replaced. Not for the

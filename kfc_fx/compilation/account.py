@@ -109,7 +109,13 @@ class Account:
         )
 
     def _uses(self) -> list[GraphUses]:
-        uses = [b.uses for graph in self.graphs for b in graph.bindings.values()]
+        own = {name for name, _ in self._model.named_parameters()}
+        uses = [
+            binding.uses
+            for graph in self.graphs
+            for binding in graph.bindings.values()
+            if own.issuperset(binding.parameters.values())  # else of a model as it was before
+        ]
         return [*uses, GraphUses((), tuple(self._outside.values()))]
 
     def _explained(self, generic: GenericSpec) -> GenericSpec:

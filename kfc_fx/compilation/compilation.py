@@ -217,6 +217,8 @@ class Compilation:
         armed = [collector for collector in self.collectors if collector.armed]
         if not (armed and torch.is_grad_enabled()):
             return self._runs.call(args, kwargs, recording=False)
+        for collector in armed:
+            self.names.refresh_if_trained(collector.trained())
         examples = batch_size((args, kwargs), self.options.input_batch_dim)
         running = ArmedPass({collector: collector.begin(examples) for collector in armed})
         with self._runs.recording(running):

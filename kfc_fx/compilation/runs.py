@@ -207,6 +207,7 @@ class Runs:
         self, layer: str, module: fx.GraphModule, example_inputs: Sequence[Any]
     ) -> Callable[..., Any]:
         """Backend of dynamo: keep the graph, and return what runs in its place."""
+        self._names.refresh_if_renamed()
         self.breaks.note_graph(module)
         captured = Stage("captured", copy_graph(module))
         if not layer:

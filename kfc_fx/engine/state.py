@@ -13,6 +13,7 @@ from kfc_fx.codegen.pieces.bases import eigenvalue_entries
 from kfc_fx.codegen.scalings.rules import rule_of
 from kfc_fx.codegen.spec import StackSpec, StateEntry, UpdateSpec
 from kfc_fx.linalg.eigenbasis import from_basis, in_basis
+from kfc_fx.plan.coverage import block_name
 
 OPTIONAL = ("m", "p", "examples")
 """Entries that a saved block may lack: its momentum was zero, or its scaling, with the same factors
@@ -33,6 +34,25 @@ class SavedState:
     def empty(cls) -> SavedState:
         """Nothing: where an optimizer starts."""
         return cls({}, {}, {}, {})
+
+    def renamed(self, names: Mapping[str, str]) -> SavedState:
+        """The same of a model whose parameters have other names now.
+
+        Args:
+            names: old name of a parameter to its new one.
+        """
+        blocks = {block_name(old): block_name(new) for old, new in names.items()}
+
+        def under(state: dict[str, Any], new: Mapping[str, str]) -> dict[str, Any]:
+            return {new.get(name, name): value for name, value in state.items()}
+
+        return SavedState(
+            under(self.blocks, blocks),
+            under(self.generic, names),
+            under(self.average, names),
+            under(self.master_weights, names),
+            self.started,
+        )
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> SavedState:

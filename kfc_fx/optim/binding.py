@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -16,6 +17,10 @@ from kfc_fx.optim.groups import Group, check_second_beta
 from kfc_fx.optim.options import KFCOptions
 from kfc_fx.optim.rates import LearningRates, learning_rates, momenta
 from kfc_fx.optim.update_spec import real_parameters, update_spec
+
+SETTLED = 10
+"""Steps for which parameters that were frozen keep their place in the update. Halves of a model
+that are frozen by turns take the same update then, and one that stays frozen leaves it."""
 
 
 class Binding:
@@ -31,19 +36,44 @@ class Binding:
         outside: Mapping[str, Tensor] | None = None,
     ) -> None:
         """``outside``: parameters of no compiled model by name, generic ones beside the model's."""
-        self.names: dict[Tensor, str] = {
-            p: name for name, p in compilation.model.named_parameters()
-        }
-        """Parameter to name."""
         self._outside = dict(outside or {})
-        self.names |= {p: name for name, p in self._outside.items()}
         self._compilation = compilation
+        self._held: dict[str, Tensor] = {}
+        self.names: dict[Tensor, str] = {}
+        """Parameter to name."""
+        self.follow()
         self._options = options
         self._engine: UpdateEngine | None = None
         self._key: object = None
+        self._since = 0
+        """Steps since the key has changed."""
         self._loaded = SavedState.empty()
+        self._resumes = False
+        """Whether what the next engine starts from was loaded by the user."""
+        self._changes = 0
+        self._parked: dict[str, dict[str, Tensor]] = {}
+        """State by name of blocks that are not in the engine now."""
         self._rates: tuple[object, LearningRates] = (None, LearningRates({}, {}))
         self._momenta: tuple[object, Momenta] = (None, Momenta({}, {}))
+
+    def follow(self) -> bool:
+        """Take the parameters that the model holds now, and their names, for those that are meant;
+        returns whether there were others before. State goes with the parameter that it is of."""
+        held: dict[str, Tensor] = dict(self._compilation.model.named_parameters())
+        before = self._held
+        same = held.keys() == before.keys() and all(held[name] is before[name] for name in held)
+        if same and self.names:
+            return False
+        names = {parameter: name for name, parameter in before.items()}
+        renamed = {names[p]: name for name, p in held.items() if p in names and names[p] != name}
+        self._held = held
+        self.names = {parameter: name for name, parameter in held.items()}
+        self.names |= {parameter: name for name, parameter in self._outside.items()}
+        if renamed:
+            self._loaded = self.saved().renamed(renamed)
+            self._engine, self._parked = None, {}
+        self._key = None
+        return bool(before)
 
     def by_name(self, groups: Sequence[Group]) -> dict[str, Group]:
         """Parameter group by parameter name."""
@@ -73,28 +103,45 @@ class Binding:
         key = (
             self._compilation.revision,
             tuple((p.requires_grad, p.device, p.dtype) for p in parameters.values()),
-            tuple((len(g["params"]), g["weight_decay"] > 0, g["betas"][0] > 0) for g in groups),
+            tuple(
+                (tuple(map(id, g["params"])), g["weight_decay"] > 0, g["betas"][0] > 0)
+                for g in groups
+            ),
         )
-        if self._engine is None or self._key != key:
-            spec = update_spec(self._compilation, self._options, parameters, self.by_name(groups))
+        self._since = self._since + 1 if self._key == key else 0
+        self._changes += not self._since
+        if self._engine is None or self._since in (0, SETTLED):
+            by_name = self.by_name(groups)
+            frozen = self._engine.spec if self._engine and self._since < SETTLED else None
+            spec = update_spec(self._compilation, self._options, parameters, by_name, frozen)
             if self._engine is None or self._engine.spec != spec:
-                compiled, graph = self._options.compile_update, self._options.cuda_graph
-                _check_one_device(spec, parameters, compiled=compiled)
-                captured = _captures(spec, parameters, graph)
-                engine = UpdateEngine(
-                    spec,
-                    self.saved(),
-                    parameters,
-                    compiled=compiled,
-                    captured=captured,
-                    momenta=momenta(spec, self._options, self.by_name(groups)),
-                )
-                self._check_loaded(engine.anew)
-                self._tell_of_lost_blocks(spec)
-                self._engine, self._loaded = engine, SavedState.empty()
+                self._engine = self._built(spec, parameters, groups)
             self._key = key
         self._engine.take_parameters(parameters)  # the real views of complex ones are new
         return self._engine
+
+    def _built(
+        self, spec: UpdateSpec, parameters: Mapping[str, Tensor], groups: Sequence[Group]
+    ) -> UpdateEngine:
+        """The engine of a spec, with the state that there is."""
+        compiled, graph = self._options.compile_update, self._options.cuda_graph
+        _check_one_device(spec, parameters, compiled=compiled)
+        saved = self.saved()
+        engine = UpdateEngine(
+            spec,
+            saved,
+            parameters,
+            compiled=compiled,
+            captured=_captures(spec, parameters, graph),
+            momenta=momenta(spec, self._options, self.by_name(groups)),
+        )
+        if self._resumes:
+            self._check_loaded(engine.anew)
+        self._tell_of_lost_blocks(spec)
+        own = {block.name for block in engine.blocks}
+        self._parked = {name: entries for name, entries in saved.blocks.items() if name not in own}
+        self._loaded, self._resumes = SavedState.empty(), False
+        return engine
 
     @property
     def current(self) -> UpdateEngine | None:
@@ -103,7 +150,7 @@ class Binding:
 
     def learning_rates(self, engine: UpdateEngine, groups: Sequence[Group]) -> LearningRates:
         """The rates of a step, rebuilt only when one has changed."""
-        key = (id(engine), tuple(float(group["lr"]) for group in groups))
+        key = (id(engine), self._changes, tuple(float(group["lr"]) for group in groups))
         if self._rates[0] != key:
             ratio = self._options.generic_ratio
             self._rates = (key, learning_rates(engine.spec, self.by_name(groups), ratio))
@@ -115,7 +162,7 @@ class Binding:
         Raises:
             OptionError: a group sets one, and the quadratic model chooses the momentum.
         """
-        key = (id(engine), tuple(group["betas"] for group in groups))
+        key = (id(engine), self._changes, tuple(group["betas"] for group in groups))
         if self._momenta[0] != key:
             self._check_betas(groups)
             found = momenta(engine.spec, self._options, self.by_name(groups))
@@ -133,12 +180,15 @@ class Binding:
                 )
 
     def saved(self) -> SavedState:
-        """State of the engine; before there is one, the state that it will start from."""
-        return self._loaded if self._engine is None else self._engine.saved()
+        """State of the engine, and of blocks that are not in it now, such as those of layers that
+        are frozen or not called; before there is an engine, the state that it will start from."""
+        state = self._loaded if self._engine is None else self._engine.saved()
+        return replace(state, blocks={**self._parked, **state.blocks})
 
     def load(self, state: SavedState) -> None:
         """Start the next engine from ``state``."""
-        self._engine, self._loaded = None, state
+        self._engine, self._loaded, self._parked = None, state, {}
+        self._resumes = True
 
     def _check_loaded(self, anew: Sequence[str]) -> None:
         """What the user might take for resumed.

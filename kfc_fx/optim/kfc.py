@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -113,7 +114,9 @@ class KFC(torch.optim.Optimizer):
         super().__init__(target.chosen, defaults)
         self._reported = Progress(0, {})
         self._made = True
+        own_groups = _groups_of(weakref.ref(self))
         for own in self._models:
+            own.train(own_groups)
             own.own(self.param_groups)
             own.arm()
 
@@ -129,6 +132,8 @@ class KFC(torch.optim.Optimizer):
         given = param_group["params"]
         params = [given] if isinstance(given, Tensor) else list(given)
         check_group({**self.defaults, **param_group}, self.options.betas)
+        for own in self._models:
+            own.binding.follow()
         for parameter in tensors_of(params):
             if not any(parameter in own.binding.names for own in self._models):
                 raise OptionError(
@@ -353,6 +358,16 @@ def refuse_several_processes() -> None:
                 "ranks: each would take its own factors, and the replicas would drift apart. Train "
                 "in one process, or by an optimizer of torch.optim"
             )
+
+
+def _groups_of(opt: weakref.ref[KFC]) -> Callable[[], Sequence[Mapping[str, Any]]]:
+    """The groups of an optimizer as they are, for as long as it lives."""
+
+    def groups() -> Sequence[Mapping[str, Any]]:
+        found = opt()
+        return () if found is None else found.param_groups
+
+    return groups
 
 
 def _models(

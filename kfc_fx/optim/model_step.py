@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -66,6 +66,10 @@ class ModelStep:
         self._warned: set[str] = set()
 
     # -- around steps ------------------------------------------------------------------------
+
+    def train(self, groups_of: Callable[[], Groups]) -> None:
+        """Say where the optimizer's groups are found in a forward pass."""
+        self.collector.trained = lambda: {id(p) for g in groups_of() for p in g["params"]}
 
     def own(self, groups: Groups) -> None:
         """Take the statistics of these groups' parameters from now on."""
@@ -130,14 +134,28 @@ class ModelStep:
                 "the model was compiled anew, or uncompiled, after this KFC was made: make a KFC "
                 "for the model as it is now"
             )
-        key = (self.compilation.assignments, tuple(len(group["params"]) for group in groups))
-        if self._owned == key:
+        changed = self.binding.follow()
+        listed = tuple(tuple(map(id, group["params"])) for group in groups)
+        key = (self.compilation.assignments, listed)
+        if self._owned == key and not changed:
             return
+        if changed or (self._owned is not None and self._owned != key):
+            self._own_new(groups)
+            key = (self.compilation.assignments, listed)
         owner_of = self.compilation.owner_of
         for name in self.binding.of_model(groups):
             if owner_of(name) is not self.collector:
                 raise StepError(f"another KFC was made for {name}; step that one")
         self._owned = key
+
+    def _own_new(self, groups: Groups) -> None:
+        """Take the statistics of parameters that nobody has: they have joined the model, or have
+        another name by now."""
+        names = self.binding.of_model(groups)
+        new = [name for name in names if self.compilation.owner_of(name) is None]
+        if new:
+            self.compilation.names.refresh_if_changed()
+            self.compilation.assign(self.collector, new)
 
     def gradients(self, groups: Groups) -> dict[str, Tensor]:
         """The gradients that there are of what is minimized, by parameter name."""

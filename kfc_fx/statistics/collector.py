@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ class Collector:
         self, choice: LikelihoodChoice, request: StatisticsRequest, batch_dim: int = 0
     ) -> None:
         self.choice, self.request = choice, request
+        self.trained: Callable[[], Collection[int]] = tuple
+        """Identities of the parameters that the statistics are for, as whoever asked for them has
+        them now."""
         self._batch_dim = batch_dim
         self._armed = False
         self._sums = Sums()
