@@ -191,6 +191,7 @@ def saved_state(opt: kfc_fx.KFC) -> dict:
 
 def assert_same_state(found: dict, expected: dict) -> None:
     """Words are compared too, which torch.testing does not take."""
-    assert found["likelihood"] == expected["likelihood"]
-    numbers = [{k: v for k, v in own.items() if k != "likelihood"} for own in (found, expected)]
+    words = ("likelihood", "plan")
+    assert [found[name] for name in words] == [expected[name] for name in words]
+    numbers = [{k: v for k, v in own.items() if k not in words} for own in (found, expected)]
     torch.testing.assert_close(*numbers, rtol=0, atol=0)

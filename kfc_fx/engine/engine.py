@@ -70,13 +70,16 @@ class UpdateEngine:
         self.started = saved.started and not self.anew
         self.state = stacked_state(spec, kept)
         """By stack and name."""
+        in_blocks = {name for block in self.blocks for name in block.parameters}
         self.generic = {
             name: {key: self._placed(name, value, wide=True) for key, value in entry.items()}
             for name, entry in saved.generic.items()
+            if name in parameters and name not in in_blocks
         }
         self.average = {
             name: self._placed(name, value, wide=name in spec.master_weights)
             for name, value in saved.average.items()
+            if name in parameters
         }
         self._master_weights = MasterWeights(parameters, saved.master_weights)
         self._programs: dict[UpdateSpec, UpdateProgram] = {}
@@ -203,6 +206,7 @@ class UpdateEngine:
             {name: value.clone() for name, value in self.average.items()},
             self._master_weights.saved(),
             self.started,
+            {block.name: block for block in self.blocks},
         )
 
     def factors(self, block: str) -> Factors:

@@ -1,4 +1,4 @@
-"""Numbers of the host as columns ``[depth, 1, 1]`` of stacks, without waiting for the device."""
+"""Numbers of the host for the entries of stacks, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from kfc_fx.codegen.spec import StackSpec
 def stack_columns(
     values: Mapping[str, Sequence[float]], stacks: Sequence[StackSpec]
 ) -> dict[str, Tensor]:
-    """One number for each entry of each stack, on the stack's device and in its dtype.
+    """Numbers for each entry of each stack, on the stack's device and in its dtype.
 
     Args:
-        values: by the stack's key, ``depth`` numbers each.
+        values: by the stack's key, ``depth`` numbers, or as many for each column.
+
+    Returns:
+        ``[depth, 1, 1]``, or ``[depth, 1, columns]``.
     """
     by_place: dict[tuple[str, str], list[StackSpec]] = {}
     for stack in stacks:
@@ -25,8 +28,8 @@ def stack_columns(
     for (device, dtype), held in by_place.items():
         numbers = [number for stack in held for number in values[stack.key]]
         moved = _moved(torch.tensor(numbers, dtype=getattr(torch, dtype)), device)
-        for stack, column in zip(held, moved.split([s.depth for s in held]), strict=True):
-            found[stack.key] = column[:, None, None]
+        for stack, own in zip(held, moved.split([len(values[s.key]) for s in held]), strict=True):
+            found[stack.key] = own.reshape(stack.depth, 1, -1)
     return found
 
 

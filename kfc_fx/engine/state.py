@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from kfc_fx.codegen.scalings.rules import rule_of
 from kfc_fx.codegen.spec import StackSpec, StateEntry, UpdateSpec
 from kfc_fx.linalg.eigenbasis import from_basis, in_basis
 from kfc_fx.plan.coverage import block_name
+from kfc_fx.plan.spec import BlockSpec
 
 OPTIONAL = ("m", "p", "examples")
 """Entries that a saved block may lack: its momentum was zero, or its scaling, with the same factors
@@ -29,6 +30,8 @@ class SavedState:
     average: dict[str, Tensor]
     master_weights: dict[str, Tensor]
     started: bool = False
+    plan: dict[str, BlockSpec] = field(default_factory=dict)
+    """What each block is. A run that goes on knows so of layers that it has not called yet."""
 
     @classmethod
     def empty(cls) -> SavedState:
@@ -52,17 +55,27 @@ class SavedState:
             under(self.average, names),
             under(self.master_weights, names),
             self.started,
+            {
+                blocks.get(name, name): block.renamed(blocks.get(name, name), names)
+                for name, block in self.plan.items()
+            },
         )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for a state dict."""
+        plan = {name: block.as_dict() for name, block in self.plan.items()}
+        return {**vars(self), "plan": plan}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> SavedState:
-        """From what :func:`vars` of another returned."""
+        """From what :meth:`as_dict` of another returned."""
         blocks, generic = (
             {name: dict(entry) for name, entry in saved[part].items()}
             for part in ("blocks", "generic")
         )
         average, master_weights = dict(saved["average"]), dict(saved["master_weights"])
-        return cls(blocks, generic, average, master_weights, saved["started"])
+        plan = {name: BlockSpec.from_dict(block) for name, block in saved["plan"].items()}
+        return cls(blocks, generic, average, master_weights, saved["started"], plan)
 
 
 def state_entries(spec: UpdateSpec, stack: StackSpec) -> dict[str, StateEntry]:

@@ -17,6 +17,8 @@ from kfc_fx.optim.groups import Group, check_second_beta
 from kfc_fx.optim.options import KFCOptions
 from kfc_fx.optim.rates import LearningRates, learning_rates, momenta
 from kfc_fx.optim.update_spec import real_parameters, update_spec
+from kfc_fx.plan.coverage import NOT_USED
+from kfc_fx.plan.spec import BlockSpec
 
 SETTLED = 10
 """Steps for which parameters that were frozen keep their place in the update. Halves of a model
@@ -53,6 +55,7 @@ class Binding:
         self._changes = 0
         self._parked: dict[str, dict[str, Tensor]] = {}
         """State by name of blocks that are not in the engine now."""
+        self._parked_plan: dict[str, BlockSpec] = {}
         self._rates: tuple[object, LearningRates] = (None, LearningRates({}, {}))
         self._momenta: tuple[object, Momenta] = (None, Momenta({}, {}))
 
@@ -71,7 +74,7 @@ class Binding:
         self.names |= {parameter: name for name, parameter in self._outside.items()}
         if renamed:
             self._loaded = self.saved().renamed(renamed)
-            self._engine, self._parked = None, {}
+            self._engine, self._parked, self._parked_plan = None, {}, {}
         self._key = None
         return bool(before)
 
@@ -112,13 +115,50 @@ class Binding:
         self._changes += not self._since
         if self._engine is None or self._since in (0, SETTLED):
             by_name = self.by_name(groups)
-            frozen = self._engine.spec if self._engine and self._since < SETTLED else None
-            spec = update_spec(self._compilation, self._options, parameters, by_name, frozen)
+            spec = update_spec(
+                self._compilation,
+                self._options,
+                parameters,
+                by_name,
+                self._blocks_beside(parameters, by_name),
+                self._generic_beside(parameters, by_name),
+            )
             if self._engine is None or self._engine.spec != spec:
                 self._engine = self._built(spec, parameters, groups)
             self._key = key
         self._engine.take_parameters(parameters)  # the real views of complex ones are new
         return self._engine
+
+    def _blocks_beside(
+        self, parameters: Mapping[str, Tensor], groups: Mapping[str, Group]
+    ) -> list[BlockSpec]:
+        """Blocks that are not in the plan and keep their place: of layers that were frozen a few
+        steps ago, and of those that a loaded state has and that were not called yet."""
+        plan = self._compilation.plan
+        taken = {name for block in plan.blocks for name in block.parameters}
+        unused = {generic.name for generic in plan.generic if generic.reason == NOT_USED}
+        found = []
+        known = self._loaded.plan.values() if self._engine is None else self._engine.blocks
+        keeps_frozen = self._engine is not None and self._since < SETTLED
+        for block in known:
+            names = set(block.parameters)
+            if not names <= groups.keys() or names & taken:
+                continue
+            if tuple(parameters[block.weight].shape) != block.weight_shape:
+                continue
+            frozen = not any(parameters[own].requires_grad for own in names)
+            if names <= unused or (frozen and keeps_frozen):
+                found.append(block)
+        return found
+
+    def _generic_beside(
+        self, parameters: Mapping[str, Tensor], groups: Mapping[str, Group]
+    ) -> set[str]:
+        """Generic parameters that were frozen a few steps ago."""
+        if self._engine is None or self._since >= SETTLED:
+            return set()
+        known = {generic.name for generic in self._engine.spec.generic}
+        return {name for name in known & groups.keys() if not parameters[name].requires_grad}
 
     def _built(
         self, spec: UpdateSpec, parameters: Mapping[str, Tensor], groups: Sequence[Group]
@@ -140,6 +180,7 @@ class Binding:
         self._tell_of_lost_blocks(spec)
         own = {block.name for block in engine.blocks}
         self._parked = {name: entries for name, entries in saved.blocks.items() if name not in own}
+        self._parked_plan = {n: b for n, b in saved.plan.items() if n in self._parked}
         self._loaded, self._resumes = SavedState.empty(), False
         return engine
 
@@ -183,11 +224,21 @@ class Binding:
         """State of the engine, and of blocks that are not in it now, such as those of layers that
         are frozen or not called; before there is an engine, the state that it will start from."""
         state = self._loaded if self._engine is None else self._engine.saved()
-        return replace(state, blocks={**self._parked, **state.blocks})
+        return replace(
+            state,
+            blocks={**self._parked, **state.blocks},
+            plan={**self._parked_plan, **state.plan},
+        )
+
+    def take_over(self, state: SavedState) -> None:
+        """Start the next engine from ``state``, which need not be whole."""
+        self._engine, self._loaded = None, state
+        self._parked, self._parked_plan = {}, {}
 
     def load(self, state: SavedState) -> None:
         """Start the next engine from ``state``."""
-        self._engine, self._loaded, self._parked = None, state, {}
+        self._engine, self._loaded = None, state
+        self._parked, self._parked_plan = {}, {}
         self._resumes = True
 
     def _check_loaded(self, anew: Sequence[str]) -> None:

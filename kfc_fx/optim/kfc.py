@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from kfc_fx.engine.engine import UpdateEngine
 from kfc_fx.engine.factors import Factors
 from kfc_fx.engine.state import SavedState
 from kfc_fx.errors import OptionError, StepError
+from kfc_fx.optim.adoption import adamw_entries
 from kfc_fx.optim.diagnostics import Diagnostics, joined
 from kfc_fx.optim.generic import Generic
 from kfc_fx.optim.groups import check_group
@@ -243,12 +246,36 @@ class KFC(torch.optim.Optimizer):
         for own, state, data in zip(self._models, saved, states, strict=True):
             own.load(state, data)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Refuse pickle and deepcopy, which would part the optimizer from its model."""
-        raise OptionError(
-            "KFC belongs to its compiled model and is not copied or pickled: copy the model, make "
-            "a KFC for the copy, and load this one's state_dict"
-        )
+    def adopt(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over the state of a run by ``torch.optim.AdamW`` or ``Adam``: the moments of the
+        generic parameters, and the count of steps. Blocks begin anew, with statistics at the next
+        step.
+
+        Args:
+            state_dict: of an optimizer whose groups list the same parameters in the same order.
+
+        Raises:
+            OptionError: it is not of AdamW, or of other parameters.
+        """
+        entries = adamw_entries(state_dict, [p for g in self.param_groups for p in g["params"]])
+        for own in self._models:
+            own.adopt(entries)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KFC:
+        """Together with its models: ``copy.deepcopy((net, opt))`` trains on as the originals do."""
+        copied = _restored(type(self), copy.deepcopy(self._as_given(), memo), self.state_dict())
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self._as_given(), self.state_dict())
+
+    def _as_given(self) -> tuple[list[nn.Module], list[dict[str, Any]], dict[str, Any]]:
+        """Models, groups and options, of which an optimizer like this one is made."""
+        models = [own.compilation.model for own in self._models]
+        groups = [dict(group) for group in self.param_groups]
+        options = {f.name: getattr(self.options, f.name) for f in fields(self.options)}
+        return models, groups, options | {"defaults": dict(self.defaults)}
 
     # -- what users look at ----------------------------------------------------------------
 
@@ -344,6 +371,21 @@ class KFC(torch.optim.Optimizer):
     def schedule(self) -> Schedule:
         """When statistics and refreshes are due."""
         return self._models[0].schedule
+
+
+def _restored(
+    kind: type[KFC],
+    given: tuple[list[nn.Module], list[dict[str, Any]], dict[str, Any]],
+    state: dict[str, Any],
+) -> KFC:
+    """An optimizer anew, of models that were copied or unpickled with it. Gradients are neither
+    copied nor pickled, and so statistics of them are not."""
+    models, groups, options = given
+    defaults = options.pop("defaults")
+    lr, decay = defaults["lr"], defaults["weight_decay"]
+    opt = kind(groups, lr, weight_decay=decay, model=models[0], **options)
+    opt.load_state_dict(state)
+    return opt
 
 
 def refuse_several_processes() -> None:

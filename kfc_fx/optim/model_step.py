@@ -90,7 +90,7 @@ class ModelStep:
     def saved(self) -> dict[str, Any]:
         """Plain data for ``state_dict``."""
         return {
-            **vars(self.binding.saved()),
+            **self.binding.saved().as_dict(),
             "counters": self.diagnostics.counters(),
             "likelihood": self.collector.choice.state(),
             "generators": self.collector.generator_states(),
@@ -103,6 +103,22 @@ class ModelStep:
         self.collector.choice.restore(kfc["likelihood"])
         self.collector.set_generator_states(kfc["generators"])
         self.collector.take()
+        self.arm()
+
+    def adopt(self, entries: Mapping[Tensor, tuple[Tensor, Tensor, int]]) -> None:
+        """Take over moments by parameter, and the count of steps.
+
+        Args:
+            entries: parameter to its first and second moment and its count of steps.
+        """
+        names = self.binding.names
+        own = {names[p]: entry for p, entry in entries.items() if p in names}
+        if not own:
+            return
+        saved = self.binding.saved()
+        saved.generic |= {name: {"m": m.clone(), "v": v.clone()} for name, (m, v, _) in own.items()}
+        self.binding.take_over(saved)
+        self._diagnostics.steps = max(count for *_, count in own.values())
         self.arm()
 
     def arm(self) -> None:

@@ -10,7 +10,6 @@ from torch import Tensor
 from kfc_fx.codegen.spec import UpdateSpec
 from kfc_fx.engine.host_numbers import stack_columns
 from kfc_fx.engine.step_inputs import GenericNumbers, Momenta, Number, OptionNumbers
-from kfc_fx.errors import OptionError
 from kfc_fx.optim.groups import Group, momentum_of
 from kfc_fx.optim.options import KFCOptions
 from kfc_fx.optim.scalings.inverse import Inverse
@@ -24,7 +23,8 @@ class LearningRates:
     """The learning rates of one step."""
 
     stacks: Mapping[str, Tensor]
-    """By the key of the stack, ``[depth, 1, 1]``."""
+    """By the key of the stack, ``[depth, 1, 1]``, or ``[depth, 1, columns]`` where a bias has
+    another rate than its weight."""
     generic: Mapping[str, float]
     """By the name of the parameter."""
 
@@ -37,21 +37,19 @@ def learning_rates(
     Args:
         groups: parameter group by parameter name.
         generic_ratio: learning rate of generic parameters relative to their group's.
-
-    Raises:
-        OptionError: weight and bias of one layer have different rates.
     """
     columns: dict[str, list[float]] = {}
     for stack in spec.stacks:
-        column = columns.setdefault(stack.key, [])
-        for block in stack.blocks:
-            weight_rate = float(groups[block.weight]["lr"])
-            if block.bias is not None and float(groups[block.bias]["lr"]) != weight_rate:
-                raise OptionError(
-                    f"layer {block.name!r}: weight and bias have different learning rates, but "
-                    "they are one block [W b]; give them one rate"
-                )
-            column += [weight_rate] * block.groups
+        rates = [
+            (float(groups[block.weight]["lr"]), float(groups[block.bias or block.weight]["lr"]))
+            for block in stack.blocks
+            for _ in range(block.groups)
+        ]
+        if all(of_weight == of_bias for of_weight, of_bias in rates):
+            columns[stack.key] = [rate for rate, _ in rates]
+        else:
+            width = stack.first.columns - 1
+            columns[stack.key] = [r for w, b in rates for r in (*([w] * width), b)]
     generic = {p.name: generic_ratio * float(groups[p.name]["lr"]) for p in spec.generic}
     return LearningRates(stack_columns(columns, spec.stacks), generic)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -34,14 +34,16 @@ def update_spec(
     options: KFCOptions,
     parameters: Mapping[str, Tensor],
     groups: Mapping[str, Group],
-    before: UpdateSpec | None = None,
+    beside: Sequence[BlockSpec] = (),
+    generic_beside: Collection[str] = (),
 ) -> UpdateSpec:
     """The update for the parameters that the optimizer holds.
 
     Args:
         parameters: all of the model, by name.
         groups: parameter group by the name of each parameter that is updated.
-        before: the update so far, in which parameters that are frozen now keep their place.
+        beside: blocks that have a place beside those of the plan; ``generic_beside``: generic
+            parameters, likewise. They are frozen, or not called, for a while.
 
     Raises:
         OptionError: the plan has no block to precondition, or a group splits a block.
@@ -49,12 +51,9 @@ def update_spec(
     plan = compilation.plan
     options.by_block.check_patterns(plan)
     held = [block for block in plan.blocks if block.weight in groups]
-    frozen = {name for name, p in parameters.items() if not p.requires_grad and name in groups}
-    if before is not None:
-        held += [b for s in before.stacks for b in s.blocks if frozen.issuperset(b.parameters)]
+    if beside:
         order = {name: place for place, name in enumerate(parameters)}
-        held.sort(key=lambda block: order[block.weight])
-        frozen &= {generic.name for generic in before.generic}
+        held = sorted([*held, *beside], key=lambda block: order[block.weight])
     _check_blocks(plan, held, groups)
     choices = {block: choice for block in held if (choice := options.by_block.choice_of(block))}
     if not choices:
@@ -93,7 +92,7 @@ def update_spec(
             for name, p in parameters.items()
             if name in groups
             and name not in in_blocks
-            and (p.requires_grad or (before is not None and name in frozen))
+            and (p.requires_grad or name in generic_beside)
         ),
         generic_rule=options.generic.rule,
         momentum=(*kept, "generic") if generic_moves else tuple(kept),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 from kfc_fx.errors import KfcError, counted
 from kfc_fx.kernels.geometry import ConvGeometry
@@ -149,6 +150,24 @@ class BlockSpec:
     """|T| of its first site with the inputs of the capture; 0 where that is not known."""
     batch_dim: int = 0
     """Dimension of the examples in its inputs, if its channels are last."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for a saved state."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> BlockSpec:
+        """From what :meth:`as_dict` of another returned."""
+        return cls(**{**saved, "geometry": ConvGeometry(**saved["geometry"])})
+
+    def renamed(self, name: str, names: Mapping[str, str]) -> BlockSpec:
+        """The same under another name, of parameters with other names.
+
+        Args:
+            names: old name of a parameter to its new one.
+        """
+        bias = None if self.bias is None else names.get(self.bias, self.bias)
+        return replace(self, name=name, weight=names.get(self.weight, self.weight), bias=bias)
 
     @property
     def layer(self) -> LayerKind:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class Collector:
         self._opened: list[Closable] = []
         self._leaves: dict[tuple[str, str], Tensor] = {}
         self._generators: dict[torch.device, torch.Generator] = {}
+        self._seed = torch.initial_seed() if request.seed is None else request.seed
 
     # -- for the optimizer -------------------------------------------------------------------
 
@@ -106,13 +108,15 @@ class Collector:
         """Inputs of the last forward pass, where the request keeps them."""
         return self._last_inputs
 
-    def generator_states(self) -> dict[str, Tensor]:
-        """State of every generator in use, by device."""
-        return {str(d): g.get_state() for d, g in self._generators.items()}
+    def generator_states(self) -> dict[str, Any]:
+        """The seed, and the state of every generator in use, by device."""
+        states = {str(d): g.get_state() for d, g in self._generators.items()}
+        return {"seed": self._seed, "states": states}
 
-    def set_generator_states(self, states: Mapping[str, Tensor]) -> None:
-        """Continue the generators from saved states."""
-        for device, state in states.items():
+    def set_generator_states(self, saved: Mapping[str, Any]) -> None:
+        """Continue the generators from saved states; those that were not in use begin anew."""
+        self._seed, self._generators = saved["seed"], {}
+        for device, state in saved["states"].items():
             self.generator(torch.device(device)).set_state(state.cpu())
 
     # -- for the compiled model --------------------------------------------------------------
@@ -182,8 +186,7 @@ class Collector:
     def generator(self, device: torch.device) -> torch.Generator:
         """The generator of sampled targets on a device, apart from torch's global one."""
         if device not in self._generators:
-            seed = torch.initial_seed() if self.request.seed is None else self.request.seed
-            self._generators[device] = torch.Generator(device).manual_seed(seed % 2**63)
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed % 2**63)
         return self._generators[device]
 
     def _add(self, taken: BlockSums, record: ForwardRecord, examples: int, seconds: float) -> None:

@@ -29,6 +29,8 @@ EQUAL, EQUALLY_ROUNDED = 2e-4, 4.0
 PENALISED, ALIKE = 0.2, 0.9
 """A penalty on the scores leaves sums over classes up to the first, relative to absolute values,
 and a cosine from the second on with the cotangent of one class."""
+MANY = 64
+"""Entries that soft targets take to be told, which few numbers look like by chance."""
 FEWEST, ON_THE_EDGE = 8, 0.05
 """Entries, and share of the entries, whose target is 0 or 1 at the scale of them all."""
 DISTANT = 0.2
@@ -304,7 +306,7 @@ class _Evidence:
         """Whether all targets are within [0, 1] at the scale of a reduction, and not at much less,
         and some are far from the probabilities."""
         logs, divisors, _ = self._scales(likelihood)
-        if len(logs) < FEWEST:
+        if len(logs) < MANY:
             return False
         least, sizes = float(logs.max().exp()), (logs + divisors).exp()
         return any(
