@@ -63,11 +63,12 @@ def make(
     *,
     norm_layers: bool = True,
     backend: str = "eager",
+    likelihood: str = "auto",
     **options: object,
 ) -> tuple[nn.Module, kfc_fx.KFC]:
     """A compiled network and a KFC with a fixed seed for it."""
     net = conv_network() if net is None else net
-    compiled = kfc_fx.compile(net, norm_layers=norm_layers, backend=backend)
+    compiled = kfc_fx.compile(net, norm_layers=norm_layers, backend=backend, likelihood=likelihood)
     return compiled, kfc(compiled, **{"lr": 0.01, "seed": 3, **options})
 
 

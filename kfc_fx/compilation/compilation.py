@@ -65,6 +65,8 @@ class Compilation:
             examples_told=options.batch_dims != (0, 0),
         )
         """The likelihood of the model's output."""
+        self._plan: tuple[CurvaturePlan, CurvaturePlan] | None = None
+        """That of the account, and the same with the likelihood."""
         self._owners = Owners()
         self._runs = Runs(model, options, self.names, self._owners.owner_of)
         self._account = self._runs.account
@@ -326,7 +328,10 @@ class Compilation:
         """
         if not self.captured:
             raise CaptureError(self._why_nothing_captured())
-        return replace(self._account.plan, likelihood=tuple(self.choice.lines))
+        own, lines = self._account.plan, tuple(self.choice.lines)
+        if self._plan is None or self._plan[0] is not own or self._plan[1].likelihood != lines:
+            self._plan = (own, replace(own, likelihood=lines))
+        return self._plan[1]
 
     @property
     def likelihood(self) -> Likelihood | None:

@@ -206,7 +206,7 @@ class UpdateEngine:
             {name: value.clone() for name, value in self.average.items()},
             self._master_weights.saved(),
             self.started,
-            {block.name: block for block in self.blocks},
+            {block.name: block.as_dict() for block in self.blocks},
         )
 
     def factors(self, block: str) -> Factors:

@@ -13,8 +13,6 @@ from kfc_fx.codegen.pieces.bases import eigenvalue_entries
 from kfc_fx.codegen.scalings.rules import rule_of
 from kfc_fx.codegen.spec import StackSpec, StateEntry, UpdateSpec
 from kfc_fx.linalg.eigenbasis import from_basis, in_basis
-from kfc_fx.plan.coverage import block_name
-from kfc_fx.plan.spec import BlockSpec
 
 OPTIONAL = ("m", "p", "examples")
 """Entries that a saved block may lack: its momentum was zero, or its scaling, with the same factors
@@ -30,21 +28,21 @@ class SavedState:
     average: dict[str, Tensor]
     master_weights: dict[str, Tensor]
     started: bool = False
-    plan: dict[str, BlockSpec] = field(default_factory=dict)
-    """What each block is. A run that goes on knows so of layers that it has not called yet."""
+    plan: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What each block is, as plain data. A run that goes on knows so of layers that it has not
+    called yet."""
 
     @classmethod
     def empty(cls) -> SavedState:
         """Nothing: where an optimizer starts."""
         return cls({}, {}, {}, {})
 
-    def renamed(self, names: Mapping[str, str]) -> SavedState:
-        """The same of a model whose parameters have other names now.
+    def renamed(self, names: Mapping[str, str], blocks: Mapping[str, str]) -> SavedState:
+        """The same of a model whose parameters have other names now; but for the plan.
 
         Args:
-            names: old name of a parameter to its new one.
+            names: old name of a parameter to its new one; ``blocks``: the same of blocks.
         """
-        blocks = {block_name(old): block_name(new) for old, new in names.items()}
 
         def under(state: dict[str, Any], new: Mapping[str, str]) -> dict[str, Any]:
             return {new.get(name, name): value for name, value in state.items()}
@@ -55,26 +53,17 @@ class SavedState:
             under(self.average, names),
             under(self.master_weights, names),
             self.started,
-            {
-                blocks.get(name, name): block.renamed(blocks.get(name, name), names)
-                for name, block in self.plan.items()
-            },
         )
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data, for a state dict."""
-        plan = {name: block.as_dict() for name, block in self.plan.items()}
-        return {**vars(self), "plan": plan}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> SavedState:
-        """From what :meth:`as_dict` of another returned."""
+        """From what :func:`vars` of another returned."""
         blocks, generic = (
             {name: dict(entry) for name, entry in saved[part].items()}
             for part in ("blocks", "generic")
         )
         average, master_weights = dict(saved["average"]), dict(saved["master_weights"])
-        plan = {name: BlockSpec.from_dict(block) for name, block in saved["plan"].items()}
+        plan = dict(saved["plan"])
         return cls(blocks, generic, average, master_weights, saved["started"], plan)
 
 

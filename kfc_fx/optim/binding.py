@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from kfc_fx.optim.options import KFCOptions
 from kfc_fx.optim.rates import LearningRates, learning_rates, momenta
 from kfc_fx.optim.update_spec import real_parameters, update_spec
 from kfc_fx.plan.coverage import NOT_USED
-from kfc_fx.plan.spec import BlockSpec
+from kfc_fx.plan.spec import BlockSpec, block_name
 
 SETTLED = 10
 """Steps for which parameters that were frozen keep their place in the update. Halves of a model
@@ -55,7 +56,7 @@ class Binding:
         self._changes = 0
         self._parked: dict[str, dict[str, Tensor]] = {}
         """State by name of blocks that are not in the engine now."""
-        self._parked_plan: dict[str, BlockSpec] = {}
+        self._parked_plan: dict[str, dict[str, Any]] = {}
         self._rates: tuple[object, LearningRates] = (None, LearningRates({}, {}))
         self._momenta: tuple[object, Momenta] = (None, Momenta({}, {}))
 
@@ -73,7 +74,7 @@ class Binding:
         self.names = {parameter: name for name, parameter in held.items()}
         self.names |= {parameter: name for name, parameter in self._outside.items()}
         if renamed:
-            self._loaded = self.saved().renamed(renamed)
+            self._loaded = _renamed(self.saved(), renamed)
             self._engine, self._parked, self._parked_plan = None, {}, {}
         self._key = None
         return bool(before)
@@ -138,7 +139,8 @@ class Binding:
         taken = {name for block in plan.blocks for name in block.parameters}
         unused = {generic.name for generic in plan.generic if generic.reason == NOT_USED}
         found = []
-        known = self._loaded.plan.values() if self._engine is None else self._engine.blocks
+        loaded = map(BlockSpec.from_dict, self._loaded.plan.values())
+        known = loaded if self._engine is None else self._engine.blocks
         keeps_frozen = self._engine is not None and self._since < SETTLED
         for block in known:
             names = set(block.parameters)
@@ -284,6 +286,20 @@ class Binding:
     def average(self) -> Mapping[str, Tensor]:
         """Polyak-averaged parameters by name; empty where there are none."""
         return (self._loaded if self._engine is None else self._engine).average
+
+
+def _renamed(saved: SavedState, names: Mapping[str, str]) -> SavedState:
+    """A state of a model whose parameters have other names now.
+
+    Args:
+        names: old name of a parameter to its new one.
+    """
+    blocks = {block_name(old): block_name(new) for old, new in names.items()}
+    plan = {}
+    for old, block in saved.plan.items():
+        name = blocks.get(old, old)
+        plan[name] = BlockSpec.from_dict(block).renamed(name, names).as_dict()
+    return replace(saved.renamed(names, blocks), plan=plan)
 
 
 def _shown(names: Sequence[str]) -> str:

@@ -41,7 +41,7 @@ class KFC(torch.optim.Optimizer):
         params: a model that :func:`kfc_fx.compile` has compiled, one that is not is compiled now by
             the defaults; or some of its parameters, named parameters or parameter groups beside
             ``model``. A group may set ``lr``, ``weight_decay`` and
-            ``betas``; weight and bias of one layer share their ``lr``. The first of ``betas`` is
+            ``betas``. Weight and bias of one layer may have a rate each. The first of ``betas`` is
             the momentum of the group's blocks and generic parameters, where it is not the default.
         lr: learning rate α, a number or a tensor; by default that of the scaling, 0.01 ("adam"),
             0.07 ("spectral") or 0.03 ("eigen", "inverse"). A block whose scaling ``blocks`` changes

@@ -90,7 +90,7 @@ class ModelStep:
     def saved(self) -> dict[str, Any]:
         """Plain data for ``state_dict``."""
         return {
-            **self.binding.saved().as_dict(),
+            **vars(self.binding.saved()),
             "counters": self.diagnostics.counters(),
             "likelihood": self.collector.choice.state(),
             "generators": self.collector.generator_states(),

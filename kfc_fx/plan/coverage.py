@@ -18,6 +18,7 @@ from kfc_fx.plan.spec import (
     ParameterSpec,
     SiteSpec,
     UnmatchedUse,
+    block_name,
 )
 
 NOT_USED = "not used in any captured graph"
@@ -189,13 +190,6 @@ def _projections(spec: ParameterSpec, sites: Sequence[SiteSpec]) -> int:
     ends = [end for site in sites for end in site.rows or ()]
     packed = [spec.shape[0] // site.packed for site in sites]
     return spec.shape[0] // gcd(spec.shape[0], *ends, *packed)
-
-
-def block_name(weight: str) -> str:
-    """Module path of the layer that owns a weight; the parameter's own name if it is bare."""
-    if weight == "weight":
-        return ""
-    return weight.removesuffix(".weight")
 
 
 def _generic_reason(spec: ParameterSpec, sites: Sites, unmatched: Unmatched) -> str:

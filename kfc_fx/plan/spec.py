@@ -361,3 +361,10 @@ class CurvaturePlan:
         rows += [("(break)", "", "", "", "", "", str(found)) for found in self.breaks]
         header = ("layer", "kind", "|T|", "Ω", "Γ", "groups", "reason")
         return table_html(self._counts, header, rows)
+
+
+def block_name(weight: str) -> str:
+    """Module path of the layer that owns a weight; the parameter's own name if it is bare."""
+    if weight == "weight":
+        return ""
+    return weight.removesuffix(".weight")

@@ -22,6 +22,7 @@ UNSEEN = (
     "cannot be found: pass likelihood= to kfc_fx.compile"
 )
 """Why the likelihood is not found in a backward pass."""
+EMPTY = "the batch holds no example"
 UNDECIDED = (
     "the gradient of the loss with respect to the model's output is zero or not finite, and tells "
     "nothing of the likelihood"
@@ -129,6 +130,9 @@ class LossPass:
             return None
         if cotangent is not None and setup.request.maximize:
             cotangent = -cotangent
+        if not values.numel():
+            setup.miss(EMPTY)
+            return None
         likelihood = self._likelihood(prediction, values, cotangent)
         setup.sums().drop_lost(or_zero=True)
         setup.choice.note_examples(setup.examples, _examples(setup, values))

@@ -189,7 +189,7 @@ def test_buffers_that_come_and_grow_train_as_uncompiled():
 
 def test_tracing_and_initializing_leave_such_buffers_as_they_were():
     torch.manual_seed(0)
-    compiled, opt = make_always_due(Registering())
+    compiled, opt = make_always_due(Registering(), likelihood="categorical")
     compiled.kfc.trace(X)
     opt.initialize([X])
     assert dict(compiled.named_buffers()).keys() == {"kept"}

@@ -126,5 +126,5 @@ def test_a_pattern_may_name_a_layer_that_is_frozen_for_now():
     scalings = {stack.first.name: stack.scaling.name for stack in opt._engine.spec.stacks}
     assert scalings == {"0": "spectral", "1": "adam", "3": "adam", "6": "adam"}
     net[0].requires_grad_(False)
-    train(compiled, opt, 2)
+    train(compiled, opt, 12)  # for some steps it keeps its place
     assert {stack.scaling.name for stack in opt._engine.spec.stacks} == {"adam"}

@@ -116,17 +116,6 @@ def test_groups_have_their_own_rate_and_decay():
         torch.testing.assert_close(found, decay * old + factor * change, rtol=1e-4, atol=1e-6)
 
 
-def test_one_layer_has_one_rate():
-    net = conv_network()
-    rest = [p for name, p in net.named_parameters() if name != "6.bias"]
-    compiled = kfc_fx.compile(net)
-    opt = kfc_fx.KFC(
-        [{"params": rest}, {"params": [net[6].bias], "lr": 0.5}], model=compiled, lr=0.1
-    )
-    with pytest.raises(kfc_fx.OptionError, match="'6': weight and bias have different"):
-        train(compiled, opt, 1)
-
-
 def test_a_weight_without_its_bias_is_refused():
     net = conv_network()
     compiled = kfc_fx.compile(net)

@@ -248,9 +248,3 @@ def test_averages_are_the_written_out_recursion():
         torch.testing.assert_close(parameters(compiled), expected)
         assert not torch.equal(parameters(compiled)[0], now[0])
     assert_equal(parameters(compiled), now)
-
-
-def test_copying_the_optimizer_says_what_to_do_instead():
-    _, opt = make(conv_network())
-    with pytest.raises(kfc_fx.OptionError, match="load this one's state_dict"):
-        copy.deepcopy(opt)

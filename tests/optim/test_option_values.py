@@ -222,6 +222,7 @@ def test_the_repr_says_what_the_optimizer_does():
   blocks: 3 by adam, 1 by spectral
   generic: 0 parameters by GenericAdamW(lr_ratio=None, betas=(0.9, 0.999)), lr ratio 1
   statistics: every 5 steps, refreshed every 20
+  likelihood: Categorical(dim=-1), empirical
   average: over 50 steps
   maximize: True
   group 0: lr 0.01, betas (0.9, 0.95), weight_decay 0.1, 557 numbers

@@ -207,6 +207,7 @@ def test_an_output_without_a_prediction_is_refused_with_what_to_return(form, mes
     compiled(X)
 
 
+@pytest.mark.filterwarnings("ignore:likelihood=.* does not fit the loss:kfc_fx.KfcWarning")
 @pytest.mark.parametrize(
     ("named", "built"),
     [

@@ -15,7 +15,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kfc_fx.tools.failures import one_line_failures
 from kfc_fx.tools.losses.check import LossResult, check_loss
 from kfc_fx.tools.losses.models import found_likelihood, model_losses
 from kfc_fx.tools.losses.table import loss_cases
@@ -38,7 +37,6 @@ class LossRow:
         return self.result.decision == self.expected
 
 
-@one_line_failures
 def losses(
     json_path: Annotated[
         Path | None, typer.Option("--json", dir_okay=False, help="Write all rows here.")
