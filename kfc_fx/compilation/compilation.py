@@ -18,6 +18,7 @@ from kfc_fx.capture.graph_breaks import GraphBreak
 from kfc_fx.capture.parameter_names import ParameterNames
 from kfc_fx.capture.preserved_state import state_preserved
 from kfc_fx.capture.symbolic import symbolic_graph
+from kfc_fx.capture.transforms import is_transformed
 from kfc_fx.compilation.armed_pass import ArmedPass
 from kfc_fx.compilation.captured_graph import BoundGraph, CapturedGraph
 from kfc_fx.compilation.loss_functions import likelihood_of_graphs
@@ -38,6 +39,11 @@ from kfc_fx.statistics.tap import collect, tap
 _INSTALLED_ONES: weakref.WeakSet[Compilation] = weakref.WeakSet()
 _SERIAL = itertools.count()
 
+FOREIGN = (
+    "the model was called with other tensors in place of its parameters, as by "
+    "torch.func.functional_call, and statistics are of its own"
+)
+"""Why a forward pass gives no statistics."""
 INSTALLED = "_compiled_call_impl"
 """What ``nn.Module`` calls in place of ``_call_impl`` where it is set."""
 
@@ -214,6 +220,8 @@ class Compilation:
         if not torch.is_grad_enabled() and self.options.backend == "eager":
             # There is nothing to capture for, and nothing to compile.
             return self.model._call_impl(*args, **kwargs)
+        if is_transformed():
+            return self.model._call_impl(*args, **kwargs)
         for collector in self.collectors:
             collector.note_inputs((args, kwargs))
         armed = [collector for collector in self.collectors if collector.armed]
@@ -272,6 +280,8 @@ class Compilation:
                 record.again = partial(self._runs.again, running)
             elif running.graphs == 0:
                 record.missing = self._why_nothing_ran()
+            elif self._blocks and not any(r.emitted for r in running.records.values()):
+                record.missing = FOREIGN
             if record.missing:
                 collector.note_missing(record.missing)
         setups = [c.setup(record) for c, record in running.records.items() if not record.missing]

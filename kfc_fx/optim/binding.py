@@ -42,6 +42,7 @@ class Binding:
         self._outside = dict(outside or {})
         self._compilation = compilation
         self._held: dict[str, Tensor] = {}
+        self._real: dict[str, Tensor] | None = None
         self.names: dict[Tensor, str] = {}
         """Parameter to name."""
         self.follow()
@@ -70,7 +71,7 @@ class Binding:
             return False
         names = {parameter: name for name, parameter in before.items()}
         renamed = {names[p]: name for name, p in held.items() if p in names and names[p] != name}
-        self._held = held
+        self._held, self._real = held, None
         self.names = {parameter: name for name, parameter in held.items()}
         self.names |= {parameter: name for name, parameter in self._outside.items()}
         if renamed:
@@ -92,9 +93,12 @@ class Binding:
     @property
     def parameters(self) -> dict[str, Tensor]:
         """Every parameter by name, complex ones as pairs of real numbers."""
-        return real_parameters(self._compilation.model.named_parameters()) | real_parameters(
-            self._outside.items()
-        )
+        if self._real is None:
+            own = real_parameters(self._held.items()) | real_parameters(self._outside.items())
+            if any(p.is_complex() for p in self.names):
+                return own  # views, of where the parameters are now
+            self._real = own
+        return self._real
 
     def engine(self, groups: Sequence[Group]) -> UpdateEngine:
         """The engine for the plan, devices and groups as they are now.

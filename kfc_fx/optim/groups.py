@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from kfc_fx.errors import OptionError
+from kfc_fx.errors import OptionError, warn
 from kfc_fx.optim.checks import BETAS, NOT_NEGATIVE
 from kfc_fx.optim.other_options import OTHERS
+from kfc_fx.optim.scalings.scaling import Scaling
 
+LARGE_RATE = 0.5
 GROUP_OPTIONS = ("lr", "weight_decay", "betas")
 
 Group = Mapping[str, Any]
@@ -48,6 +50,17 @@ def check_second_beta(group: Group, betas: tuple[float, float]) -> None:
         raise OptionError(
             f"the second of betas is one for all groups, {betas[1]}, and a group has "
             f"{group['betas'][1]}: give it to the scaling, as in kfc_fx.Adam(betas=...)"
+        )
+
+
+def warn_of_large_rates(groups: Sequence[Group], scaling: Scaling) -> None:
+    """Warn of a rate that is meant for another optimizer: where steps are of the rate's size,
+    whatever the gradient's is, one of this size leaves nothing of a weight."""
+    largest = max(float(group["lr"]) for group in groups)
+    if not scaling.steps_by_vector and largest >= LARGE_RATE:
+        warn(
+            f"lr={largest:g}: steps of scaling={scaling.name!r} are of the rate's size, whatever "
+            f"that of the gradient is. Its default is {scaling.lr:g}"
         )
 
 

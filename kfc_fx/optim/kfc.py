@@ -21,7 +21,7 @@ from kfc_fx.errors import OptionError, StepError
 from kfc_fx.optim.adoption import adamw_entries
 from kfc_fx.optim.diagnostics import Diagnostics, joined
 from kfc_fx.optim.generic import Generic
-from kfc_fx.optim.groups import check_group
+from kfc_fx.optim.groups import check_group, warn_of_large_rates
 from kfc_fx.optim.model_step import ModelStep
 from kfc_fx.optim.options import KFCOptions
 from kfc_fx.optim.other_options import refuse_torch_options, refuse_unknown
@@ -115,6 +115,7 @@ class KFC(torch.optim.Optimizer):
         lr = options.scaling.lr if lr is None else lr
         defaults = {"lr": lr, "betas": options.betas, "weight_decay": weight_decay}
         super().__init__(target.chosen, defaults)
+        warn_of_large_rates(self.param_groups, options.scaling)
         self._reported = Progress(0, {})
         self._made = True
         own_groups = _groups_of(weakref.ref(self))

@@ -148,7 +148,7 @@ def test_a_block_whose_bias_is_frozen_begins_anew_whole():
 
 @pytest.mark.parametrize("missing", ["master_weights", "blocks"])
 def test_a_state_dict_that_is_not_whole_changes_nothing(missing):
-    compiled, opt = make(lr=0.5)
+    compiled, opt = make(lr=0.3)
     train(compiled, opt, 1)
     saved = opt.state_dict()
     del saved["kfc"][missing]
@@ -198,7 +198,7 @@ def test_a_state_loaded_before_the_first_forward_pass_is_there():
     compiled, opt = make(average=5.0, lr=0.02)
     train(compiled, opt, 3)
     saved = copy.deepcopy(opt.state_dict())
-    fresh, again = make(average=5.0, lr=0.5)
+    fresh, again = make(average=5.0, lr=0.3)
     fresh.load_state_dict(compiled.state_dict())
     again.load_state_dict(saved)
     assert again.param_groups[0]["lr"] == 0.02
