@@ -22,6 +22,7 @@ from kfc_fx.optim.adoption import adamw_entries
 from kfc_fx.optim.diagnostics import Diagnostics, joined
 from kfc_fx.optim.generic import Generic
 from kfc_fx.optim.groups import check_group, warn_of_large_rates
+from kfc_fx.optim.interrupts import deferred_interrupts
 from kfc_fx.optim.model_step import ModelStep
 from kfc_fx.optim.options import KFCOptions
 from kfc_fx.optim.other_options import refuse_torch_options, refuse_unknown
@@ -175,6 +176,19 @@ class KFC(torch.optim.Optimizer):
             for own, *_ in stepping:
                 own.skip()
             return loss
+        with deferred_interrupts():
+            self._take(stepping)
+            if trial is None:
+                for own, *_ in stepping:
+                    own.end()
+        if trial is not None and closure is not None:
+            for own, _, gradients in stepping:
+                own.exact.adapt_damping(trial, closure, loss, gradients)
+                own.end()
+        return loss
+
+    def _take(self, stepping: Sequence[tuple[ModelStep, UpdateEngine, dict[str, Tensor]]]) -> None:
+        """The step of all models that have gradients: whole, or not at all where it raises."""
         with ExitStack() as stack:
             if len(stepping) > 1:  # the step of one writes at its end, and then no other may raise
                 stack.enter_context(_unwritten_if_raised([engine for _, engine, _ in stepping]))
@@ -184,12 +198,7 @@ class KFC(torch.optim.Optimizer):
             for own, engine, _ in stepping:
                 own.use_statistics(engine)
             for own, engine, gradients in stepping:
-                own.apply(engine, gradients, groups)
-        for own, _, gradients in stepping:
-            if trial is not None and closure is not None:
-                own.exact.adapt_damping(trial, closure, loss, gradients)
-            own.end()
-        return loss
+                own.apply(engine, gradients, self.param_groups)
 
     def _with_gradients(self) -> list[tuple[ModelStep, UpdateEngine, dict[str, Tensor]]]:
         """The models that have gradients, their engines, and these."""
