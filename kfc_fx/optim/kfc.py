@@ -237,6 +237,8 @@ class KFC(torch.optim.Optimizer):
         try:
             states = [kfc, *kfc["others"]]
             saved = [SavedState.from_dict(state) for state in states]
+            for state in states:  # all of it is looked at before any of it is taken
+                _ = state["counters"], state["likelihood"], state["generators"]["states"]
         except KeyError as error:
             raise OptionError(f"this state_dict is not whole: {error} is missing") from None
         if len(states) != len(self._models):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,10 @@ def append_entry(
         }
     )
     report["factors"] = {name: factor_summary(factor) for name, factor in factors.items()}
-    path.write_text(json.dumps(report, allow_nan=False) + "\n", encoding="utf-8")
+    # A process that is killed here leaves the report as it was.
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(report, allow_nan=False) + "\n", encoding="utf-8")
+    part.replace(path)
     return Progress(diagnostics.steps, dict(diagnostics.seconds))
 
 

@@ -146,7 +146,9 @@ def test_a_block_whose_bias_is_frozen_begins_anew_whole():
     assert opt._engine.anew == ["6"]
 
 
-@pytest.mark.parametrize("missing", ["master_weights", "blocks"])
+@pytest.mark.parametrize(
+    "missing", ["master_weights", "blocks", "plan", "counters", "likelihood", "generators"]
+)
 def test_a_state_dict_that_is_not_whole_changes_nothing(missing):
     compiled, opt = make(lr=0.3)
     train(compiled, opt, 1)

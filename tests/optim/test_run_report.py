@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 import kfc_fx
 from kfc_fx.engine.factors import Factors
 from kfc_fx.optim.run_report import factor_summary
-from tests.models import backward, conv_network, make
+from tests.models import backward, conv_network, make, train
 
 
 @pytest.mark.parametrize("scaling", ["adam", "inverse"])
@@ -94,3 +95,22 @@ def test_another_file_is_not_overwritten(text, message, tmp_path):
     with pytest.raises(kfc_fx.KfcError, match=message):
         opt.save_report(path)
     assert path.read_text() == text
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    """As when the process is killed in the middle of it, or the disk is full."""
+    compiled, opt = make()
+    train(compiled, opt, 1)
+    path = tmp_path / "run.json"
+    opt.save_report(path)
+    before = path.read_text()
+
+    def fail(self: Path, text: str, **_: object) -> int:
+        with self.open("w") as file:
+            file.write(text[: len(text) // 2])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(OSError, match="No space left"):
+        opt.save_report(path)
+    assert path.read_text() == before
