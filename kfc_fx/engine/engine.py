@@ -158,7 +158,7 @@ class UpdateEngine:
     def guards(self, gradients: Mapping[str, Tensor], momenta: Momenta) -> bool:
         """Whether a step on these gradients looks itself, on the device, whether they are finite;
         :meth:`take_skipped` tells afterwards."""
-        return self._captures(self._spec_of(gradients, momenta))
+        return self._captured and self._captures(self._spec_of(gradients, momenta))
 
     def take_skipped(self) -> int:
         """How many of the steps since the last call were not taken; one synchronisation for each

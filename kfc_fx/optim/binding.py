@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kfc_fx.codegen.spec import UpdateSpec
 from kfc_fx.compilation import Compilation
@@ -41,6 +41,8 @@ class Binding:
         """``outside``: parameters of no compiled model by name, generic ones beside the model's."""
         self._outside = dict(outside or {})
         self._compilation = compilation
+        self._tree: tuple[list[nn.Module], list[object]] | None = None
+        """The model's modules, and what they held when they were last looked at."""
         self._held: dict[str, Tensor] = {}
         self._real: dict[str, Tensor] | None = None
         self.names: dict[Tensor, str] = {}
@@ -64,6 +66,10 @@ class Binding:
     def follow(self) -> bool:
         """Take the parameters that the model holds now, and their names, for those that are meant;
         returns whether there were others before. State goes with the parameter that it is of."""
+        if self._tree and self._tree[1] == _signature(self._tree[0]):
+            return False
+        modules = list(self._compilation.model.modules())
+        self._tree = (modules, _signature(modules))
         held: dict[str, Tensor] = dict(self._compilation.model.named_parameters())
         before = self._held
         same = held.keys() == before.keys() and all(held[name] is before[name] for name in held)
@@ -290,6 +296,16 @@ class Binding:
     def average(self) -> Mapping[str, Tensor]:
         """Polyak-averaged parameters by name; empty where there are none."""
         return (self._loaded if self._engine is None else self._engine).average
+
+
+def _signature(modules: Iterable[nn.Module]) -> list[object]:
+    """Names and identities of all that modules hold: it is another one if any of it is."""
+    found: list[object] = []
+    for module in modules:
+        for held in (module._parameters, module._modules):
+            found += held
+            found += map(id, held.values())
+    return found
 
 
 def _renamed(saved: SavedState, names: Mapping[str, str]) -> SavedState:
