@@ -61,7 +61,9 @@ class ParameterNames:
         """
         held = dict(self._model.named_parameters())
         new = [p for name, p in held.items() if self._own.get(name, _nothing)() is not p]
-        if new and all(id(p) in trained or not p.requires_grad for p in new):
+        if any(id(p) in trained for p in new) and all(
+            id(p) in trained or not p.requires_grad for p in new
+        ):
             self.refresh()
 
     def refresh_if_changed(self) -> None:

@@ -31,7 +31,10 @@ from kfc_fx.plan.spec import BlockSpec, CurvaturePlan
 from kfc_fx.rewrite.emitting import Emitters
 from kfc_fx.statistics.collector import Collector
 from kfc_fx.statistics.inputs import batch_size
+from kfc_fx.statistics.likelihoods.bernoulli import Bernoulli
+from kfc_fx.statistics.likelihoods.categorical import Categorical
 from kfc_fx.statistics.likelihoods.choice import LikelihoodChoice
+from kfc_fx.statistics.likelihoods.gaussian import Gaussian
 from kfc_fx.statistics.likelihoods.likelihood import Likelihood
 from kfc_fx.statistics.request import StatisticsRequest
 from kfc_fx.statistics.tap import collect, tap
@@ -227,8 +230,7 @@ class Compilation:
         armed = [collector for collector in self.collectors if collector.armed]
         if not (armed and torch.is_grad_enabled()):
             return self._runs.call(args, kwargs, recording=False)
-        for collector in armed:
-            self.names.refresh_if_trained(collector.trained())
+        self.names.refresh_if_trained({p for c in self.collectors for p in c.trained()})
         examples = batch_size((args, kwargs), self.options.input_batch_dim)
         running = ArmedPass({collector: collector.begin(examples) for collector in armed})
         with self._runs.recording(running):
@@ -385,4 +387,4 @@ def restored(
 
 
 # A whole model is then loaded with weights_only=True if its own classes are known as safe.
-torch.serialization.add_safe_globals([restored])
+torch.serialization.add_safe_globals([restored, Categorical, Bernoulli, Gaussian])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 from kfc_fx.compilation.captured_graph import CapturedGraph
@@ -35,7 +36,7 @@ def likelihood_of_graphs(graphs: Iterable[CapturedGraph]) -> Finding | None:
     """The likelihood that all loss functions in the graphs have; None where they differ, or where
     there is none."""
     found = {
-        LIKELIHOODS[node.target]: node.target
+        _likelihood_of(node): node.target
         for graph in graphs
         for node in graph.captured[0].module.graph.nodes
         if node.op == "call_function" and node.target in LIKELIHOODS
@@ -45,3 +46,12 @@ def likelihood_of_graphs(graphs: Iterable[CapturedGraph]) -> Finding | None:
     ((likelihood, function),) = found.items()
     name = getattr(function, "__name__", str(function))
     return Finding(likelihood, f"the model computes its loss by {name}")
+
+
+def _likelihood_of(node: fx.Node) -> Likelihood:
+    """That of a call of a loss function. Of three dimensions or more the second has the classes."""
+    own, scores = LIKELIHOODS[node.target], node.args[0] if node.args else None
+    value = scores.meta.get("example_value") if isinstance(scores, fx.Node) else None
+    if isinstance(own, Categorical) and isinstance(value, Tensor) and value.dim() > 2:
+        return own if node.target is F.ctc_loss else Categorical(dim=1)
+    return own

@@ -175,6 +175,7 @@ class UpdateEngine:
     def take_parameters(self, parameters: Mapping[str, Tensor]) -> None:
         """Update these tensors from now on, by the same names."""
         self.parameters = dict(parameters)
+        self._master_weights.take_parameters(self.parameters)
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

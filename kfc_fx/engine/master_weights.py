@@ -20,6 +20,13 @@ class MasterWeights:
         self._copies = {n: _wide(parameters[n], v) for n, v in saved.items() if n in parameters}
         self._versions: dict[str, int] = {}
 
+    def take_parameters(self, parameters: Mapping[str, Tensor]) -> None:
+        """Copy these parameters from now on; another tensor under a name begins with a new copy."""
+        for name in [n for n in self._copies if parameters.get(n) is not self._parameters[n]]:
+            del self._copies[name]
+            self._versions.pop(name, None)
+        self._parameters = parameters
+
     def of(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The copies of some parameters.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,21 @@ class SavedState:
     def empty(cls) -> SavedState:
         """Nothing: where an optimizer starts."""
         return cls({}, {}, {}, {})
+
+    def without(self, names: Collection[str], blocks: Collection[str]) -> SavedState:
+        """The same without what it holds of some parameters and blocks."""
+
+        def left(state: dict[str, Any], gone: Collection[str]) -> dict[str, Any]:
+            return {name: value for name, value in state.items() if name not in gone}
+
+        return SavedState(
+            left(self.blocks, blocks),
+            left(self.generic, names),
+            left(self.average, names),
+            left(self.master_weights, names),
+            self.started,
+            left(self.plan, blocks),
+        )
 
     def renamed(self, names: Mapping[str, str], blocks: Mapping[str, str]) -> SavedState:
         """The same of a model whose parameters have other names now; but for the plan.

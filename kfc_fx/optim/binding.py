@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -77,11 +77,14 @@ class Binding:
             return False
         names = {parameter: name for name, parameter in before.items()}
         renamed = {names[p]: name for name, p in held.items() if p in names and names[p] != name}
+        # a replaced parameter of the same size goes on with the state of its place; a moved one
+        # takes its own along, over what was there
+        gone = {n for n, p in before.items() if n not in renamed and n in renamed.values()}
         self._held, self._real = held, None
         self.names = {parameter: name for name, parameter in held.items()}
         self.names |= {parameter: name for name, parameter in self._outside.items()}
         if renamed:
-            self._loaded = _renamed(self.saved(), renamed)
+            self._loaded = _renamed(self.saved(), renamed, gone)
             self._engine, self._parked, self._parked_plan = None, {}, {}
         self._key = None
         return bool(before)
@@ -308,13 +311,15 @@ def _signature(modules: Iterable[nn.Module]) -> list[object]:
     return found
 
 
-def _renamed(saved: SavedState, names: Mapping[str, str]) -> SavedState:
+def _renamed(saved: SavedState, names: Mapping[str, str], gone: Collection[str]) -> SavedState:
     """A state of a model whose parameters have other names now.
 
     Args:
         names: old name of a parameter to its new one.
+        gone: names of parameters that are no more, which others have now.
     """
     blocks = {block_name(old): block_name(new) for old, new in names.items()}
+    saved = saved.without(gone, {block_name(name) for name in gone})
     plan = {}
     for old, block in saved.plan.items():
         name = blocks.get(old, old)

@@ -119,7 +119,7 @@ class ModelStep:
         saved.generic |= {name: {"m": m.clone(), "v": v.clone()} for name, (m, v, _) in own.items()}
         self.binding.take_over(saved)
         self._diagnostics.steps = max(count for *_, count in own.values())
-        self.arm()
+        self.collector.arm()
 
     def arm(self) -> None:
         """Let the next forward pass emit, if statistics are due at the next step, or there are

@@ -63,10 +63,10 @@ class LossPasses:
         for own in self._passes:
             if own.over or not own.reaches_weights():
                 continue
-            given = own.differentiated(cotangents)
-            if given is None and self._comes_within(own, cotangents):
-                self._waiting.append(own)
+            if self._comes_within(own, cotangents):
+                self._waiting.append(own)  # for all of the gradient, from outside too
             else:
+                given = own.differentiated(cotangents)
                 ready.append((own, own.begun(*(given or (own.likeliest, None)))))
         _begin(ready)
 

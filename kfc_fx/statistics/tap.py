@@ -77,7 +77,11 @@ def collect(output: Any, setup: PassSetup) -> None:
 
 def _likeliest(output: Any, setup: PassSetup) -> Tensor:
     """The prediction of an output, checked."""
-    prediction = find_prediction(output, setup.choice.output)
+    path = setup.choice.output
+    if path and not setup.choice.names_output:
+        found = float_tensors(output).get(path)  # an output in another form has another one
+        path = path if found is not None and found.requires_grad else None
+    prediction = find_prediction(output, path)
     if setup.choice.likelihood is not None:
         setup.choice.likelihood.check(prediction)
     return prediction

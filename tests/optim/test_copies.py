@@ -178,6 +178,21 @@ def test_the_state_of_an_adamw_run_is_taken_over():
     assert opt.diagnostics.steps == 8
 
 
+def test_statistics_come_at_the_next_step_after_any_number_of_steps():
+    net = conv_network()
+    adamw = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    F.cross_entropy(net(torch.randn(8, 2, 6, 6)), torch.randint(5, (8,))).backward()
+    adamw.step()
+    saved = adamw.state_dict()
+    for entry in saved["state"].values():
+        entry["step"] += 1004
+    net = kfc_fx.compile(net)
+    opt = kfc_fx.KFC(net)
+    opt.adopt(saved)
+    train(net, opt, 1)
+    assert (opt.diagnostics.steps, opt.diagnostics.statistics_steps) == (1006, 1)
+
+
 @pytest.mark.parametrize(
     ("state", "message"),
     [

@@ -249,3 +249,38 @@ def test_a_layer_that_was_frozen_for_some_steps_has_its_state_afterwards(steps):
     assert not torch.equal(after["m"], before["m"])
     assert float(after["m"].norm()) > 0.2 * float(before["m"].norm())
     assert saved["kfc"]["blocks"].keys() == {"0", "2"}
+
+
+def test_a_layer_that_moves_to_the_place_of_another_takes_its_own_state():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    run = start(net)
+    run.train(25)
+    own = run.opt.state_dict()["kfc"]["blocks"]["0"]
+    kept = run.net[0]
+    run.net[1] = kept
+    run.net[0] = nn.Linear(6, 6)
+    run.opt._models[0].binding.follow()
+    saved = run.opt.state_dict()["kfc"]["blocks"]
+    assert torch.equal(saved["1"]["m"], own["m"])
+    assert "0" not in saved
+
+
+def test_a_replaced_parameter_in_half_precision_is_not_overwritten():
+    """Its copy in single precision is a new one."""
+    net = kfc_fx.compile(mlp().bfloat16())
+    opt = kfc_fx.KFC(net, lr=1e-4, master_weights=True)
+
+    def step() -> None:
+        opt.zero_grad()
+        F.cross_entropy(net(X[:64].bfloat16()).float(), (X[:64] @ W).argmax(1)).backward()
+        opt.step()
+
+    for _ in range(3):
+        step()
+    new = nn.Parameter(torch.full_like(net[2].weight, 0.25))
+    group = opt.param_groups[0]["params"]
+    group[[p is net[2].weight for p in group].index(True)] = new
+    net[2].weight = new
+    step()
+    torch.testing.assert_close(new.detach(), torch.full_like(new, 0.25), rtol=0.05, atol=0.01)

@@ -100,6 +100,21 @@ def test_an_interrupt_waits_and_then_acts():
         signal.raise_signal(signal.SIGINT)  # as before
 
 
+def test_a_second_interrupt_acts_at_once():
+    seen = []
+
+    def body() -> None:
+        with deferred_interrupts():
+            signal.raise_signal(signal.SIGINT)
+            seen.append(1)
+            signal.raise_signal(signal.SIGINT)
+            seen.append(2)
+
+    with pytest.raises(KeyboardInterrupt):
+        body()
+    assert seen == [1]
+
+
 def test_handlers_of_the_program_are_its_own():
     seen = []
     before = signal.signal(signal.SIGINT, lambda *_: seen.append(1))

@@ -318,3 +318,95 @@ def test_what_the_loss_ignores_counts_for_nothing(fisher):
         rtol=0.1 if fisher == "sampled" else 1e-6,
         atol=1e-2 if fisher == "sampled" else 1e-9,
     )
+
+
+# -- outputs that are easily mistaken ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [-torch.inf, -1e9])
+def test_masked_classes_leave_the_others_as_they_are(masked):
+    """As actions that are not allowed: three of ten are left."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp(10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x).masked_fill(torch.arange(10) >= 3, masked)
+
+    net = kfc_fx.compile(Masked())
+    statistics = kfc_fx.Statistics(fisher="empirical", samples=None)
+    opt = kfc_fx.KFC(net, lr=0.0, scaling="eigen", statistics=statistics)
+    x, y = torch.randn(16, 6), torch.randint(3, (16,))
+    z = net(x)
+    F.cross_entropy(z, y).backward()
+    opt.step()
+    assert net.kfc.likelihood == kfc_fx.Categorical(dim=-1)
+    rows = z.detach().softmax(1) - F.one_hot(y, 10)
+    torch.testing.assert_close(opt.factors["net.2"].gamma, rows.T @ rows / 16)
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (1, 3), (2,), (3,), (4,), (2, 2)])
+def test_a_few_residuals_are_no_classes(shape):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        z = torch.randn(shape, generator=generator).requires_grad_()
+        F.mse_loss(z, torch.randn(shape, generator=generator)).backward()
+        found = find_likelihood(z.detach(), z.grad, shape[0])
+        assert isinstance(found.likelihood, kfc_fx.Gaussian)
+
+
+def test_a_penalty_on_another_output_does_not_hide_the_loss_within_the_model():
+    class WithHidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            hidden = self.net[1](self.net[0](x))
+            logits = self.net[2](hidden)
+            return {"loss": F.cross_entropy(logits, y), "logits": logits, "hidden": hidden}
+
+    net = kfc_fx.compile(WithHidden())
+    opt = kfc_fx.KFC(net)
+    out = net(torch.randn(16, 6), torch.randint(3, (16,)))
+    (out["loss"] + 10 * out["hidden"].square().mean()).backward()
+    opt.step()
+    (line,) = net.kfc.plan.likelihood
+    assert line.startswith("Categorical(dim=-1) of output 'logits'")
+    assert set(opt.factors) == {"net.0", "net.2"}
+
+
+def test_an_output_may_have_another_form_in_evaluation():
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.aux = mlp(), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            return (self.net(x), self.aux(x)) if self.training else self.net(x)
+
+    net = kfc_fx.compile(Auxiliary())
+    opt = kfc_fx.KFC(net)
+    y = torch.randint(3, (16,))
+    train(net, opt, 1, lambda out: F.cross_entropy(out[0], y) + 0.3 * F.cross_entropy(out[1], y))
+    net.eval()
+    train(net, opt, 1, lambda out: F.cross_entropy(out, y))
+    assert opt.diagnostics.statistics_steps == 2
+
+
+def test_classes_of_a_compiled_graph_are_where_the_loss_takes_them():
+    class Signal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(2, 5, 3, padding=1)
+
+        def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            z = self.conv(x)
+            return {"loss": F.cross_entropy(z, y), "logits": z}
+
+    case = ModelLoss(
+        "", "", Signal, lambda m: m(torch.randn(8, 2, 7), torch.randint(5, (8, 7)))["loss"]
+    )
+    assert found_likelihood(case, "aot_eager") == "Categorical(dim=1) of output 'logits'"

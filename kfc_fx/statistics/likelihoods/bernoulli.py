@@ -38,14 +38,15 @@ class Bernoulli(BatchOfPredictions):
         return (probability - sample) / self._slope(probability)
 
     def scale(self, output: Tensor, cotangent: Tensor) -> Tensor:
-        """Exact for targets 0 and 1, any reduction and weights.
+        """Exact for targets 0 and 1, any reduction, and a weight for each sign.
 
         Such an entry is ``s p`` or ``−s (1 − p)``, over the slope of p. Where targets are soft,
         s is that of a mean or a sum, where one fits; else the largest of these entries' scales,
         which is right if some targets are 0 or 1.
         """
         own = self.entry_scales(output, cotangent)
-        counted = cotangent != 0
+        probability = self._probability(output)
+        counted = (cotangent != 0) & (probability > EDGE) & (probability < 1 - EDGE)
         logs = torch.where(counted, own.clamp_min(torch.finfo(own.dtype).tiny).log(), 0)
         spread = [_deviation(logs, counted & side) for side in (cotangent > 0, cotangent < 0)]
         is_soft = torch.stack(spread).amax() > SOFT
@@ -53,7 +54,9 @@ class Bernoulli(BatchOfPredictions):
         own = torch.where(is_soft, at_a_reduction(own.amax(), counts, own.amax()), own)
         square = cotangent.square()
         inverse = torch.where(counted, square / torch.where(counted, own, 1), 0).sum()
-        return inverse / square.sum().clamp_min(torch.finfo(square.dtype).tiny)
+        return inverse / torch.where(counted, square, 0).sum().clamp_min(
+            torch.finfo(square.dtype).tiny
+        )
 
     def counts(self, output: Tensor, cotangent: Tensor) -> Tensor:
         """See :class:`Likelihood`. A side that is certain has no cotangent either, and counts."""

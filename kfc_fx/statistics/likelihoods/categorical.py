@@ -160,7 +160,8 @@ class Categorical(BatchOfPredictions):
         target = torch.where(
             pushed_down, cotangent.argmax(dim, keepdim=True), cotangent.argmin(dim, keepdim=True)
         )
-        ratio = sign * cotangent.gather(dim, likeliest) / p
+        pulled = sign * cotangent.gather(dim, likeliest)
+        ratio = torch.where(p > 0, pulled / torch.where(p > 0, p, 1), 0)
         return ratio.masked_fill(likeliest == target, 0).amax(dim)
 
 

@@ -71,7 +71,10 @@ def find_likelihood(
         None where the cotangent tells nothing: it is zero, or not finite.
     """
     rounding = torch.finfo(cotangent.dtype).eps
-    z, c = _some(output, batch_dim), _some(cotangent, batch_dim).to(output.dtype)
+    z, c = _some(output, cotangent, batch_dim)
+    c = c.to(z.dtype)
+    # scores of classes that are masked out
+    z = torch.where((z == -torch.inf) & (c == 0), torch.finfo(z.dtype).min / 4, z)
     if not torch.isfinite(c).all() or not torch.isfinite(z).all() or not (c != 0).any():
         return None
     counts = {output.numel(), output.shape[batch_dim] if output.dim() > batch_dim else 1, 1}
@@ -83,13 +86,14 @@ def find_likelihood(
     return seen.of_classes() or seen.of_coins() or seen.of_penalised_classes() or seen.of_numbers()
 
 
-def _some(tensor: Tensor, batch_dim: int) -> Tensor:
-    """The first examples of a large tensor."""
-    if tensor.dim() <= batch_dim or tensor.numel() <= MOST_NUMBERS:
-        return tensor
-    count = tensor.shape[batch_dim]
-    kept = max(1, MOST_NUMBERS * count // tensor.numel())
-    return tensor.narrow(batch_dim, 0, kept)
+def _some(output: Tensor, cotangent: Tensor, batch_dim: int) -> tuple[Tensor, Tensor]:
+    """Of large tensors the first examples that the loss counts."""
+    if output.dim() <= batch_dim or output.numel() <= MOST_NUMBERS:
+        return output, cotangent
+    count = output.shape[batch_dim]
+    counted = cotangent.movedim(batch_dim, 0).flatten(1).any(1).nonzero().flatten()
+    kept = counted[: max(1, MOST_NUMBERS * count // output.numel())]
+    return output.index_select(batch_dim, kept), cotangent.index_select(batch_dim, kept)
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,8 @@ class _Evidence:
     def of_penalised_classes(self) -> Finding | None:
         """A cotangent that is close to one of classes, besides which the loss has a penalty."""
         for dim in self._dims():
+            if self.z.numel() < MANY or (self.z.dim() == 1 and len(self.z) == self.examples):
+                continue  # few residuals look so by chance
             residue, agreement = self._residue(dim), self._agreement(dim)
             if residue <= PENALISED and agreement >= ALIKE:
                 return Finding(

@@ -45,7 +45,8 @@ class SampledCotangents(BatchOfPredictions):
     def curvature(self, output: Tensor, tangents: Tensor) -> Tensor:
         """One-sample estimate ``Σ_n (cₙᵀsₙ)(cₙᵀtₙ)``, of tangents s and t."""
         cotangent = self.sampled_cotangent(output, None)
-        return gram((cotangent * tangents).flatten(2).sum(2))
+        inner = cotangent * tangents
+        return gram(inner.flatten(2).sum(2) if inner.dim() > 2 else inner)
 
     def as_dict(self) -> dict[str, object]:
         """A function is the program's, and no state stands for it."""
