@@ -285,7 +285,7 @@ class Compilation:
             elif self._blocks and not any(r.emitted for r in running.records.values()):
                 record.missing = FOREIGN
             if record.missing:
-                collector.note_missing(record.missing)
+                collector.note_missing(record.missing, alone=record.missing == FOREIGN)
         setups = [c.setup(record) for c, record in running.records.items() if not record.missing]
         return tap(output, setups) if setups else output
 

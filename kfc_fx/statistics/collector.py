@@ -39,7 +39,7 @@ class Collector:
         self._armed = False
         self._sums = Sums()
         self._seconds = 0.0
-        self._missing = ""
+        self._missing = self._missing_alone = ""
         self._last_inputs: Inputs | None = None
         self._opened: list[Closable] = []
         self._leaves: dict[tuple[str, str], Tensor] = {}
@@ -76,7 +76,7 @@ class Collector:
 
     def take(self) -> Sums:
         """The sums so far. The collector starts anew, and takes no more of a pass that runs."""
-        self._missing = ""
+        self._missing = self._missing_alone = ""
         for running in list(self._opened):
             running.close()
         taken, self._sums = self._sums, Sums()
@@ -90,11 +90,12 @@ class Collector:
     @property
     def missing(self) -> str:
         """Why the last armed forward pass gave no statistics; empty where that is not known."""
-        return self._missing
+        return self._missing or ("" if self._sums.blocks else self._missing_alone)
 
     def take_missing(self) -> str:
         """The same, which is forgotten then."""
-        reason, self._missing = self._missing, ""
+        reason = self.missing
+        self._missing = self._missing_alone = ""
         return reason
 
     def take_seconds(self) -> float:
@@ -179,9 +180,16 @@ class Collector:
             self._opened,
         )
 
-    def note_missing(self, reason: str) -> None:
-        """Keep why an armed forward pass gives no statistics."""
-        self._missing = reason
+    def note_missing(self, reason: str, *, alone: bool = False) -> None:
+        """Keep why an armed forward pass gives no statistics.
+
+        Args:
+            alone: it is no lack where other passes of the step give some.
+        """
+        if alone:
+            self._missing_alone = reason
+        else:
+            self._missing = reason
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The generator of sampled targets on a device, apart from torch's global one."""

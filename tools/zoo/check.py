@@ -165,7 +165,8 @@ def _armed_pass(
     finally:
         collector.arm(False)
     worst = compare(plain, observed, "the step with statistics")
-    del observed  # of a large model its gradients are most of the memory
+    del observed  # of a large model gradients are most of the memory
+    compiled.zero_grad()
     sums = collector.take().blocks
     wrong = list(check_statistics(sums))
     if wrong:
