@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from kfc_fx.errors import OptionError, warn
 from kfc_fx.optim.checks import BETAS, NOT_NEGATIVE
@@ -62,6 +64,16 @@ def warn_of_large_rates(groups: Sequence[Group], scaling: Scaling) -> None:
             f"lr={largest:g}: steps of scaling={scaling.name!r} are of the rate's size, whatever "
             f"that of the gradient is. Its default is {scaling.lr:g}"
         )
+
+
+def groups_of(opt: weakref.ref[Optimizer]) -> Callable[[], Sequence[Group]]:
+    """The groups of an optimizer as they are, for as long as it lives."""
+
+    def groups() -> Sequence[Group]:
+        found = opt()
+        return () if found is None else found.param_groups
+
+    return groups
 
 
 def momentum_of(group: Group, betas: tuple[float, float], own: float) -> float:

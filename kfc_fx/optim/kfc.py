@@ -6,7 +6,6 @@ import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,18 @@ from torch import Tensor, nn
 from kfc_fx.compilation import Compilation
 from kfc_fx.engine.engine import UpdateEngine
 from kfc_fx.engine.factors import Factors
-from kfc_fx.engine.state import SavedState
 from kfc_fx.errors import OptionError, StepError
 from kfc_fx.optim.adoption import adamw_entries
+from kfc_fx.optim.checked_states import checked_states
+from kfc_fx.optim.copies import Given, restored
 from kfc_fx.optim.diagnostics import Diagnostics, joined
 from kfc_fx.optim.generic import Generic
-from kfc_fx.optim.groups import check_group, warn_of_large_rates
+from kfc_fx.optim.groups import check_group, groups_of, warn_of_large_rates
 from kfc_fx.optim.interrupts import deferred_interrupts
 from kfc_fx.optim.model_step import ModelStep
 from kfc_fx.optim.options import KFCOptions
 from kfc_fx.optim.other_options import refuse_torch_options, refuse_unknown
+from kfc_fx.optim.processes import refuse_several_processes
 from kfc_fx.optim.run_report import Progress, append_entry
 from kfc_fx.optim.scalings.scaling import Scaling
 from kfc_fx.optim.scalings.table import scaling_of
@@ -119,7 +120,7 @@ class KFC(torch.optim.Optimizer):
         warn_of_large_rates(self.param_groups, options.scaling)
         self._reported = Progress(0, {})
         self._made = True
-        own_groups = _groups_of(weakref.ref(self))
+        own_groups = groups_of(weakref.ref(self))
         for own in self._models:
             own.train(own_groups)
             own.own(self.param_groups)
@@ -231,31 +232,9 @@ class KFC(torch.optim.Optimizer):
         Raises:
             OptionError: the state is not that of a KFC optimizer for as many models.
         """
-        if "kfc" not in state_dict:
-            raise OptionError("this state_dict is not of a KFC optimizer: it has no entry 'kfc'")
-        kfc = state_dict["kfc"]
-        try:
-            states = [kfc, *kfc["others"]]
-            saved = [SavedState.from_dict(state) for state in states]
-            for state in states:  # all of it is looked at before any of it is taken
-                _ = state["counters"], state["likelihood"], state["generators"]["states"]
-        except KeyError as error:
-            raise OptionError(f"this state_dict is not whole: {error} is missing") from None
-        if len(states) != len(self._models):
-            raise OptionError(
-                f"this state_dict is of {len(states)} models, and the optimizer has "
-                f"{len(self._models)}"
-            )
-        second = self.options.betas[1]
-        for group in state_dict["param_groups"]:
-            if tuple(group.get("betas", self.options.betas))[1] != second:
-                raise OptionError(
-                    f"this state_dict is of another scaling, or of other betas: the second one is "
-                    f"{group['betas'][1]} in it, and {second} here. Make KFC with the options that "
-                    "it was saved with"
-                )
+        states = checked_states(state_dict, len(self._models), self.options.betas)
         super().load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
-        for own, state, data in zip(self._models, saved, states, strict=True):
+        for own, (state, data) in zip(self._models, states, strict=True):
             own.load(state, data)
 
     def adopt(self, state_dict: Mapping[str, Any]) -> None:
@@ -275,19 +254,16 @@ class KFC(torch.optim.Optimizer):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KFC:
         """Together with its models: ``copy.deepcopy((net, opt))`` trains on as the originals do."""
-        copied = _restored(type(self), copy.deepcopy(self._as_given(), memo), self.state_dict())
+        copied = restored(type(self), copy.deepcopy(self._given(), memo), self.state_dict())
         memo[id(self)] = copied
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (type(self), self._as_given(), self.state_dict())
+        return restored, (type(self), self._given(), self.state_dict())
 
-    def _as_given(self) -> tuple[list[nn.Module], list[dict[str, Any]], dict[str, Any]]:
-        """Models, groups and options, of which an optimizer like this one is made."""
+    def _given(self) -> Given:
         models = [own.compilation.model for own in self._models]
-        groups = [dict(group) for group in self.param_groups]
-        options = {f.name: getattr(self.options, f.name) for f in fields(self.options)}
-        return models, groups, options | {"defaults": dict(self.defaults)}
+        return Given.of(models, self.param_groups, self.options, self.defaults)
 
     # -- what users look at ----------------------------------------------------------------
 
@@ -383,45 +359,6 @@ class KFC(torch.optim.Optimizer):
     def schedule(self) -> Schedule:
         """When statistics and refreshes are due."""
         return self._models[0].schedule
-
-
-def _restored(
-    kind: type[KFC],
-    given: tuple[list[nn.Module], list[dict[str, Any]], dict[str, Any]],
-    state: dict[str, Any],
-) -> KFC:
-    """An optimizer anew, of models that were copied or unpickled with it. Gradients are neither
-    copied nor pickled, and so statistics of them are not."""
-    models, groups, options = given
-    defaults = options.pop("defaults")
-    lr, decay = defaults["lr"], defaults["weight_decay"]
-    opt = kind(groups, lr, weight_decay=decay, model=models[0], **options)
-    opt.load_state_dict(state)
-    return opt
-
-
-def refuse_several_processes() -> None:
-    """Raise :class:`OptionError` in a process group of more than one rank: each rank has the
-    statistics of its own batch, so that replicas would drift apart."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        ranks = distributed.get_world_size()
-        if ranks > 1:
-            raise OptionError(
-                f"KFC does not train on several processes yet, and this process group has {ranks} "
-                "ranks: each would take its own factors, and the replicas would drift apart. Train "
-                "in one process, or by an optimizer of torch.optim"
-            )
-
-
-def _groups_of(opt: weakref.ref[KFC]) -> Callable[[], Sequence[Mapping[str, Any]]]:
-    """The groups of an optimizer as they are, for as long as it lives."""
-
-    def groups() -> Sequence[Mapping[str, Any]]:
-        found = opt()
-        return () if found is None else found.param_groups
-
-    return groups
 
 
 def _models(

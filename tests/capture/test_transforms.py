@@ -20,6 +20,10 @@ X = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.randint(3, (64,), generator=torch.Generator().manual_seed(1))
 
 
+FastWeights = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
+"""From a network and its parameters by name to the weights that it runs with."""
+
+
 def mlp() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
@@ -100,22 +104,41 @@ def test_a_transform_gives_what_it_gives_of_the_plain_model(name, steps):
     assert opt.diagnostics.missed_statistics == 0
 
 
-def test_steps_through_fast_weights_train_and_say_that_they_have_no_statistics():
-    """The gradient is of the parameters, and the layers run with other tensors."""
+def trained() -> tuple[nn.Module, nn.Module, kfc_fx.KFC]:
+    """A compiled network after some steps, a plain one of the same weights, and the optimizer."""
     net = kfc_fx.compile(mlp())
     opt = kfc_fx.KFC(net, seed=0)
     train(net, opt, 3)
     plain = mlp()
     plain.load_state_dict(net.state_dict())
-    found = []
-    for model in (net, plain):
-        weights = dict(model.named_parameters())
-        for p in weights.values():
-            p.grad = None
-        fast = {name: 0.9 * p for name, p in weights.items()}
-        of_weights(model, fast, X, Y).backward()
-        found.append([p.grad for p in weights.values()])
-    torch.testing.assert_close(*found)
+    return net, plain, opt
+
+
+def gradients_through(net: nn.Module, fast_of: FastWeights) -> list[Tensor]:
+    """Gradients of the parameters of a loss by fast weights, left in place too."""
+    weights = dict(net.named_parameters())
+    for p in weights.values():
+        p.grad = None
+    of_weights(net, fast_of(net, weights), X, Y).backward()
+    return [p.grad for p in weights.values()]
+
+
+def shrunk(_: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: 0.9 * p for name, p in weights.items()}
+
+
+def adapted(net: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A step of MAML's inner loop."""
+    loss = of_weights(net, weights, X, Y)
+    inner = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+    return {name: p - 0.1 * g for (name, p), g in zip(weights.items(), inner, strict=True)}
+
+
+def test_steps_through_fast_weights_train_and_say_that_they_have_no_statistics():
+    """The gradient is of the parameters, and the layers run with other tensors."""
+    net, plain, opt = trained()
+    found, expected = (gradients_through(model, shrunk) for model in (net, plain))
+    torch.testing.assert_close(found, expected)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         opt.step()
@@ -128,23 +151,9 @@ def test_steps_through_fast_weights_train_and_say_that_they_have_no_statistics()
 
 def test_the_inner_pass_of_maml_gives_the_statistics():
     """It is of the parameters themselves; the outer one is through fast weights."""
-    net = kfc_fx.compile(mlp())
-    opt = kfc_fx.KFC(net, seed=0)
-    train(net, opt, 3)
-    plain = mlp()
-    plain.load_state_dict(net.state_dict())
-    found = []
-    for model in (net, plain):
-        weights = dict(model.named_parameters())
-        for p in weights.values():
-            p.grad = None
-        inner = torch.autograd.grad(
-            of_weights(model, weights, X, Y), list(weights.values()), create_graph=True
-        )
-        fast = {k: p - 0.1 * g for (k, p), g in zip(weights.items(), inner, strict=True)}
-        of_weights(model, fast, X, Y).backward()
-        found.append([p.grad for p in weights.values()])
-    torch.testing.assert_close(*found)
+    net, plain, opt = trained()
+    found, expected = (gradients_through(model, adapted) for model in (net, plain))
+    torch.testing.assert_close(found, expected)
     before = opt.diagnostics.statistics_steps
     opt.step()
     assert opt.diagnostics.statistics_steps == before + 1

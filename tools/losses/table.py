@@ -16,7 +16,7 @@ N, CLASSES = 32, 6
 def loss_cases() -> list[LossCase]:
     """All cases, with the same targets every time."""
     generator = torch.Generator().manual_seed(0)
-    return [*_classes(generator), *_locations(generator), *_coins(generator), *_numbers(generator)]
+    return [*_classes(generator), *_locations(generator), *_binary(generator), *_numbers(generator)]
 
 
 def _uniform(generator: torch.Generator, *shape: int) -> Tensor:
@@ -210,7 +210,7 @@ def _locations(generator: torch.Generator) -> Iterator[LossCase]:
     )
 
 
-def _coins(generator: torch.Generator) -> Iterator[LossCase]:
+def _binary(generator: torch.Generator) -> Iterator[LossCase]:
     one = torch.randint(2, (N,), generator=generator).double()
     labels = torch.randint(2, (N, CLASSES), generator=generator).double()
     pixels = ((_uniform(generator, N, 1, 4, 4) - 0.5) * 2).clamp_min(0)

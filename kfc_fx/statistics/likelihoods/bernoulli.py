@@ -1,4 +1,4 @@
-"""Independent coins."""
+"""Independent binary variables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SOFT = 5e-3
 
 
 class Bernoulli(BatchOfPredictions):
-    """A coin for every entry of the output: the cotangent is ``sigmoid(z) − sample``.
+    """A binary variable for every entry of the output: the cotangent is ``sigmoid(z) − sample``.
 
     Args:
         probabilities: the output holds the probabilities p themselves, as a sigmoid in the model

@@ -89,30 +89,22 @@ class Categorical(BatchOfPredictions):
             own = (cotangent * output).sum(dim).abs()
         else:
             # of log-probabilities the loss's cotangent is −s onehot
-            rows = self._row_scales(output, cotangent)
+            p = output.softmax(dim)
+            rows = _row_scales(p, cotangent, dim)
             counts = (output.numel() // output.shape[dim], len(output), 1)
             soft = at_a_reduction(rows.amax(), counts, rows)
-            rows = torch.where(self.has_hard_targets(output, cotangent), rows, soft)
+            rows = torch.where(_has_hard_targets(p, cotangent, dim), rows, soft)
             own = torch.where((cotangent > 0).any(), rows, cotangent.sum(dim).abs())
         return _least_squares(square, own)
 
     def counts(self, output: Tensor, cotangent: Tensor) -> Tensor:
         """See :class:`Likelihood`. A class that is certain has no cotangent either, and counts."""
         dim = self.class_dim(output)
-        certain = self._probability(output).amax(dim, keepdim=True) > 1 - CERTAIN
+        likeliest = output.amax(dim, keepdim=True)
+        if not self.probabilities:
+            likeliest = (likeliest - output.logsumexp(dim, keepdim=True)).exp()
+        certain = likeliest > 1 - CERTAIN
         return (cotangent != 0).any(dim, keepdim=True) | certain
-
-    def has_hard_targets(self, output: Tensor, cotangent: Tensor) -> Tensor:
-        """Whether each row pushes one class alone up, or down, from where the softmax has it."""
-        dim, square = self.class_dim(output), cotangent.square().sum(self.class_dim(output))
-        p = output.softmax(dim)
-        mean, norm = (cotangent * p).sum(dim), p.square().sum(dim)
-        parallel = torch.zeros_like(square)
-        for target in (cotangent.argmin(dim, keepdim=True), cotangent.argmax(dim, keepdim=True)):
-            of_target, chance = (x.gather(dim, target).squeeze(dim) for x in (cotangent, p))
-            inner = (mean - of_target).square() / (norm - 2 * chance + 1).clamp_min(TINY)
-            parallel = torch.maximum(parallel, inner)
-        return square - parallel <= SOFT * square
 
     def agreement(self, output: Tensor, cotangent: Tensor) -> Tensor:
         """See :class:`Likelihood`."""
@@ -150,19 +142,32 @@ class Categorical(BatchOfPredictions):
             return output.clamp_min(torch.finfo(output.dtype).tiny)
         return output.softmax(self.class_dim(output))
 
-    def _row_scales(self, output: Tensor, cotangent: Tensor) -> Tensor:
-        """``|s|`` of each prediction, from the likeliest classes that are not its target."""
-        dim = self.class_dim(output)
-        p, likeliest = output.softmax(dim).topk(min(LIKELIEST, output.shape[dim]), dim)
-        # A loss that is weighted by a negative advantage pushes its target down, and it alone.
-        pushed_down = ((cotangent > 0).sum(dim, keepdim=True) == 1) & (output.shape[dim] > 2)
-        sign = torch.where(pushed_down, -1.0, 1.0).to(cotangent)
-        target = torch.where(
-            pushed_down, cotangent.argmax(dim, keepdim=True), cotangent.argmin(dim, keepdim=True)
-        )
-        pulled = sign * cotangent.gather(dim, likeliest)
-        ratio = torch.where(p > 0, pulled / torch.where(p > 0, p, 1), 0)
-        return ratio.masked_fill(likeliest == target, 0).amax(dim)
+
+def _row_scales(probability: Tensor, cotangent: Tensor, dim: int) -> Tensor:
+    """``|s|`` of each prediction, from the likeliest classes that are not its target."""
+    classes = probability.shape[dim]
+    p, likeliest = probability.topk(min(LIKELIEST, classes), dim)
+    # A loss that is weighted by a negative advantage pushes its target down, and it alone.
+    pushed_down = ((cotangent > 0).sum(dim, keepdim=True) == 1) & (classes > 2)
+    sign = torch.where(pushed_down, -1.0, 1.0).to(cotangent)
+    target = torch.where(
+        pushed_down, cotangent.argmax(dim, keepdim=True), cotangent.argmin(dim, keepdim=True)
+    )
+    pulled = sign * cotangent.gather(dim, likeliest)
+    ratio = torch.where(p > 0, pulled / torch.where(p > 0, p, 1), 0)
+    return ratio.masked_fill(likeliest == target, 0).amax(dim)
+
+
+def _has_hard_targets(probability: Tensor, cotangent: Tensor, dim: int) -> Tensor:
+    """Whether each row pushes one class alone up, or down, from where the softmax has it."""
+    square = cotangent.square().sum(dim)
+    mean, norm = (cotangent * probability).sum(dim), probability.square().sum(dim)
+    parallel = torch.zeros_like(square)
+    for target in (cotangent.argmin(dim, keepdim=True), cotangent.argmax(dim, keepdim=True)):
+        of_target, chance = (x.gather(dim, target).squeeze(dim) for x in (cotangent, probability))
+        inner = (mean - of_target).square() / (norm - 2 * chance + 1).clamp_min(TINY)
+        parallel = torch.maximum(parallel, inner)
+    return square - parallel <= SOFT * square
 
 
 def _least_squares(square: Tensor, scale: Tensor) -> Tensor:

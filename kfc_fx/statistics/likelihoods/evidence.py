@@ -1,9 +1,9 @@
 """What the loss's gradient tells of the likelihood.
 
 The cotangent c of a loss with respect to the output z has a form that its likelihood gives it. Of
-class scores it is ``s (softmax(z) − t)``, which sums to zero over the classes. Of logits of coins
-it is ``s (σ(z) − t)`` with targets t in [0, 1], most of them 0 or 1. The scale s is the loss's own:
-it holds the reduction, weights, and the factor of a gradient scaler.
+class scores it is ``s (softmax(z) − t)``, which sums to zero over the classes. Of binary logits it
+is ``s (σ(z) − t)`` with targets t in [0, 1], most of them 0 or 1. The scale s is the loss's own: it
+holds the reduction, weights, and the factor of a gradient scaler.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ EQUAL, EQUALLY_ROUNDED = 2e-4, 4.0
 PENALISED, ALIKE = 0.2, 0.9
 """A penalty on the scores leaves sums over classes up to the first, relative to absolute values,
 and a cosine from the second on with the cotangent of one class."""
+FEW = 3
+"""Entries below which nothing is told of binary targets."""
 MANY = 64
 """Entries that soft targets take to be told, which few numbers look like by chance."""
 FEWEST, ON_THE_EDGE = 8, 0.05
@@ -83,7 +85,7 @@ def find_likelihood(
     tolerance = max(EXACT, ROUNDED * rounding)
     equal = max(EQUAL, EQUALLY_ROUNDED * rounding)
     seen = _Evidence(z, c / largest, tolerance, equal, examples, batch_dim, reductions)
-    return seen.of_classes() or seen.of_coins() or seen.of_penalised_classes() or seen.of_numbers()
+    return seen.of_classes() or seen.of_binary() or seen.of_penalised_classes() or seen.of_numbers()
 
 
 def _some(output: Tensor, cotangent: Tensor, batch_dim: int) -> tuple[Tensor, Tensor]:
@@ -207,9 +209,9 @@ class _Evidence:
     def _close(self, values: Tensor, to: float) -> bool:
         return bool(((values - to).abs() <= 10 * self.tolerance).all())
 
-    # -- coins -------------------------------------------------------------------------------
+    # -- binary -------------------------------------------------------------------------------
 
-    def of_coins(self) -> Finding | None:
+    def of_binary(self) -> Finding | None:
         """Entries whose targets are 0 or 1 at one scale, of logits or of probabilities."""
         forms = [Bernoulli()]
         if bool(((self.z >= 0) & (self.z <= 1)).all()):
@@ -249,7 +251,7 @@ class _Evidence:
         nothing = torch.zeros_like(sign)
         for groups in (nothing, sign, unit, 2 * unit + sign, example):
             own, varied = _within(logs, groups), _within(divisors, groups)
-            if len(own) < 3 or own.abs().max() > self.equal:
+            if len(own) < FEW or own.abs().max() > self.equal:
                 continue
             if varied.std() >= WIDE * self.equal:
                 return True
@@ -258,8 +260,8 @@ class _Evidence:
         return False
 
     def _is_reduction(self, log_scale: float) -> bool:
-        """Whether a scale is that of a mean or a sum, which tells coins from other losses where the
-        output hardly varies."""
+        """Whether a scale is that of a mean or a sum. Where the output hardly varies, that alone
+        tells binary targets from other losses."""
         return any(abs(log_scale - log(scale)) <= self.equal for scale in self.reductions)
 
     def _has_one_size(self) -> bool:
@@ -322,7 +324,7 @@ class _Evidence:
         )
 
     def _is_wide(self, likelihood: Bernoulli) -> bool:
-        """Whether some probabilities are near 0 and some near 1, where coins are not numbers."""
+        """Whether some probabilities are near 0 and some near 1, far from where σ is a line."""
         p = self.z if likelihood.probabilities else self.z.sigmoid()
         return int((p < 0.1).sum()) >= FEWEST and int((p > 0.9).sum()) >= FEWEST
 
@@ -347,12 +349,17 @@ class _Evidence:
     # -- numbers -----------------------------------------------------------------------------
 
     def of_numbers(self) -> Finding:
-        """What is neither classes nor coins."""
-        reason = "the loss's gradient is neither that of classes nor that of coins"
-        return Finding(Gaussian(), reason, self._maybe_coins())
+        """What is neither classes nor binary."""
+        reason = "the loss's gradient is neither that of classes nor that of binary targets"
+        return Finding(Gaussian(), reason, self._maybe_binary())
 
-    def _maybe_coins(self) -> str:
-        """What to pass where coins with soft targets would give the same gradient."""
+    def _maybe_binary(self) -> str:
+        """What to pass where binary targets, hard or soft, would give the same gradient."""
+        if int((self.c != 0).sum()) < FEW:
+            return (
+                "so few numbers do not tell a squared error from other losses: pass likelihood= to "
+                "kfc_fx.compile, such as 'bernoulli' for binary cross-entropy"
+            )
         forms = [Bernoulli()]
         if bool(((self.z >= 0) & (self.z <= 1)).all()):
             forms = [Bernoulli(probabilities=True)]
