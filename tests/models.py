@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Iterable, Mapping
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfc_fx
+from kfc_fx.optim.states.state_dict import unpacked
 from kfc_fx.statistics.collector import Collector
 from tests.options import kfc
 
@@ -183,16 +183,18 @@ def count_compiled_emitting_graphs(monkeypatch) -> list[int]:
     return compiled
 
 
-def saved_state(opt: kfc_fx.KFC) -> dict:
-    """State without the target generators, which a backward pass moves on."""
-    state = copy.deepcopy(opt.state_dict()["kfc"])
-    del state["generators"]
-    return state
+def saved_state(opt: kfc_fx.KFC, state_dict: dict | None = None) -> dict:
+    """What is saved of an optimizer's first model, or was, by block and parameter name, with what
+    is of neither."""
+    place = opt._models[0].place(opt.param_groups)
+    saved = opt.state_dict() if state_dict is None else state_dict
+    state, record = unpacked(saved, opt._parameters, [place])[0]
+    return {**vars(state), **record}
 
 
 def assert_same_state(found: dict, expected: dict) -> None:
     """Words are compared too, which torch.testing does not take."""
-    words = ("likelihood", "plan")
+    words = ("likelihood", "plan", "parked")
     assert [found[name] for name in words] == [expected[name] for name in words]
     numbers = [{k: v for k, v in own.items() if k not in words} for own in (found, expected)]
     torch.testing.assert_close(*numbers, rtol=0, atol=0)

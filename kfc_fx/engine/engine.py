@@ -20,7 +20,7 @@ from kfc_fx.engine.compiled_step import compile_step, with_tensors
 from kfc_fx.engine.factors import Factors, factors_of
 from kfc_fx.engine.master_weights import MasterWeights
 from kfc_fx.engine.screening import ScreenedStatistics
-from kfc_fx.engine.state import SavedState, fitting, stacked_state, state_by_block
+from kfc_fx.engine.state import BlockStates, SavedState, fitting, stacked_state
 from kfc_fx.engine.static_step import StaticStep
 from kfc_fx.engine.step_inputs import (
     Momenta,
@@ -65,7 +65,7 @@ class UpdateEngine:
         kept = fitting(spec, saved.blocks)
         self.anew = [block.name for block in self.blocks if block.name not in kept]
         """Blocks that ``saved`` has nothing for, or not what is kept of them now."""
-        self.waiting = bool(self.anew)
+        self.waiting = bool(self.anew) or saved.waiting
         """Whether there are blocks without statistics."""
         self.started = saved.started and not self.anew
         self.state = stacked_state(spec, kept)
@@ -196,18 +196,16 @@ class UpdateEngine:
             self.state, self.generic, self.average, self.started, self.waiting = before
             raise
 
-    def saved(self) -> SavedState:
-        """Copies of the state by name."""
+    def held(self) -> SavedState:
+        """The state by name, in the tensors that it is in."""
         return SavedState(
-            state_by_block(self.spec, self.state),
-            {
-                name: {k: v.clone() for k, v in entry.items()}
-                for name, entry in self.generic.items()
-            },
-            {name: value.clone() for name, value in self.average.items()},
-            self._master_weights.saved(),
+            BlockStates(self.spec, self.state),
+            {name: dict(entry) for name, entry in self.generic.items()},
+            dict(self.average),
+            self._master_weights.held(),
             self.started,
             {block.name: block.as_dict() for block in self.blocks},
+            self.waiting,
         )
 
     def factors(self, block: str) -> Factors:

@@ -46,9 +46,9 @@ class MasterWeights:
         """Remember that parameters and copies fit together now."""
         self._versions = {name: self._parameters[name]._version for name in self._copies}
 
-    def saved(self) -> dict[str, Tensor]:
-        """Copies of the copies, for a state dict."""
-        return {name: copy.clone() for name, copy in self._copies.items()}
+    def held(self) -> dict[str, Tensor]:
+        """The copies that there are."""
+        return dict(self._copies)
 
 
 def _wide(parameter: Tensor, value: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ and bases, has no count of examples."""
 class SavedState:
     """State by name, independent of how blocks are stacked: what ``state_dict`` holds."""
 
-    blocks: dict[str, dict[str, Tensor]]
+    blocks: Mapping[str, dict[str, Tensor]]
     generic: dict[str, dict[str, Tensor]]
     average: dict[str, Tensor]
     master_weights: dict[str, Tensor]
@@ -31,6 +31,12 @@ class SavedState:
     plan: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What each block is, as plain data. A run that goes on knows so of layers that it has not
     called yet."""
+    waiting: bool = False
+    """Whether there are blocks that have joined, and have no statistics yet."""
+    parked: frozenset[str] = frozenset()
+    """Blocks that have state and no place in the update, such as those of layers long frozen."""
+    since: int = 0
+    """Steps since parameters or groups were last changed."""
 
     @classmethod
     def empty(cls) -> SavedState:
@@ -40,46 +46,37 @@ class SavedState:
     def without(self, names: Collection[str], blocks: Collection[str]) -> SavedState:
         """The same without what it holds of some parameters and blocks."""
 
-        def left(state: dict[str, Any], gone: Collection[str]) -> dict[str, Any]:
+        def left(state: Mapping[str, Any], gone: Collection[str]) -> dict[str, Any]:
             return {name: value for name, value in state.items() if name not in gone}
 
-        return SavedState(
-            left(self.blocks, blocks),
-            left(self.generic, names),
-            left(self.average, names),
-            left(self.master_weights, names),
-            self.started,
-            left(self.plan, blocks),
+        return replace(
+            self,
+            blocks=left(self.blocks, blocks),
+            generic=left(self.generic, names),
+            average=left(self.average, names),
+            master_weights=left(self.master_weights, names),
+            plan=left(self.plan, blocks),
+            parked=self.parked - set(blocks),
         )
 
     def renamed(self, names: Mapping[str, str], blocks: Mapping[str, str]) -> SavedState:
-        """The same of a model whose parameters have other names now; but for the plan.
+        """The same of a model whose parameters have other names now, but for what the plan says.
 
         Args:
             names: old name of a parameter to its new one; ``blocks``: the same of blocks.
         """
 
-        def under(state: dict[str, Any], new: Mapping[str, str]) -> dict[str, Any]:
+        def under(state: Mapping[str, Any], new: Mapping[str, str]) -> dict[str, Any]:
             return {new.get(name, name): value for name, value in state.items()}
 
-        return SavedState(
-            under(self.blocks, blocks),
-            under(self.generic, names),
-            under(self.average, names),
-            under(self.master_weights, names),
-            self.started,
+        return replace(
+            self,
+            blocks=under(self.blocks, blocks),
+            generic=under(self.generic, names),
+            average=under(self.average, names),
+            master_weights=under(self.master_weights, names),
+            parked=frozenset(blocks.get(name, name) for name in self.parked),
         )
-
-    @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> SavedState:
-        """From what :func:`vars` of another returned."""
-        blocks, generic = (
-            {name: dict(entry) for name, entry in saved[part].items()}
-            for part in ("blocks", "generic")
-        )
-        average, master_weights = dict(saved["average"]), dict(saved["master_weights"])
-        plan = dict(saved["plan"])
-        return cls(blocks, generic, average, master_weights, saved["started"], plan)
 
 
 def state_entries(spec: UpdateSpec, stack: StackSpec) -> dict[str, StateEntry]:
@@ -148,18 +145,26 @@ def stacked_state(
     return state
 
 
-def state_by_block(
-    spec: UpdateSpec, state: Mapping[str, Mapping[str, Tensor]]
-) -> dict[str, dict[str, Tensor]]:
-    """The inverse of :func:`stacked_state`: copies, block name to state name to tensor."""
-    return {
-        block: {
-            name: entries_of(state[stack.key][name], stack, span).clone()
-            for name in state_entries(spec, stack)
+class BlockStates(Mapping[str, dict[str, Tensor]]):
+    """The inverse of :func:`stacked_state`: block name to state name to tensor, views of the
+    stacks."""
+
+    def __init__(self, spec: UpdateSpec, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self._state = state
+        self._places = {
+            block: (stack, span) for stack in spec.stacks for block, span in stack.spans.items()
         }
-        for stack in spec.stacks
-        for block, span in stack.spans.items()
-    }
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, block: str) -> dict[str, Tensor]:
+        stack, span = self._places[block]
+        own = self._state[stack.key]
+        return {name: entries_of(value, stack, span) for name, value in own.items()}
 
 
 def entries_of(tensor: Tensor, stack: StackSpec, span: tuple[int, int]) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -51,8 +52,9 @@ class Binding:
         self._options = options
         self._engine: UpdateEngine | None = None
         self._key: object = None
+        self._revision = -1
         self._since = 0
-        """Steps since the key has changed."""
+        """Steps since the key has changed, also those before the state was saved."""
         self._loaded = SavedState.empty()
         self._resumes = False
         """Whether what the next engine starts from was loaded by the user."""
@@ -84,8 +86,7 @@ class Binding:
         self.names = {parameter: name for name, parameter in held.items()}
         self.names |= {parameter: name for name, parameter in self._outside.items()}
         if renamed:
-            self._loaded = _renamed(self.saved(), renamed, gone)
-            self._engine, self._parked, self._parked_plan = None, {}, {}
+            self.take_over(_renamed(self.held(), renamed, gone))
         self._key = None
         return bool(before)
 
@@ -118,16 +119,18 @@ class Binding:
         """
         parameters = self.parameters
         key = (
-            self._compilation.revision,
             tuple((p.requires_grad, p.device, p.dtype) for p in parameters.values()),
             tuple(
                 (tuple(map(id, g["params"])), g["weight_decay"] > 0, g["betas"][0] > 0)
                 for g in groups
             ),
         )
-        self._since = self._since + 1 if self._key == key else 0
-        self._changes += not self._since
-        if self._engine is None or self._since in (0, SETTLED):
+        if self._key != key:
+            self._since = self._loaded.since if self._engine is None else 0
+        revision = self._compilation.revision
+        changed = (self._key, self._revision) != (key, revision)
+        self._changes += changed
+        if self._engine is None or changed or self._since == SETTLED:
             by_name = self.by_name(groups)
             spec = update_spec(
                 self._compilation,
@@ -139,9 +142,13 @@ class Binding:
             )
             if self._engine is None or self._engine.spec != spec:
                 self._engine = self._built(spec, parameters, groups)
-            self._key = key
+            self._key, self._revision = key, revision
         self._engine.take_parameters(parameters)  # the real views of complex ones are new
         return self._engine
+
+    def note_step(self) -> None:
+        """Count a step that was taken."""
+        self._since += 1
 
     def _blocks_beside(
         self, parameters: Mapping[str, Tensor], groups: Mapping[str, Group]
@@ -152,17 +159,17 @@ class Binding:
         taken = {name for block in plan.blocks for name in block.parameters}
         unused = {generic.name for generic in plan.generic if generic.reason == NOT_USED}
         found = []
-        loaded = map(BlockSpec.from_dict, self._loaded.plan.values())
-        known = loaded if self._engine is None else self._engine.blocks
-        keeps_frozen = self._engine is not None and self._since < SETTLED
-        for block in known:
+        state = self._loaded if self._engine is None else self.held()
+        for name, plain in state.plan.items():
+            block = BlockSpec.from_dict(plain)
             names = set(block.parameters)
             if not names <= groups.keys() or names & taken:
                 continue
             if tuple(parameters[block.weight].shape) != block.weight_shape:
                 continue
             frozen = not any(parameters[own].requires_grad for own in names)
-            if names <= unused or (frozen and keeps_frozen):
+            keeps_place = self._since < SETTLED and name not in state.parked
+            if names <= unused or (frozen and keeps_place):
                 found.append(block)
         return found
 
@@ -181,7 +188,7 @@ class Binding:
         """The engine of a spec, with the state that there is."""
         compiled, graph = self._options.compile_update, self._options.cuda_graph
         _check_one_device(spec, parameters, compiled=compiled)
-        saved = self.saved()
+        saved = self.held()
         engine = UpdateEngine(
             spec,
             saved,
@@ -194,7 +201,11 @@ class Binding:
             self._check_loaded(engine.anew)
         self._tell_of_lost_blocks(spec)
         own = {block.name for block in engine.blocks}
-        self._parked = {name: entries for name, entries in saved.blocks.items() if name not in own}
+        self._parked = {
+            name: {key: value.clone() for key, value in saved.blocks[name].items()}
+            for name in saved.blocks
+            if name not in own
+        }
         self._parked_plan = {n: b for n, b in saved.plan.items() if n in self._parked}
         self._loaded, self._resumes = SavedState.empty(), False
         return engine
@@ -235,25 +246,34 @@ class Binding:
                     "every step from the model: leave betas as they are (cycle_momentum=False)"
                 )
 
-    def saved(self) -> SavedState:
+    def held(self) -> SavedState:
         """State of the engine, and of blocks that are not in it now, such as those of layers that
-        are frozen or not called; before there is an engine, the state that it will start from."""
-        state = self._loaded if self._engine is None else self._engine.saved()
+        are frozen or not called, in the tensors that it is in; before there is an engine, the state
+        that it will start from."""
+        state = self._loaded if self._engine is None else self._engine.held()
         return replace(
             state,
-            blocks={**self._parked, **state.blocks},
+            blocks=ChainMap(self._parked, cast(Any, state.blocks)),
             plan={**self._parked_plan, **state.plan},
+            parked=frozenset(self._parked) if self._engine else state.parked,
+            since=self._since if self._engine else state.since,
+        )
+
+    @property
+    def has_state(self) -> bool:
+        """Whether there is an engine, or a state that one will start from."""
+        return self._engine is not None or bool(
+            self._loaded.blocks or self._loaded.generic or self._loaded.average
         )
 
     def take_over(self, state: SavedState) -> None:
         """Start the next engine from ``state``, which need not be whole."""
-        self._engine, self._loaded = None, state
+        self._engine, self._loaded, self._key = None, state, None
         self._parked, self._parked_plan = {}, {}
 
     def load(self, state: SavedState) -> None:
-        """Start the next engine from ``state``."""
-        self._engine, self._loaded = None, state
-        self._parked, self._parked_plan = {}, {}
+        """Start the next engine from ``state``, which the user has loaded."""
+        self.take_over(state)
         self._resumes = True
 
     def _check_loaded(self, anew: Sequence[str]) -> None:

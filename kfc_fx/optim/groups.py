@@ -55,6 +55,18 @@ def check_second_beta(group: Group, betas: tuple[float, float]) -> None:
         )
 
 
+def check_loaded_groups(groups: Sequence[Group], betas: tuple[float, float]) -> None:
+    """Raise :class:`OptionError` for groups that were saved with another second beta."""
+    for group in groups:
+        second = tuple(group.get("betas", betas))[1]
+        if second != betas[1]:
+            raise OptionError(
+                f"this state_dict is of another scaling, or of other betas: the second one is "
+                f"{second} in it, and {betas[1]} here. Make KFC with the options that it was saved "
+                "with"
+            )
+
+
 def warn_of_large_rates(groups: Sequence[Group], scaling: Scaling) -> None:
     """Warn of a rate that is meant for another optimizer: where steps are of the rate's size,
     whatever the gradient's is, one of this size leaves nothing of a weight."""

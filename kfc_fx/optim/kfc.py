@@ -17,11 +17,14 @@ from kfc_fx.engine.engine import UpdateEngine
 from kfc_fx.engine.factors import Factors
 from kfc_fx.errors import OptionError, StepError
 from kfc_fx.optim.adoption import adamw_entries
-from kfc_fx.optim.checked_states import checked_states
-from kfc_fx.optim.copies import Given, restored
 from kfc_fx.optim.diagnostics import Diagnostics, joined
 from kfc_fx.optim.generic import Generic
-from kfc_fx.optim.groups import check_group, groups_of, warn_of_large_rates
+from kfc_fx.optim.groups import (
+    check_group,
+    check_loaded_groups,
+    groups_of,
+    warn_of_large_rates,
+)
 from kfc_fx.optim.interrupts import deferred_interrupts
 from kfc_fx.optim.model_step import ModelStep
 from kfc_fx.optim.options import KFCOptions
@@ -32,6 +35,9 @@ from kfc_fx.optim.scalings.scaling import Scaling
 from kfc_fx.optim.scalings.table import scaling_of
 from kfc_fx.optim.schedule import Schedule
 from kfc_fx.optim.shown import shown
+from kfc_fx.optim.states.copies import Given, restored
+from kfc_fx.optim.states.live import ParameterStates
+from kfc_fx.optim.states.state_dict import RUN, packed, unpacked
 from kfc_fx.optim.statistics import Statistics
 from kfc_fx.optim.target import target_of, tensors_of
 
@@ -115,7 +121,7 @@ class KFC(torch.optim.Optimizer):
         self._models = _models(target.compilations, options, target.chosen)
         self._made = False  # it takes no statistics of others before all of it is checked
         lr = options.scaling.lr if lr is None else lr
-        defaults = {"lr": lr, "betas": options.betas, "weight_decay": weight_decay}
+        defaults = {"lr": lr, "betas": options.betas, "weight_decay": weight_decay, RUN: ""}
         super().__init__(target.chosen, defaults)
         warn_of_large_rates(self.param_groups, options.scaling)
         self._reported = Progress(0, {})
@@ -172,6 +178,8 @@ class KFC(torch.optim.Optimizer):
         if trial is not None and loss is None:
             raise StepError("adapt_damping needs a closure that returns the loss; it returned None")
         groups = self.param_groups
+        if self._changes_nothing():
+            return loss
         stepping = self._with_gradients()
         if not all(own.may_step(engine, gradients, groups) for own, engine, gradients in stepping):
             for own, *_ in stepping:
@@ -187,6 +195,16 @@ class KFC(torch.optim.Optimizer):
                 own.exact.adapt_damping(trial, closure, loss, gradients)
                 own.end()
         return loss
+
+    def _changes_nothing(self) -> bool:
+        """Whether all rates and gradients are zero and there are no statistics: torch takes such a
+        step for an optimizer to make its state."""
+        if any(float(group["lr"]) for group in self.param_groups):
+            return False
+        if any(own.collector.sums.blocks for own in self._models):
+            return False
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        return bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)
 
     def _take(self, stepping: Sequence[tuple[ModelStep, UpdateEngine, dict[str, Tensor]]]) -> None:
         """The step of all models that have gradients: whole, or not at all where it raises."""
@@ -220,22 +238,48 @@ class KFC(torch.optim.Optimizer):
         for own in self._models:
             own.collector.take()
 
+    @property  # type: ignore[override]
+    def state(self) -> ParameterStates:
+        """The state by parameter, as soon as the plan is known: moments; factors, bases and
+        counters under the weight of their block. ``clear()`` begins anew."""
+        models = [(own.binding.names, own.entries(self.param_groups)) for own in self._models]
+        return ParameterStates(self._parameters, models, self._restart)
+
+    @state.setter
+    def state(self, state: Mapping[Tensor, Any]) -> None:
+        if len(state):
+            raise OptionError("the state of a KFC is loaded by opt.load_state_dict")
+        if self._made:
+            self._restart()
+
+    def _restart(self) -> None:
+        for own in self._models:
+            own.restart()
+
+    @property
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """Parameter groups, and under ``"kfc"`` the state by block and parameter name; that of
-        further models under ``"others"`` in it."""
-        first, *others = (own.saved() for own in self._models)
-        return {**super().state_dict(), "kfc": {**first, "others": others}}
+        """Parameter groups and the state by parameter, as of any ``torch.optim`` optimizer, in
+        copies. What is of no parameter, counters for one, is a text in each group."""
+        records = [own.record(self.param_groups) for own in self._models]
+        return packed(super().state_dict(), records)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
         """Continue from a saved state, in this process or another.
 
         Raises:
-            OptionError: the state is not that of a KFC optimizer for as many models.
+            OptionError: the state is not that of a KFC optimizer for as many models, of the same
+                parameters; it is not whole; or it is of another scaling.
         """
-        states = checked_states(state_dict, len(self._models), self.options.betas)
-        super().load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
-        for own, (state, data) in zip(self._models, states, strict=True):
-            own.load(state, data)
+        places = [own.place(self.param_groups) for own in self._models]
+        states = unpacked(state_dict, self._parameters, places)
+        groups = [{**group, RUN: ""} for group in state_dict["param_groups"]]
+        check_loaded_groups(groups, self.options.betas)
+        super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
+        for own, (state, record) in zip(self._models, states, strict=True):
+            own.load(state, record)
 
     def adopt(self, state_dict: Mapping[str, Any]) -> None:
         """Take over the state of a run by ``torch.optim.AdamW`` or ``Adam``: the moments of the
@@ -379,8 +423,8 @@ def _models(
     outside = {f"outside.{index}": parameter for index, parameter in enumerate(given)}
     first, *others = compilations
     return [
-        ModelStep(first, options, outside),
-        *(ModelStep(compilation, options, {}) for compilation in others),
+        ModelStep(first, options, outside, 0),
+        *(ModelStep(own, options, {}, number) for number, own in enumerate(others, 1)),
     ]
 
 

@@ -25,6 +25,8 @@ from kfc_fx.optim.groups import Group
 from kfc_fx.optim.options import KFCOptions
 from kfc_fx.optim.rates import generic_numbers, option_numbers
 from kfc_fx.optim.schedule import Schedule, averaging_rate
+from kfc_fx.optim.states.entries import Entries
+from kfc_fx.optim.states.state_dict import Place
 from kfc_fx.statistics.inputs import inputs_of
 from kfc_fx.statistics.likelihoods.categorical import Categorical
 from kfc_fx.statistics.loss_pass import UNDECIDED
@@ -44,26 +46,34 @@ class ModelStep:
 
     Args:
         outside: parameters of no compiled model by name, which are generic ones of this.
+        number: of the model among the optimizer's.
 
     Raises:
         OptionError: options do not go with the model or its backend.
     """
 
     def __init__(
-        self, compilation: Compilation, options: KFCOptions, outside: Mapping[str, Tensor]
+        self,
+        compilation: Compilation,
+        options: KFCOptions,
+        outside: Mapping[str, Tensor],
+        number: int,
     ) -> None:
         check_model(compilation, options)
         compilation.names.refresh_if_changed()
-        self.compilation, self._options = compilation, options
+        self.compilation, self._options, self._number = compilation, options, number
         self.binding = Binding(compilation, options, outside)
         self.collector = compilation.attach(request_of(compilation, options), ())
         statistics = options.statistics
         self.schedule = Schedule(statistics.every, statistics.refresh_every, options.first_steps)
-        self._diagnostics = Diagnostics(damping=getattr(options.scaling, "damping", None))
+        self._diagnostics = self._fresh_diagnostics()
         self.exact = ExactFisher(compilation, self.collector, options, self._diagnostics)
         self._last_step_ended: float | None = None
         self._owned: object = None
         self._warned: set[str] = set()
+
+    def _fresh_diagnostics(self) -> Diagnostics:
+        return Diagnostics(damping=getattr(self._options.scaling, "damping", None))
 
     # -- around steps ------------------------------------------------------------------------
 
@@ -87,21 +97,58 @@ class ModelStep:
             self.arm()
         return self._diagnostics
 
-    def saved(self) -> dict[str, Any]:
-        """Plain data for ``state_dict``."""
+    def entries(self, groups: Groups) -> Entries:
+        """The state by parameter name; empty before the plan is known."""
+        binding = self.binding
+        binding.follow()
+        if binding.current is None and self.compilation.captured and self.compilation.plan.blocks:
+            binding.engine(groups)
+        own = binding.by_name(groups)
+        known = binding.has_state
+        options = self._options
+        return Entries(
+            binding.held(),
+            {name: p for name, p in binding.parameters.items() if name in own and known},
+            model=self._number,
+            steps=self._diagnostics.steps,
+            average=options.average is not None,
+            master_weights=options.master_weights,
+        )
+
+    def record(self, groups: Groups) -> dict[str, Any]:
+        """What is of no parameter, as plain data for a state dict."""
+        counters = self.diagnostics.counters()
+        state = self.binding.held()
         return {
-            **vars(self.binding.saved()),
-            "counters": self.diagnostics.counters(),
+            "started": state.started,
+            "waiting": state.waiting,
+            "since": state.since,
+            "counters": counters,
             "likelihood": self.collector.choice.state(),
-            "generators": self.collector.generator_states(),
+            "seed": self.collector.seed,
+            "entries": len(self.entries(groups)),
         }
 
-    def load(self, state: SavedState, kfc: Mapping[str, Any]) -> None:
-        """Continue from what :meth:`saved` gave."""
+    def place(self, groups: Groups) -> Place:
+        """The model as a state is loaded into it."""
+        self.binding.follow()
+        names = {name: p for p, name in self.binding.names.items()}
+        own = {names[name]: name for name in self.binding.by_name(groups)}
+        return Place(own, self.binding.parameters)
+
+    def load(self, state: SavedState, record: Mapping[str, Any]) -> None:
+        """Continue from what :meth:`entries` and :meth:`record` gave."""
         self.binding.load(state)
-        self.diagnostics.restore(kfc["counters"])
-        self.collector.choice.restore(kfc["likelihood"])
-        self.collector.set_generator_states(kfc["generators"])
+        self.diagnostics.restore(record["counters"])
+        self.collector.choice.restore(record["likelihood"])
+        self.collector.seed = record["seed"]
+        self.collector.take()
+        self.arm()
+
+    def restart(self) -> None:
+        """Begin anew, without any state."""
+        self.binding.take_over(SavedState.empty())
+        self._diagnostics.restore(self._fresh_diagnostics().counters())
         self.collector.take()
         self.arm()
 
@@ -115,11 +162,11 @@ class ModelStep:
         own = {names[p]: entry for p, entry in entries.items() if p in names}
         if not own:
             return
-        saved = self.binding.saved()
+        saved = self.binding.held()
         saved.generic |= {name: {"m": m.clone(), "v": v.clone()} for name, (m, v, _) in own.items()}
         self.binding.take_over(saved)
         self._diagnostics.steps = max(count for *_, count in own.values())
-        self.collector.arm()
+        self.collector.arm(number=self._diagnostics.statistics_steps)
 
     def arm(self) -> None:
         """Let the next forward pass emit, if statistics are due at the next step, or there are
@@ -127,7 +174,7 @@ class ModelStep:
         engine = self.binding.current
         waiting = engine is not None and engine.waiting
         due = self.schedule.statistics_due(self._diagnostics.steps)
-        self.collector.arm(due or waiting)
+        self.collector.arm(due or waiting, self._diagnostics.statistics_steps)
 
     def initialize(self, batches: Iterable[Any], groups: Groups) -> None:
         """See :meth:`kfc_fx.KFC.initialize`."""
@@ -140,6 +187,7 @@ class ModelStep:
         with torch.no_grad():
             self.use_statistics(self.engine(groups))
         self.collector.take()
+        self.arm()
 
     # -- one step ----------------------------------------------------------------------------
 
@@ -254,6 +302,7 @@ class ModelStep:
 
     def end(self) -> None:
         """Begin the way to the next step."""
+        self.binding.note_step()
         self.collector.take()
         self.arm()
         self._last_step_ended = time.perf_counter()

@@ -158,7 +158,9 @@ class BlockSpec:
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> BlockSpec:
         """From what :meth:`as_dict` of another returned."""
-        return cls(**{**saved, "geometry": ConvGeometry(**saved["geometry"])})
+        whole = {name: _as_tuples(value) for name, value in saved.items()}
+        geometry = {name: _as_tuples(value) for name, value in saved["geometry"].items()}
+        return cls(**{**whole, "geometry": ConvGeometry(**geometry)})
 
     def renamed(self, name: str, names: Mapping[str, str]) -> BlockSpec:
         """The same under another name, of parameters with other names.
@@ -234,6 +236,11 @@ class BlockSpec:
     def parameters(self) -> tuple[str, ...]:
         """Names of the parameters in the block, weight first."""
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+
+def _as_tuples(value: Any) -> Any:
+    """With tuples in place of lists, which texts have."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def _is_diagonal(when: Diagonal, side: int) -> bool:

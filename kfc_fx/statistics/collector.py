@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+import hashlib
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -44,7 +44,9 @@ class Collector:
         self._opened: list[Closable] = []
         self._leaves: dict[tuple[str, str], Tensor] = {}
         self._generators: dict[torch.device, torch.Generator] = {}
-        self._seed = torch.initial_seed() if request.seed is None else request.seed
+        self.seed: int = torch.initial_seed() if request.seed is None else request.seed
+        """Of the sampled targets."""
+        self._number = 0
 
     # -- for the optimizer -------------------------------------------------------------------
 
@@ -65,9 +67,14 @@ class Collector:
         """Whether the next forward pass takes statistics."""
         return self._armed
 
-    def arm(self, due: bool = True) -> None:
-        """Let the next forward passes take statistics, or not."""
-        self._armed = due
+    def arm(self, due: bool = True, number: int = 0) -> None:
+        """Let the next forward passes take statistics, or not.
+
+        Args:
+            number: how many statistics there were. Their sampled targets follow from the seed and
+                this number alone, so that a run that goes on from a saved state has the same.
+        """
+        self._armed, self._number = due, number
 
     @property
     def sums(self) -> Sums:
@@ -79,6 +86,7 @@ class Collector:
         self._missing = self._missing_alone = ""
         for running in list(self._opened):
             running.close()
+        self._generators.clear()
         taken, self._sums = self._sums, Sums()
         return taken
 
@@ -108,17 +116,6 @@ class Collector:
     def last_inputs(self) -> Inputs | None:
         """Inputs of the last forward pass, where the request keeps them."""
         return self._last_inputs
-
-    def generator_states(self) -> dict[str, Any]:
-        """The seed, and the state of every generator in use, by device."""
-        states = {str(d): g.get_state() for d, g in self._generators.items()}
-        return {"seed": self._seed, "states": states}
-
-    def set_generator_states(self, saved: Mapping[str, Any]) -> None:
-        """Continue the generators from saved states; those that were not in use begin anew."""
-        self._seed, self._generators = saved["seed"], {}
-        for device, state in saved["states"].items():
-            self.generator(torch.device(device)).set_state(state.cpu())
 
     # -- for the compiled model --------------------------------------------------------------
 
@@ -194,7 +191,9 @@ class Collector:
     def generator(self, device: torch.device) -> torch.Generator:
         """The generator of sampled targets on a device, apart from torch's global one."""
         if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self._seed % 2**63)
+            text = f"{self.seed} {self._number}".encode()
+            own = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+            self._generators[device] = torch.Generator(device).manual_seed(own % 2**63)
         return self._generators[device]
 
     def _add(self, taken: BlockSums, record: ForwardRecord, examples: int, seconds: float) -> None:

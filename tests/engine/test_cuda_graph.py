@@ -15,7 +15,7 @@ import kfc_fx
 from kfc_fx.engine import static_step
 from kfc_fx.errors import KfcWarning, OptionError
 from kfc_fx.optim import binding
-from tests.models import collector_of
+from tests.models import collector_of, saved_state
 from tests.options import kfc
 
 SCALINGS = ("adam", "spectral", "eigen", "inverse")
@@ -126,13 +126,13 @@ def test_gradients_that_are_not_finite_change_nothing(recorded, scaling, bad):
     plain, plain_opt = optimizer(False, scaling=scaling, average=5.0)
     train(model, opt, 23)  # neither statistics nor a refresh are due at the next two
     train(plain, plain_opt, 23)
-    before, saved = parameters(model), opt.state_dict()["kfc"]
+    before, saved = parameters(model), saved_state(opt)
     with pytest.warns(KfcWarning, match="a gradient is not finite"):
         assert skipped_steps(model, opt, bad) == 2
     for old, new in zip(before, model.parameters(), strict=True):
         assert torch.equal(old, new)
     assert opt.diagnostics.steps == 23
-    after = opt.state_dict()["kfc"]
+    after = saved_state(opt)
     for part in ("blocks", "generic"):
         for name, entry in saved[part].items():
             for key, value in entry.items():

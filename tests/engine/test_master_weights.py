@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kfc_fx
+from tests.models import saved_state
 from tests.options import kfc
 
 X = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
@@ -54,7 +55,7 @@ def test_small_steps_are_lost_in_rounding_and_kept_by_master_weights(scaling):
 def test_parameters_are_the_rounded_master_weights_and_the_average_is_wide():
     net = network().bfloat16()
     _, opt = trained(net, 3, master_weights=True)
-    master_weights = opt.state_dict()["kfc"]["master_weights"]
+    master_weights = saved_state(opt)["master_weights"]
     assert set(master_weights) == {name for name, _ in net.named_parameters()}
     for name, parameter in net.named_parameters():
         assert torch.equal(master_weights[name].bfloat16(), parameter)
@@ -69,7 +70,7 @@ def test_only_half_precision_parameters_have_master_weights_and_without_them_no_
     opt = kfc_fx.KFC(compiled, lr=0.01, master_weights=True)
     F.cross_entropy(compiled(X).float(), Y).backward()
     opt.step()
-    assert set(opt.state_dict()["kfc"]["master_weights"]) == {"2.weight", "2.bias"}
+    assert set(saved_state(opt)["master_weights"]) == {"2.weight", "2.bias"}
     assert "master_weights" not in trained(network(), 1, master_weights=True)[1].update_source
 
 
@@ -103,8 +104,8 @@ def test_resumed_bit_for_bit(tmp_path):
     other.load_state_dict(saved["opt"])
     run(copied, other, 4)
     for (name, value), (_, expected) in zip(
-        opt.state_dict()["kfc"]["master_weights"].items(),
-        other.state_dict()["kfc"]["master_weights"].items(),
+        saved_state(opt)["master_weights"].items(),
+        saved_state(other)["master_weights"].items(),
         strict=True,
     ):
         assert torch.equal(value, expected), name

@@ -150,7 +150,7 @@ def test_heads_by_turns_resume_bit_for_bit(scaling, stop):
         by_turns(net, opt, step, step + 1)
         by_turns(fresh, other, step, step + 1)
     torch.testing.assert_close(parameters(fresh), parameters(net), rtol=0, atol=0)
-    assert other.state_dict()["kfc"]["blocks"].keys() == opt.state_dict()["kfc"]["blocks"].keys()
+    assert saved_state(other)["blocks"].keys() == saved_state(opt)["blocks"].keys()
 
 
 # -- other optimizers ------------------------------------------------------------------------
@@ -168,10 +168,10 @@ def test_the_state_of_an_adamw_run_is_taken_over():
     opt = kfc_fx.KFC(net)
     opt.adopt(saved)
     assert opt.diagnostics.steps == 7
-    before = opt.state_dict()["kfc"]["generic"]["1.weight"]
+    before = saved_state(opt)["generic"]["1.weight"]
     torch.testing.assert_close(before["m"], adamw.state[net[1].weight]["exp_avg"], rtol=0, atol=0)
     train(net, opt, 1)
-    generic = opt.state_dict()["kfc"]["generic"]
+    generic = saved_state(opt)["generic"]
     assert generic.keys() == {"1.weight", "1.bias"}  # blocks have moments of their own
     assert not torch.allclose(generic["1.weight"]["m"], before["m"])
     assert opt.diagnostics.statistics_steps == 1

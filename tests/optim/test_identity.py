@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 
 import kfc_fx
+from tests.models import saved_state
 
 X = torch.randn(512, 6, generator=torch.Generator().manual_seed(0))
 W = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
@@ -68,7 +69,7 @@ def parametrized(net: nn.Module):
 def test_a_reparametrised_weight_is_trained_at_once_and_has_its_block_back(change):
     run = start()
     run.train(24)
-    saved = copy.deepcopy(run.opt.state_dict()["kfc"]["blocks"]["0"])
+    saved = saved_state(run.opt)["blocks"]["0"]
     held, back = change(run.net)
     before = held().detach().clone()
     run.train(1)
@@ -82,7 +83,7 @@ def test_a_reparametrised_weight_is_trained_at_once_and_has_its_block_back(chang
     back()
     run.train(1)
     assert {block.name for block in run.net.kfc.plan.blocks} == {"0", "2"}
-    again = run.opt.state_dict()["kfc"]["blocks"]["0"]
+    again = saved_state(run.opt)["blocks"]["0"]
     assert again["mass"].max() >= saved["mass"].max()  # it did not begin anew
     assert run.train(20) < 0.5
 
@@ -107,7 +108,7 @@ def test_a_wrapped_layer_keeps_its_state(scaling):
         own.train(5)
     found = dict(zip(plain.net.state_dict(), run.net.state_dict().values(), strict=True))
     torch.testing.assert_close(found, dict(plain.net.state_dict()), rtol=0, atol=0)
-    assert set(run.opt.state_dict()["kfc"]["blocks"]) == {"0.inner", "2"}
+    assert set(saved_state(run.opt)["blocks"]) == {"0.inner", "2"}
 
 
 def test_an_adapter_around_a_layer_trains_beside_it():
@@ -236,19 +237,19 @@ def test_halves_that_are_frozen_by_turns_build_no_update_each_step(monkeypatch):
 def test_a_layer_that_was_frozen_for_some_steps_has_its_state_afterwards(steps):
     run = start()
     run.train(24)
-    before = copy.deepcopy(run.opt.state_dict()["kfc"]["blocks"]["0"])
+    before = saved_state(run.opt)["blocks"]["0"]
     run.net[0].requires_grad_(False)
     run.train(steps)
-    while_frozen = run.opt.state_dict()["kfc"]["blocks"]["0"]
+    while_frozen = saved_state(run.opt)["blocks"]["0"]
     run.net[0].requires_grad_(True)
     for name in ("m", "v"):  # a refresh of the basis turns them
         torch.testing.assert_close(while_frozen[name].norm(), before[name].norm(), rtol=0.1, atol=0)
     saved = copy.deepcopy(run.opt.state_dict())
     run.train(1)
-    after = run.opt.state_dict()["kfc"]["blocks"]["0"]
+    after = saved_state(run.opt)["blocks"]["0"]
     assert not torch.equal(after["m"], before["m"])
     assert float(after["m"].norm()) > 0.2 * float(before["m"].norm())
-    assert saved["kfc"]["blocks"].keys() == {"0", "2"}
+    assert saved_state(run.opt, saved)["blocks"].keys() == {"0", "2"}
 
 
 def test_a_layer_that_moves_to_the_place_of_another_takes_its_own_state():
@@ -256,12 +257,12 @@ def test_a_layer_that_moves_to_the_place_of_another_takes_its_own_state():
     net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
     run = start(net)
     run.train(25)
-    own = run.opt.state_dict()["kfc"]["blocks"]["0"]
+    own = saved_state(run.opt)["blocks"]["0"]
     kept = run.net[0]
     run.net[1] = kept
     run.net[0] = nn.Linear(6, 6)
     run.opt._models[0].binding.follow()
-    saved = run.opt.state_dict()["kfc"]["blocks"]
+    saved = saved_state(run.opt)["blocks"]
     assert torch.equal(saved["1"]["m"], own["m"])
     assert "0" not in saved
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -18,6 +16,7 @@ from tests.models import (
     conv_network,
     make,
     parameters,
+    saved_state,
     train,
 )
 
@@ -49,7 +48,7 @@ def test_parameters_without_a_gradient_stay_with_their_state(scaling, average):
     compiled, opt = make(scaling=scaling, weight_decay=0.1, **options)
     # The next step has no refresh, which would turn the moments.
     train(compiled, opt, 21 if scaling == "inverse" else 9)
-    before, saved = parameters(compiled), copy.deepcopy(opt.state_dict()["kfc"])
+    before, saved = parameters(compiled), saved_state(opt)
     F.cross_entropy(compiled(IMAGES), LABELS).backward()
     net = compiled
     missing = [net[0].weight, net[0].bias, net[1].weight]
@@ -58,7 +57,7 @@ def test_parameters_without_a_gradient_stay_with_their_state(scaling, average):
     opt.step()
     changed = [not torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True)]
     assert changed == [False, False, False, True, True, True, True, True]
-    now = opt.state_dict()["kfc"]
+    now = saved_state(opt)
     moments = {
         "adam": ("m", "v"),
         "spectral": ("m",),
@@ -109,7 +108,7 @@ def test_moments_turn_with_bases_that_begin_anew_where_a_block_joins(width):
     x, y = torch.randn(64, 20), torch.arange(64) % 5
 
     def moment() -> torch.Tensor:
-        block = opt.state_dict()["kfc"]["blocks"]["2"]
+        block = saved_state(opt)["blocks"]["2"]
         return block["q_gamma"] @ block["m"] @ block["q_omega"].mT
 
     for step in range(12):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kfc_fx
-from tests.models import assert_equal, parameters
+from tests.models import assert_equal, parameters, saved_state
 
 X, Y = torch.randn(24, 6), torch.arange(24) % 3
 
@@ -104,7 +104,7 @@ def test_parameters_beside_the_model_are_generic():
     saved = copy.deepcopy(opt.state_dict())
     again = kfc_fx.KFC([*net.parameters(), *criterion.parameters()], lr=0.01)
     again.load_state_dict(saved)
-    assert again.state_dict()["kfc"]["generic"].keys() == {"outside.0"}
+    assert saved_state(again)["generic"].keys() == {"outside.0"}
 
 
 def test_one_optimizer_steps_two_models():

@@ -159,7 +159,7 @@ def _train_kfc(training: Training, steps: int) -> Run:
     done = (opt.diagnostics.statistics_steps, opt.diagnostics.refreshes)
     if done != (steps, steps):
         raise RuntimeError(f"{done} statistics and refreshes in {steps} steps")
-    return Run(peak, tensor_bytes(opt.state_dict()["kfc"]), losses[0], losses[-1])
+    return Run(peak, tensor_bytes(opt.state_dict()["state"]), losses[0], losses[-1])
 
 
 def _train_adamw(training: Training, steps: int) -> Run:

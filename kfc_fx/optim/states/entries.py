@@ -1,0 +1,158 @@
+"""One model's state as entries of its parameters, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfc_fx.engine.state import SavedState
+from kfc_fx.errors import OptionError
+from kfc_fx.optim.states.note import Note
+from kfc_fx.plan.spec import BlockSpec, block_name
+
+STEP, NOTE, AVERAGE, MASTER = "step", "note", "average", "master_weight"
+MOMENTS = ("m", "v")
+
+Entry = dict[str, Any]
+
+
+class Entries(Mapping[str, Entry]):
+    """The state of one model, by name of a parameter: that of a block under the block's weight.
+
+    The tensors are those of the running optimizer. What waits for a first step is there too, in its
+    size, so that a checkpoint has a place for it.
+
+    Args:
+        state: of the model.
+        parameters: those that the optimizer has, by name, complex ones as pairs of real numbers.
+        model: number of the model among the optimizer's.
+        steps: how many were taken.
+        average: whether parameters are averaged.
+        master_weights: whether parameters in half precision have copies in float32.
+    """
+
+    def __init__(
+        self,
+        state: SavedState,
+        parameters: Mapping[str, Tensor],
+        *,
+        model: int,
+        steps: int,
+        average: bool,
+        master_weights: bool,
+    ) -> None:
+        self._state, self._parameters = state, parameters
+        self._model, self._steps = model, steps
+        self._average, self._master_weights = average, master_weights
+        plan = {name: block for name, block in state.plan.items() if name in state.blocks}
+        self._weights = {block["weight"]: name for name, block in plan.items()}
+        self._biases = {block["bias"] for block in plan.values()}
+        known = {*self._weights, *self._biases, *state.generic, *state.average}
+        self._names = dict.fromkeys(
+            name for name, p in parameters.items() if p.requires_grad or name in known
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __getitem__(self, name: str) -> Entry:
+        parameter, state = self._parameters[name], self._state
+        held: dict[str, Tensor] = {}
+        waiting: dict[str, Tensor] = {}
+        block = self._weights.get(name)
+        if block is not None:
+            held |= state.blocks[block]
+        elif name in state.generic:
+            held |= state.generic[name]
+        elif name not in self._biases and parameter.requires_grad:
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            zeros = torch.zeros_like(parameter, dtype=wide, requires_grad=False)
+            waiting |= dict.fromkeys(MOMENTS, zeros)
+        own = parameter.detach()
+        half = torch.promote_types(parameter.dtype, torch.float32) != parameter.dtype
+        for key, values, wanted in (
+            (MASTER, state.master_weights, self._master_weights and half),
+            (AVERAGE, state.average, self._average),
+        ):
+            if name in values:
+                held[key] = values[name]
+            elif wanted:
+                waiting[key] = own.float() if half and self._master_weights else own
+        note = Note(
+            self._model,
+            name,
+            tuple(held),
+            tuple(key for key, value in held.items() if not value.is_contiguous()),
+            None if block is None else dict(state.plan[block]),
+            block in state.parked,
+        )
+        step = torch.tensor(float(self._steps))
+        return {STEP: step, **held, **waiting, NOTE: note.encoded(parameter.device)}
+
+
+def state_of(entries: Mapping[str, tuple[Note, Entry]]) -> SavedState:
+    """What the entries of its parameters tell of a model's state.
+
+    Args:
+        entries: by the name that a parameter has now.
+    """
+    parked: set[str] = set()
+    blocks: dict[str, Entry] = {}
+    state = replace(SavedState.empty(), blocks=blocks)
+    for name, (note, entry) in entries.items():
+        held = {key: _laid_out(entry[key], key in note.columns) for key in note.held}
+        for key, values in ((AVERAGE, state.average), (MASTER, state.master_weights)):
+            if key in held:
+                values[name] = held.pop(key)
+        if note.block is not None:
+            block = _renamed(BlockSpec.from_dict(note.block), name, entries)
+            blocks[block.name] = held
+            state.plan[block.name] = block.as_dict()
+            if note.parked:
+                parked.add(block.name)
+        elif held:
+            state.generic[name] = held
+    return replace(state, parked=frozenset(parked))
+
+
+def _laid_out(value: Tensor, in_columns: bool) -> Tensor:
+    return value.mT.contiguous().mT if in_columns else value.contiguous()
+
+
+def _renamed(block: BlockSpec, weight: str, names: Mapping[str, object]) -> BlockSpec:
+    """The block of a weight that may have another name now.
+
+    What the names of weight and bias begin with may have changed, and has for both alike.
+
+    Raises:
+        OptionError: there is no parameter in the place of its bias.
+    """
+    if block.weight == weight or block.bias is None:
+        return block.renamed(block_name(weight), {block.weight: weight})
+    end = len(_common_end(block.weight, weight))
+    before, now = (name[: len(name) - end] for name in (block.weight, weight))
+    bias = now + block.bias.removeprefix(before)
+    if not block.bias.startswith(before) or bias not in names:
+        raise OptionError(
+            f"the state is of a block of {block.weight} and {block.bias}. The first is {weight} "
+            "here, and the second is not found: load the state into a model of the same layers"
+        )
+    return block.renamed(block_name(weight), {block.weight: weight, block.bias: bias})
+
+
+def _common_end(one: str, other: str) -> str:
+    """The longest end that two names share."""
+    count = 0
+    while count < min(len(one), len(other)) and one[-1 - count] == other[-1 - count]:
+        count += 1
+    return one[len(one) - count :]
