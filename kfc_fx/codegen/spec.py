@@ -6,6 +6,7 @@ Everything else is an argument of the code.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
 from typing import Literal
 
@@ -59,7 +60,7 @@ class StackSpec:
         """Any block of the stack, for what they have in common."""
         return self.blocks[0]
 
-    @property
+    @cached_property
     def depth(self) -> int:
         """Entries of the stack."""
         return sum(block.groups for block in self.blocks)
@@ -69,7 +70,7 @@ class StackSpec:
         """Whether the blocks have a bias column."""
         return self.first.bias is not None
 
-    @property
+    @cached_property
     def spans(self) -> dict[str, tuple[int, int]]:
         """Block name to the entries ``[start, stop)`` that it occupies."""
         spans, start = {}, 0

@@ -62,6 +62,7 @@ class UpdateEngine:
         self._captured = captured and not spec.pauses
         self._static: dict[UpdateSpec, StaticStep] = {}
         self.parameters = parameters
+        self._plan = {block.name: block.as_dict() for block in self.blocks}
         kept = fitting(spec, saved.blocks)
         self.anew = [block.name for block in self.blocks if block.name not in kept]
         """Blocks that ``saved`` has nothing for, or not what is kept of them now."""
@@ -204,7 +205,7 @@ class UpdateEngine:
             dict(self.average),
             self._master_weights.held(),
             self.started,
-            {block.name: block.as_dict() for block in self.blocks},
+            dict(self._plan),
             self.waiting,
         )
 

@@ -161,6 +161,9 @@ class BlockStates(Mapping[str, dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self._places)
 
+    def __contains__(self, block: object) -> bool:
+        return block in self._places
+
     def __getitem__(self, block: str) -> dict[str, Tensor]:
         stack, span = self._places[block]
         own = self._state[stack.key]
