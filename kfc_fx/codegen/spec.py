@@ -5,7 +5,7 @@ Everything else is an argument of the code.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from types import ModuleType
 from typing import Literal
@@ -164,6 +164,13 @@ class UpdateSpec:
     factors_in_basis: bool
     """Whether the EMA of a factor that has an eigenbasis Q is kept as Q and the diagonal of
     ``Qᵀ F Q``. Every statistic must be followed by a refresh then."""
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
+    def __hash__(self) -> int:
+        return self._hash  # every step looks its program up
 
     @property
     def pauses(self) -> bool:

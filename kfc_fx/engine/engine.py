@@ -239,8 +239,9 @@ class UpdateEngine:
     def _captures(self, spec: UpdateSpec) -> bool:
         """Whether the step of a spec is static: where all blocks have gradients, and of generic
         parameters the same few have none as in most steps."""
-        known = spec in self._static or len(self._static) < MOST_STATIC
-        return self._captured and not spec.partial and known
+        if not self._captured or spec.partial:
+            return False
+        return spec in self._static or len(self._static) < MOST_STATIC
 
     def _static_step(self, program: UpdateProgram, inputs: StepInputs) -> StaticStep:
         """That of a program, made anew where it does not fit any more."""
