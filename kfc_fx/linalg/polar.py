@@ -128,7 +128,7 @@ def _inner(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
 def _identity(gram: Tensor) -> Tensor:
     """As many as there are matrices: pointwise calls on lists take equal shapes together."""
     one = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    return one.repeat(len(gram), 1, 1)
+    return one.repeat(gram.shape[0], 1, 1) if gram.shape[0] > 1 else one.unsqueeze(0)
 
 
 def _iterate(
