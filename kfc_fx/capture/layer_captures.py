@@ -22,12 +22,9 @@ from torch.autograd.function import FunctionCtx
 from torch.nn.modules import module as module_globals
 
 from kfc_fx.capture.dynamo import mark_batch_dynamic
+from kfc_fx.capture.entries import INSTALLED, is_entry_call
 from kfc_fx.capture.graph_breaks import Frame
 from kfc_fx.capture.regions import is_run_again
-
-INSTALLED = "_compiled_call_impl"
-"""What ``nn.Module.__call__`` runs in place of ``_call_impl``. Dynamo reads it only of a module
-with hooks or a ``__call__`` of its own."""
 
 NOT_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 """Folders whose frames stand between a module and the program that calls it."""
@@ -92,10 +89,11 @@ class LayerCaptures:
         }
 
     @contextmanager
-    def installed(self, *, recording: bool) -> Iterator[None]:
+    def installed(self, *, recording: bool, within: str = "") -> Iterator[None]:
         """While it lasts, calls from plain Python are captured.
 
         Args:
+            within: path of the module that is called; empty for the model.
             recording: run the captures at every such call; else those of layers of ``torch.nn``
                 at the first one alone, since dynamo runs nothing of theirs.
         """
@@ -110,6 +108,9 @@ class LayerCaptures:
                 self.watch.recording = outer
             return
         layers = list(self._layers.values())
+        if within:
+            below = f"{within}."
+            layers = [layer for layer in layers if layer.path.startswith(below)]
         self._installed = True
         try:
             for layer in layers:
@@ -130,6 +131,7 @@ class LayerCapture:
         """The frame of plain Python that called the module first."""
         self.own_call: Callable[..., Any] | None = None
         """What the user has put in place of the module's call, by ``module.compile()``."""
+        self._before: Callable[..., Any] | None = None
         self._capture = capture
         self._forward: Callable[..., Any] | None = None
         self._captured: object = None
@@ -137,13 +139,14 @@ class LayerCapture:
 
     def install(self) -> None:
         """Let plain Python that calls the module come here."""
-        self.own_call = self.module.__dict__.get(INSTALLED)
+        self._before = self.module.__dict__.get(INSTALLED)
+        self.own_call = None if is_entry_call(self._before) else self._before
         self.module.__dict__[INSTALLED] = self.call
 
     def remove(self) -> None:
         """Leave the module as it was, also where nothing is installed."""
-        if self.own_call is not None:
-            self.module.__dict__[INSTALLED] = self.own_call
+        if self._before is not None:
+            self.module.__dict__[INSTALLED] = self._before
         elif self.module.__dict__.get(INSTALLED) is self.call:
             del self.module.__dict__[INSTALLED]
 

@@ -30,6 +30,11 @@ class ArmedPass:
     _owners: dict[str, ForwardRecord] = field(default_factory=dict)
     _chosen: tuple[int, Emitters] | None = None
 
+    @property
+    def has_emitted(self) -> bool:
+        """Whether some block has emitted in it."""
+        return any(record.emitted for record in self.records.values())
+
     def emitters(self, blocks: tuple[BlockSpec, ...], owner_of: OwnerOf, revision: int) -> Emitters:
         """Blocks that emit in this pass, by the name of their weight.
 

@@ -21,6 +21,8 @@ from kfc_fx.plan.match import match_uses, outputs_without_examples
 class Call:
     """One call of the model that runs."""
 
+    module: nn.Module
+    """What was called: the model, or a module of it."""
     first_graph: int
     """Number of graphs there were when it began."""
     first_node: int

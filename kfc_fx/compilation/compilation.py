@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfc_fx.capture.entries import INSTALLED, EntryCalls
 from kfc_fx.capture.graph_breaks import GraphBreak
 from kfc_fx.capture.parameter_names import ParameterNames
 from kfc_fx.capture.preserved_state import state_preserved
+from kfc_fx.capture.regions import is_run_again
+from kfc_fx.capture.replicas import refuse_replicas
 from kfc_fx.capture.symbolic import symbolic_graph
 from kfc_fx.capture.transforms import is_transformed
 from kfc_fx.compilation.armed_pass import ArmedPass
@@ -47,8 +50,6 @@ FOREIGN = (
     "torch.func.functional_call, and statistics are of its own"
 )
 """Why a forward pass gives no statistics."""
-INSTALLED = "_compiled_call_impl"
-"""What ``nn.Module`` calls in place of ``_call_impl`` where it is set."""
 
 
 class Compilation:
@@ -79,6 +80,7 @@ class Compilation:
         self._owners = Owners()
         self._runs = Runs(model, options, self.names, self._owners.owner_of)
         self._account = self._runs.account
+        self._entries = EntryCalls(model, self._enter, self._runs.inside)
 
     # -- on the model ------------------------------------------------------------------------
 
@@ -140,6 +142,7 @@ class Compilation:
 
     def remove(self) -> None:
         """Leave the model as it was."""
+        self._entries.remove()
         own = vars(self.model)
         if self.installed and self._before is None:
             del own[INSTALLED]
@@ -185,11 +188,17 @@ class Compilation:
         """
         collector = Collector(self.choice, request, self.options.output_batch_dim)
         self._owners.assign(collector, parameters)
+        self.take_entries()
         return collector
 
     def assign(self, collector: Collector, parameters: Iterable[str]) -> None:
         """Give a collector the blocks of more parameters, by name."""
         self._owners.assign(collector, parameters)
+
+    def take_entries(self) -> None:
+        """Let outermost calls of the modules that the model has now come here too."""
+        if self.runs:
+            self._entries.refresh()
 
     @property
     def collectors(self) -> tuple[Collector, ...]:
@@ -220,6 +229,7 @@ class Compilation:
         """The model's own forward pass; on an armed step with statistics."""
         if torch.compiler.is_dynamo_compiling():
             return self.model._call_impl(*args, **kwargs)  # a compiler around the model traces on
+        refuse_replicas(self.model)
         if not torch.is_grad_enabled() and self.options.backend == "eager":
             # There is nothing to capture for, and nothing to compile.
             return self.model._call_impl(*args, **kwargs)
@@ -227,15 +237,28 @@ class Compilation:
             return self.model._call_impl(*args, **kwargs)
         for collector in self.collectors:
             collector.note_inputs((args, kwargs))
+        return self._called(args, kwargs, None)
+
+    def _enter(
+        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The outermost call of a module of the model, which is an entry as the model's own is."""
+        if is_transformed() or is_run_again() or not self.collectors:
+            return module._call_impl(*args, **kwargs)
+        return self._called(args, kwargs, (path, module))
+
+    def _called(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: tuple[str, nn.Module] | None
+    ) -> Any:
         armed = [collector for collector in self.collectors if collector.armed]
         if not (armed and torch.is_grad_enabled()):
-            return self._runs.call(args, kwargs, recording=False)
+            return self._runs.call(args, kwargs, recording=False, entry=entry)
         self.names.refresh_if_trained({p for c in self.collectors for p in c.trained()})
         examples = batch_size((args, kwargs), self.options.input_batch_dim)
         running = ArmedPass({collector: collector.begin(examples) for collector in armed})
         with self._runs.recording(running):
-            output = self._runs.call(args, kwargs, recording=True)
-        return self._tapped(output, running)
+            output = self._runs.call(args, kwargs, recording=True, entry=entry)
+        return self._tapped(output, running, None if entry is None else entry[0])
 
     def trace(self, *args: Any, **kwargs: Any) -> CurvaturePlan:
         """Capture the model for example inputs and build its emitting graphs; buffers and random
@@ -273,8 +296,12 @@ class Compilation:
             running.drop_changed(self._blocks)
             collect(output, collector.setup(record))
 
-    def _tapped(self, output: Any, running: ArmedPass) -> Any:
-        """The output of an armed pass, through which its statistics are taken."""
+    def _tapped(self, output: Any, running: ArmedPass, entry: str | None = None) -> Any:
+        """The output of an armed pass, through which its statistics are taken.
+
+        Args:
+            entry: path of the module that was called, where it was not the model.
+        """
         running.drop_changed(self._blocks)
         in_function = self._runs.layers.watch.in_function
         for collector, record in running.records.items():
@@ -282,12 +309,16 @@ class Compilation:
                 record.again = partial(self._runs.again, running)
             elif running.graphs == 0:
                 record.missing = self._why_nothing_ran()
-            elif self._blocks and not any(r.emitted for r in running.records.values()):
+            elif (
+                self._blocks
+                and entry is None
+                and not any(r.emitted for r in running.records.values())
+            ):
                 record.missing = FOREIGN
             if record.missing:
                 collector.note_missing(record.missing, alone=record.missing == FOREIGN)
         setups = [c.setup(record) for c, record in running.records.items() if not record.missing]
-        return tap(output, setups) if setups else output
+        return tap(output, setups, entry) if setups else output
 
     @property
     def _missing(self) -> str:

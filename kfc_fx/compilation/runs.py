@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
@@ -20,6 +21,7 @@ from kfc_fx.capture.dynamo import (
     mark_batch_dynamic,
     tensors_of_nodes,
 )
+from kfc_fx.capture.entries import Inside
 from kfc_fx.capture.graph import Stage, copy_graph
 from kfc_fx.capture.graph_breaks import BreakLog, GraphBreak
 from kfc_fx.capture.graph_passes import run_passes
@@ -61,7 +63,11 @@ class Runs:
         self.account = Account(model, options, names, self.breaks, self.layers)
         self.called = False
         """Whether the model was called with gradients enabled."""
+        self.inside = Inside()
         self._forward = self._capture(model._call_impl)
+        self._entries: weakref.WeakKeyDictionary[nn.Module, Callable[..., Any]] = (
+            weakref.WeakKeyDictionary()
+        )
         self._passes: list[ArmedPass] = []
         self._call: Call | None = None
         self._interrupted: Call | None = None
@@ -86,26 +92,37 @@ class Runs:
         finally:
             self._passes.remove(running)
 
-    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, recording: bool) -> Any:
-        """The model's output.
+    def call(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        recording: bool,
+        entry: tuple[str, nn.Module] | None = None,
+    ) -> Any:
+        """The output of the model, or of a module of it.
 
         Args:
             recording: watch the layers that plain Python calls, and account for what it uses.
+            entry: path of the module that is called, and the module; None for the model.
         """
         mark_batch_dynamic(args, kwargs, self._options.input_batch_dim)
-        outer, call = self._call, Call(len(self.account.graphs), next_number())
+        path, module = entry or ("", self._model)
+        outer, call = self._call, Call(module, len(self.account.graphs), next_number())
         self._call, known = call, self.breaks.breaks
+        self.inside.depth += 1
         try:
             with (
                 dynamo_settings(),
                 self.breaks.watching(),
-                self.layers.installed(recording=recording),
+                self.layers.installed(recording=recording, within=path),
             ):
-                output = self._forward(*args, **kwargs)
+                output = self._forward_of(module)(*args, **kwargs)
         except Exception as error:
             self._take_back(known, error.__traceback__)
             raise
         finally:
+            self.inside.depth -= 1
             self._call = outer
             if outer is not None:  # a call of the model within a call of the model
                 outer.graphs.append((call.first_node, next_number()))
@@ -116,6 +133,13 @@ class Runs:
         if recording or (grown and not self.layers.watch.passed_by):
             self.account.note_call(output, call)
         return output
+
+    def _forward_of(self, module: nn.Module) -> Callable[..., Any]:
+        if module is self._model:
+            return self._forward
+        if module not in self._entries:
+            self._entries[module] = self._capture(module._call_impl)
+        return self._entries[module]
 
     def _take_back(self, known: tuple[GraphBreak, ...], traceback: TracebackType | None) -> None:
         """Forget which frames dynamo gave up in a call that failed: the fault was the input's.
@@ -129,6 +153,7 @@ class Runs:
         self.breaks.forget_all_but(known)
         forget_frames(traceback)
         self._forward = self._capture(self._model._call_impl)
+        self._entries.clear()
         self.layers.capture_anew()
 
     @contextmanager
@@ -144,15 +169,15 @@ class Runs:
         if not self._backward_passes:
             self._watching.enter_context(dynamo_settings())
             self._watching.enter_context(self.layers.installed(recording=True))
-            self._interrupted, self._call = (
-                self._call,
-                Call(len(self.account.graphs), next_number()),
-            )
+            call = Call(self._model, len(self.account.graphs), next_number())
+            self._interrupted, self._call = self._call, call
         self._backward_passes += 1
+        self.inside.depth += 1
         try:
             yield
         finally:
             self._backward_passes -= 1
+            self.inside.depth -= 1
             if not self._backward_passes:
                 ended, self._call = self._call, self._interrupted
                 self._watching.close()
@@ -188,8 +213,10 @@ class Runs:
         compiler's.
         """
         captured = compile_forward(forward, self._handle)
-        frame = self._model if forward == self._model._call_impl else forward
-        self.breaks.stands_for(captured.__name__, frame)
+        module = getattr(forward, "__self__", None)
+        if isinstance(module, nn.Module) and forward == module._call_impl:
+            forward = module
+        self.breaks.stands_for(captured.__name__, forward)
         return captured
 
     def _handle(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -211,7 +238,8 @@ class Runs:
         self.breaks.note_graph(module)
         captured = Stage("captured", copy_graph(module))
         if not layer:
-            place_in_model(captured.module, type(self._model))
+            called = self._call.module if self._call is not None else self._model
+            place_in_model(captured.module, type(called))
         canonical = run_passes(captured.module, [("canonical", canonicalise)])
         positions = parameter_inputs(example_inputs, self._names)
         given, held = tensors_of_nodes(captured.module, example_inputs)

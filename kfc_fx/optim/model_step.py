@@ -205,6 +205,7 @@ class ModelStep:
             return
         if changed or (self._owned is not None and self._owned != key):
             self._own_new(groups)
+            self.compilation.take_entries()
             key = (self.compilation.assignments, listed)
         owner_of = self.compilation.owner_of
         for name in self.binding.of_model(groups):

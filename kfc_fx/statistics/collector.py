@@ -17,7 +17,7 @@ from kfc_fx.statistics.likelihoods.choice import LikelihoodChoice
 from kfc_fx.statistics.likelihoods.likelihood import Likelihood
 from kfc_fx.statistics.record import Destination, ForwardRecord, probe_for
 from kfc_fx.statistics.request import Fisher, StatisticsRequest
-from kfc_fx.statistics.setup import Closable, PassSetup
+from kfc_fx.statistics.setup import Closable, PassSetup, Taps
 from kfc_fx.statistics.sums import BlockSums, Sums
 
 
@@ -42,6 +42,7 @@ class Collector:
         self._missing = self._missing_alone = ""
         self._last_inputs: Inputs | None = None
         self._opened: list[Closable] = []
+        self._taps = Taps()
         self._leaves: dict[tuple[str, str], Tensor] = {}
         self._generators: dict[torch.device, torch.Generator] = {}
         self.seed: int = torch.initial_seed() if request.seed is None else request.seed
@@ -87,6 +88,7 @@ class Collector:
         for running in list(self._opened):
             running.close()
         self._generators.clear()
+        self._taps.forget()
         taken, self._sums = self._sums, Sums()
         return taken
 
@@ -175,6 +177,7 @@ class Collector:
             self._add,
             self.note_missing,
             self._opened,
+            self._taps,
         )
 
     def note_missing(self, reason: str, *, alone: bool = False) -> None:

@@ -13,6 +13,7 @@ from torch.autograd import Variable
 from kfc_fx.errors import OutputError
 from kfc_fx.statistics.counted import counted_share
 from kfc_fx.statistics.likelihoods.likelihood import Likelihood
+from kfc_fx.statistics.record import ForwardRecord
 from kfc_fx.statistics.setup import PassSetup
 
 
@@ -40,6 +41,7 @@ class GradientPass:
         self._examples = likelihood.examples(values, setup.batch_dim)
         self._square = self._square_of(likelihood, values, cotangent)
         self._running = ExitStack()
+        self._setups = [setup]
 
     def begin(self) -> None:
         """Take statistics from now on until the backward pass ends."""
@@ -47,12 +49,22 @@ class GradientPass:
         if not record.probes and not record.again:
             setup.deliver(record.inputs, record, self._examples, 0.0)
             return
+        self._start(record)
+        setup.opened.append(self)
+        self._close_where_autograd_ends()
+
+    def add(self, setup: PassSetup) -> None:
+        """Take the statistics of another forward pass too, which the same loss was computed from,
+        and whose layers the backward pass has not reached yet."""
+        if self in self._setup.opened:
+            self._setups.append(setup)
+            self._start(setup.record)
+
+    def _start(self, record: ForwardRecord) -> None:
         record.square = self._square
         record.running = True
         if record.again:
             self._running.enter_context(record.again())
-        setup.opened.append(self)
-        self._close_where_autograd_ends()
 
     def _close_where_autograd_ends(self) -> None:
         """Let autograd call :meth:`_finish` at the end of the backward pass that runs.
@@ -83,14 +95,18 @@ class GradientPass:
 
     def close(self) -> None:
         """Take no more; what was taken so far is lost."""
-        self._setup.record.running = False
+        for setup in self._setups:
+            setup.record.running = False
         self._running.close()
         if self in self._setup.opened:
             self._setup.opened.remove(self)
 
     def _finish(self) -> None:
-        setup, record = self._setup, self._setup.record
-        if not record.running:
+        if not self._setup.record.running:
             return  # closed within the backward pass, by a step that a hook took
         self.close()
-        setup.deliver(record.inputs | record.taken, record, self._examples, record.seconds)
+        examples = self._examples
+        for setup in self._setups:
+            record = setup.record
+            setup.deliver(record.inputs | record.taken, record, examples, record.seconds)
+            examples = 0  # the same ones

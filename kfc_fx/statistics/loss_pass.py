@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd import Variable
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 
 from kfc_fx.statistics.fisher_pass import REENTRANT, FisherPass
 from kfc_fx.statistics.gradient_pass import GradientPass
@@ -47,9 +47,7 @@ class LossPasses:
             one of them, its gradient with respect to the prediction comes by within the model.
     """
 
-    def __init__(
-        self, passes: Sequence[LossPass], losses: dict[int, torch.autograd.graph.Node | None]
-    ) -> None:
+    def __init__(self, passes: Sequence[LossPass], losses: dict[int, Node | None]) -> None:
         self._passes, self._losses = tuple(passes), losses
         self._waiting: list[LossPass] = []
         if losses:
@@ -61,7 +59,7 @@ class LossPasses:
         and has not reached a layer yet."""
         ready: list[tuple[LossPass, Pass | None]] = []
         for own in self._passes:
-            if own.over or not own.reaches_weights():
+            if own.over or not own.reaches_weights() or own.joins():
                 continue
             if self._comes_within(own, cotangents):
                 self._waiting.append(own)  # for all of the gradient, from outside too
@@ -96,14 +94,25 @@ class LossPass:
     that gives its parameters gradients. Passes to inputs alone, as for saliency, attacks or
     penalties, take nothing.
 
+    Several forward passes may be on the way of one loss: of a module of the model, and of another
+    one that its output went into. The first that the backward pass reaches has the prediction, and
+    the others give their statistics to its pass.
+
     Args:
         predictions: tensors of the output whose likelihood may be meant, the likeliest first.
+        entry: path of the module that was called, where it was not the model.
     """
 
-    def __init__(self, setup: PassSetup, predictions: Sequence[Prediction]) -> None:
-        self._setup, self._predictions = setup, tuple(predictions)
+    def __init__(
+        self, setup: PassSetup, predictions: Sequence[Prediction], entry: str | None = None
+    ) -> None:
+        self.setup, self._predictions, self._entry = setup, tuple(predictions), entry
         self.over = False
         """Whether its backward pass has come by."""
+        self._pass: Pass | None = None
+        self._nodes: list[Node | None] = []
+        self._delivered = False
+        setup.taps.waiting.add(self)
 
     @property
     def likeliest(self) -> Prediction:
@@ -120,10 +129,49 @@ class LossPass:
             return max(given.items(), key=_size)
         return next(iter(given.items()), None)
 
+    def joins(self) -> bool:
+        """Whether the statistics are taken by a pass that the backward pass has opened already, for
+        another forward pass that this one's output went into."""
+        taps = self.setup.taps
+        nodes = [p.tensor.grad_fn for p in self._predictions]
+        current = taps.current
+        if current is None or not current.join(
+            self.setup, is_entry=self._entry is not None, nodes=nodes
+        ):
+            return False
+        self._end()
+        return True
+
+    def join(self, setup: PassSetup, *, is_entry: bool, nodes: Sequence[Node | None]) -> bool:
+        """See :class:`Opened`. The call of a module is one wherever it lies, one of the model if
+        the prediction was computed from its output."""
+        if not is_entry and not _reached(self._nodes).intersection(nodes):
+            return False
+        if isinstance(self._pass, GradientPass):
+            self._pass.add(setup)
+        elif isinstance(self._pass, FisherPass):
+            return False  # its examples have had their targets; this is another branch
+        elif self._delivered:
+            setup.deliver(setup.record.inputs, setup.record, 0, 0.0)
+        return True
+
+    def _end(self) -> None:
+        self.over, self._predictions = True, ()
+        self.setup.taps.waiting.discard(self)
+
     def begun(self, prediction: Prediction, cotangent: Tensor | None) -> Pass | None:
         """The pass for a prediction with this cotangent; None where no more is to be done."""
-        setup, record = self._setup, self._setup.record
-        self.over, self._predictions = True, ()
+        counted = self.setup.taps.current is None or self._entry is None
+        self._nodes = [prediction.tensor.grad_fn]
+        self._end()
+        self._pass = self._found(prediction, cotangent, counted=counted)
+        self.setup.taps.note_opened(self)
+        return self._pass
+
+    def _found(
+        self, prediction: Prediction, cotangent: Tensor | None, *, counted: bool
+    ) -> Pass | None:
+        setup, record = self.setup, self.setup.record
         values = prediction.values
         if values is None:
             setup.miss("the output that the loss is computed from was changed in place")
@@ -134,10 +182,13 @@ class LossPass:
             setup.miss(EMPTY)
             return None
         likelihood = self._likelihood(prediction, values, cotangent)
+        if self._entry is not None and (known := setup.choice.of(prediction.path)) is not None:
+            known.check(prediction.tensor)
         setup.sums().drop_lost(or_zero=True)
         setup.choice.note_examples(setup.examples, _examples(setup, values))
         if not record.probes and not record.again:  # no statistic depends on the likelihood
             setup.deliver(record.inputs, record, _examples(setup, values), 0.0)
+            self._delivered = True
             return None
         if likelihood is None:
             setup.miss(UNSEEN if cotangent is None else UNDECIDED)
@@ -150,13 +201,35 @@ class LossPass:
         if record.again:
             setup.miss(REENTRANT)
             return None
-        return FisherPass(setup, likelihood, prediction.tensor, values, cotangent)
+        others = self._above(likelihood)
+        return FisherPass(
+            setup, likelihood, prediction.tensor, values, cotangent, others, counted=counted
+        )
+
+    def _above(self, likelihood: Likelihood) -> list[PassSetup]:
+        """Forward passes that the prediction was computed from and that have waited; they are over
+        then."""
+        waiting = [own for own in self.setup.taps.waiting if not own.over]
+        if not waiting:
+            return []
+        reached = _reached(self._nodes)
+        found = [own for own in waiting if own.is_among(reached) and own.reaches_weights()]
+        for own in found:
+            own._end()
+            if own.setup.record.fisher is None:
+                own.setup.record.fisher = "sampled"
+                own.setup.record.share = own.setup.request.share(own.setup.examples, "sampled")
+        return [own.setup for own in found]
+
+    def is_among(self, nodes: Collection[Node | None]) -> bool:
+        """Whether one of its output's tensors is what one of these nodes has computed."""
+        return any(prediction.tensor.grad_fn in nodes for prediction in self._predictions)
 
     def _likelihood(
         self, prediction: Prediction, values: Tensor, cotangent: Tensor | None
     ) -> Likelihood | None:
         """That of a prediction, found from the loss where it was not known."""
-        setup = self._setup
+        setup = self.setup
         if cotangent is None:
             return setup.choice.unseen(prediction.path)
         with torch.no_grad():
@@ -166,14 +239,16 @@ class LossPass:
 
     def note_gradients(self) -> None:
         """Keep which parameters have gradients at the end of the backward pass."""
-        self._setup.sums().note_gradients()
+        self.setup.sums().note_gradients()
+        self._nodes = []
+        self.setup.taps.forget(self)
 
     def reaches_weights(self) -> bool:
         """Whether the backward pass that runs is one for gradients of parameters.
 
         A checkpoint that is reentrant hides its parameters, and refuses passes to inputs alone.
         """
-        record = self._setup.record
+        record = self.setup.record
         if record.again:
             return True
         weights = [weight for weight in record.weights.values() if weight.requires_grad]
@@ -208,16 +283,20 @@ def _is_reached(weight: Tensor) -> bool:
         return True
 
 
-def _leads_to(start: torch.autograd.graph.Node | None, target: torch.autograd.graph.Node) -> bool:
+def _leads_to(start: Node | None, target: Node) -> bool:
     """Whether a node other than the target itself leads down to it."""
-    if start is None or start is target:
-        return False
-    waiting, known = [start], {start}
+    return start is not None and start is not target and target in _reached([start], target)
+
+
+def _reached(starts: Sequence[Node | None], target: Node | None = None) -> set[Node | None]:
+    """The nodes that some lead down to, these among them; no more of them than until the target."""
+    waiting = [node for node in starts if node is not None]
+    known: set[Node | None] = set(waiting)
     while waiting:
         for node, _ in waiting.pop().next_functions:
-            if node is target:
-                return True
             if node is not None and node not in known:
                 known.add(node)
                 waiting.append(node)
-    return False
+                if node is target:
+                    return known
+    return known

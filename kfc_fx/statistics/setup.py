@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
+from torch.autograd.graph import Node
 
 from kfc_fx.statistics.likelihoods.choice import LikelihoodChoice
 from kfc_fx.statistics.record import ForwardRecord
@@ -28,6 +30,38 @@ class Closable(Protocol):
     def close(self) -> None: ...
 
 
+class Opened(Protocol):
+    """The pass that a backward pass has opened for a collector."""
+
+    def join(self, setup: PassSetup, *, is_entry: bool, nodes: Sequence[Node | None]) -> bool:
+        """Whether another forward pass is one of those that this pass is of."""
+
+
+@dataclass(eq=False)
+class Taps:
+    """The taps of one collector: those that wait for a backward pass, and what the last one did."""
+
+    waiting: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+    backward: int = -1
+    """Autograd's number of the backward pass that has reached a tap last."""
+    opened: Opened | None = None
+    """What was opened in it."""
+
+    @property
+    def current(self) -> Opened | None:
+        """What the backward pass that runs has opened."""
+        return self.opened if self.backward == torch._C._current_graph_task_id() else None
+
+    def note_opened(self, opened: Opened) -> None:
+        """Keep what the backward pass that runs has opened."""
+        self.backward, self.opened = torch._C._current_graph_task_id(), opened
+
+    def forget(self, opened: Opened | None = None) -> None:
+        """Hold what was opened no longer, or whatever it is; autograd's graph hangs on it."""
+        if opened in (None, self.opened):
+            self.opened = None
+
+
 @dataclass(frozen=True, eq=False)
 class PassSetup:
     """One armed forward pass, and what the backward pass for its statistics works with.
@@ -44,6 +78,7 @@ class PassSetup:
         deliver: takes what the pass has found.
         miss: takes the reason for which a pass gives no statistics.
         opened: passes that are within the loss's backward pass now, for whoever ends them early.
+        taps: those of the collector.
     """
 
     record: ForwardRecord
@@ -56,3 +91,4 @@ class PassSetup:
     deliver: Deliver
     miss: Callable[[str], None]
     opened: list[Closable]
+    taps: Taps

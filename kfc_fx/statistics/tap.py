@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kfc_fx.errors import OptionError, OutputError
 from kfc_fx.statistics.fisher_pass import FisherPass
+from kfc_fx.statistics.likelihoods.choice import LikelihoodChoice
 from kfc_fx.statistics.loss_pass import LossPass, LossPasses
 from kfc_fx.statistics.outputs import (
     find_prediction,
@@ -35,24 +36,30 @@ class OutputTap(torch.autograd.Function):
         return (None, *cotangents)
 
 
-def tap(output: Any, setups: Sequence[PassSetup]) -> Any:
+def tap(output: Any, setups: Sequence[PassSetup], entry: str | None = None) -> Any:
     """Put the output tap on every differentiable tensor of a model's output.
 
     Args:
         setups: one for each collector that takes statistics of this forward pass.
+        entry: path of the module whose output it is, where it is not the model's. What of it is a
+            prediction is seen when a loss comes by: it may be an input of another module.
 
     Raises:
         OutputError: the output holds no prediction.
     """
-    likeliest = {setup: _likeliest(output, setup) for setup in setups}
+    likeliest = {} if entry is not None else {own: _likeliest(output, own) for own in setups}
     tensors = {path: t for path, t in float_tensors(output).items() if t.requires_grad}
     setups = [setup for setup in setups if setup.record.rows or setup.record.again]
     if not tensors or not setups:
         return output  # nothing to differentiate: a frozen or unused part of the model
-    passes = [
-        LossPass(setup, _predictions(tensors, likeliest[setup], named=setup.choice.names_output))
-        for setup in setups
-    ]
+    passes = []
+    for setup in setups:
+        if entry is not None:
+            found = _of_entry(tensors, entry, setup.choice)
+        else:
+            named = setup.choice.names_output
+            found = _predictions(tensors, likeliest[setup], named=named)
+        passes.append(LossPass(setup, found, entry))
     losses = {place: t.grad_fn for place, t in enumerate(tensors.values()) if t.dim() == 0}
     tapped = OutputTap.apply(LossPasses(passes, losses), *tensors.values())
     by_id = {id(old): new for old, new in zip(tensors.values(), tapped, strict=True)}
@@ -85,6 +92,19 @@ def _likeliest(output: Any, setup: PassSetup) -> Tensor:
     if setup.choice.likelihood is not None:
         setup.choice.likelihood.check(prediction)
     return prediction
+
+
+def _of_entry(
+    tensors: Mapping[str, Tensor], entry: str, choice: LikelihoodChoice
+) -> list[Prediction]:
+    """Those of a module's output. Their values are not copied: most are inputs of other modules."""
+    meant = choice.output if choice.names_output else None
+    found = [
+        Prediction.of(f"{entry}(){'.' * bool(path)}{path}", place, tensor, keep=False)
+        for place, (path, tensor) in enumerate(tensors.items())
+        if path == meant or meant not in tensors
+    ]
+    return sorted(found, key=lambda prediction: prediction.tensor.dim() == 0)
 
 
 def _predictions(
