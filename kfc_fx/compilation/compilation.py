@@ -33,6 +33,7 @@ from kfc_fx.plan.forms import FactorForms, factor_forms
 from kfc_fx.plan.spec import BlockSpec, CurvaturePlan
 from kfc_fx.rewrite.emitting import Emitters
 from kfc_fx.statistics.collector import Collector
+from kfc_fx.statistics.fisher_pass import REENTRANT
 from kfc_fx.statistics.inputs import batch_size
 from kfc_fx.statistics.likelihoods.bernoulli import Bernoulli
 from kfc_fx.statistics.likelihoods.categorical import Categorical
@@ -251,6 +252,12 @@ class Compilation:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: tuple[str, nn.Module] | None
     ) -> Any:
         armed = [collector for collector in self.collectors if collector.armed]
+        if entry is not None and torch._C._current_graph_task_id() >= 0:
+            # Of a checkpoint that is reentrant: what its output goes into was differentiated.
+            for collector in armed:
+                if not collector.taking:
+                    collector.note_missing(REENTRANT)
+            armed = [collector for collector in armed if collector.taking]
         if not (armed and torch.is_grad_enabled()):
             return self._runs.call(args, kwargs, recording=False, entry=entry)
         self.names.refresh_if_trained({p for c in self.collectors for p in c.trained()})

@@ -38,7 +38,8 @@ class GradientPass:
         self, setup: PassSetup, likelihood: Likelihood, values: Tensor, cotangent: Tensor | None
     ) -> None:
         self._setup = setup
-        self._examples = likelihood.examples(values, setup.batch_dim)
+        is_loss = values.dim() == 0
+        self._examples = setup.examples if is_loss else likelihood.examples(values, setup.batch_dim)
         self._square = self._square_of(likelihood, values, cotangent)
         self._running = ExitStack()
         self._setups = [setup]
@@ -86,7 +87,8 @@ class GradientPass:
                 return values.new_full((), float(self._examples) ** 2)
             raise OutputError(
                 "fisher='empirical' takes the gradient of the loss with respect to the prediction, "
-                "and the loss was not computed from it; use fisher='sampled'"
+                "and the loss was not computed from it, or is all that the model returns: return "
+                "the prediction beside the loss, and use fisher='sampled'"
             )
         own = cotangent.to(values.dtype)
         counts = likelihood.counts(values, own).expand_as(values)

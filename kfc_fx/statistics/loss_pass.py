@@ -22,6 +22,10 @@ UNSEEN = (
     "cannot be found: pass likelihood= to kfc_fx.compile"
 )
 """Why the likelihood is not found in a backward pass."""
+LOSS_ALONE = (
+    "the model returns its loss and no prediction, which sampled targets are of: return both, as a "
+    "tuple or a dict, or pass statistics=kfc_fx.Statistics(fisher='empirical')"
+)
 EMPTY = "the batch holds no example"
 UNDECIDED = (
     "the gradient of the loss with respect to the model's output is zero or not finite, and tells "
@@ -135,6 +139,8 @@ class LossPass:
         taps = self.setup.taps
         nodes = [p.tensor.grad_fn for p in self._predictions]
         current = taps.current
+        if current is None and self.setup.opened:  # in a pass within the one that opened it
+            current = taps.opened
         if current is None or not current.join(
             self.setup, is_entry=self._entry is not None, nodes=nodes
         ):
@@ -176,6 +182,9 @@ class LossPass:
         if values is None:
             setup.miss("the output that the loss is computed from was changed in place")
             return None
+        is_loss = values.dim() == 0  # its gradient with respect to a prediction is not seen
+        if is_loss:
+            cotangent = None
         if cotangent is not None and setup.request.maximize:
             cotangent = -cotangent
         if not values.numel():
@@ -198,8 +207,8 @@ class LossPass:
             record.share = setup.request.share(setup.examples, record.fisher)
         if record.fisher == "empirical":
             return GradientPass(setup, likelihood, values, cotangent)
-        if record.again:
-            setup.miss(REENTRANT)
+        if record.again or is_loss:
+            setup.miss(REENTRANT if record.again else LOSS_ALONE)
             return None
         others = self._above(likelihood)
         return FisherPass(
@@ -272,6 +281,8 @@ def _size(entry: tuple[Prediction, Tensor]) -> float:
 
 
 def _examples(setup: PassSetup, values: Tensor) -> int:
+    if values.dim() == 0:
+        return setup.examples
     return values.shape[setup.batch_dim] if values.dim() > setup.batch_dim else 1
 
 

@@ -89,7 +89,7 @@ def _likeliest(output: Any, setup: PassSetup) -> Tensor:
         found = float_tensors(output).get(path)  # an output in another form has another one
         path = path if found is not None and found.requires_grad else None
     prediction = find_prediction(output, path)
-    if setup.choice.likelihood is not None:
+    if setup.choice.likelihood is not None and (prediction.dim() or setup.choice.names_output):
         setup.choice.likelihood.check(prediction)
     return prediction
 
@@ -121,6 +121,9 @@ def _predictions(
         for place, (path, tensor) in enumerate(tensors.items())
         if (tensor is likeliest if named else tensor.dim() > 0)
     ]
+    if not found and likeliest.requires_grad and not named:  # the loss, and nothing else
+        place = next(n for n, tensor in enumerate(tensors.values()) if tensor is likeliest)
+        found = [Prediction.of("", place, likeliest, keep=False)]
     found.sort(key=lambda prediction: prediction.tensor is not likeliest)
     if not found or found[0].tensor is not likeliest:
         raise OutputError(

@@ -1,0 +1,380 @@
+"""Modules of a compiled model that are called from outside of it, one after the other."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import kfc_fx
+from tests.models import parameters
+
+SCALINGS = ["adam", "spectral", "eigen", "inverse"]
+FISHERS = ["empirical", "sampled"]
+
+
+class Coder(nn.Module):
+    """Methods beside ``forward``, as people write them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 3)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.body(x).mean((2, 3)))
+
+    def forward_head(self, features: torch.Tensor) -> torch.Tensor:
+        return self.head(features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+class Trained(nn.Module):
+    """As a LightningModule: its loss is computed by a method, and nobody calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Coder()
+
+    def training_step(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.net(x), labels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def batch(step: int, size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(size, 1, 6, 6, generator=generator)
+    return x, torch.randint(3, (size,), generator=generator)
+
+
+def trained(model, loss_of, steps=6, **options):
+    options.setdefault("statistics", kfc_fx.Statistics(every=2, refresh_every=2))
+    net = kfc_fx.compile(model)
+    opt = kfc_fx.KFC(net, seed=1, **options)
+    for step in range(steps):
+        opt.zero_grad()
+        loss_of(net, *batch(step)).backward()
+        opt.step()
+    return net, opt
+
+
+def whole(net, x, labels):
+    return F.cross_entropy(net(x), labels)
+
+
+def in_parts(net, x, labels):
+    return F.cross_entropy(net.forward_head(net.forward_features(x)), labels)
+
+
+def assert_same_run(found, expected, *, prefix=""):
+    (net, opt), (plain, its) = found, expected
+    torch.testing.assert_close(parameters(net), parameters(plain), rtol=0, atol=0)
+    for name, factors in its.factors.items():
+        own = opt.factors[prefix + name]
+        torch.testing.assert_close(own.omega, factors.omega, rtol=0, atol=0)
+        if factors.output is not None:
+            torch.testing.assert_close(own.gamma, factors.gamma, rtol=0, atol=0)
+    assert opt.diagnostics.missed_statistics == 0
+
+
+@pytest.mark.parametrize("fisher", FISHERS)
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_parts_called_one_after_the_other_train_as_the_model(scaling, fisher):
+    statistics = kfc_fx.Statistics(every=2, refresh_every=2, fisher=fisher)
+    options = {"scaling": scaling, "statistics": statistics}
+    expected = trained(Coder(), whole, **options)
+    found = trained(Coder(), in_parts, **options)
+    assert_same_run(found, expected)
+    assert "head()" in str(found[0].kfc.plan)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_a_model_that_nobody_calls_trains(scaling):
+    expected = trained(Coder(), whole, scaling=scaling)
+    found = trained(Trained(), lambda net, x, y: net.training_step(x, y), scaling=scaling)
+    assert_same_run(found, expected, prefix="net.")
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_entries_run_by_the_backend(backend):
+    def run(loss_of):
+        net = kfc_fx.compile(Coder(), backend=backend)
+        opt = kfc_fx.KFC(net, seed=1)
+        loss_of(net, *batch(0)).backward()
+        opt.step()
+        return opt
+
+    opt, its = run(in_parts), run(whole)
+    assert opt.factors.keys() == its.factors.keys()
+    for name, expected in its.factors.items():
+        torch.testing.assert_close(opt.factors[name].omega, expected.omega)
+        torch.testing.assert_close(opt.factors[name].gamma, expected.gamma)
+
+
+class Agent(nn.Module):
+    """Actor and critic on one body; all at once by ``forward``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.Tanh())
+        self.critic = nn.Linear(8, 1)
+        self.actor = nn.Linear(8, 3)
+
+    def forward(self, x):
+        hidden = self.body(x)
+        value = self.critic(hidden)
+        return self.actor(hidden), value
+
+
+def of_both(logits, value, labels):
+    return F.cross_entropy(logits, labels) + 0.1 * (value[:, 0] - labels).square().mean()
+
+
+def agent_at_once(net, x, labels):
+    return of_both(*net(x), labels)
+
+
+def agent_in_parts(net, x, labels):
+    hidden = net.body(x)
+    value = net.critic(hidden)
+    return of_both(net.actor(hidden), value, labels)  # the last one called has the prediction
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_actor_and_critic_train_as_at_once(scaling):
+    options = {"scaling": scaling, "statistics": kfc_fx.Statistics(fisher="empirical")}
+    found = trained(Agent(), agent_in_parts, **options)
+    expected = trained(Agent(), agent_at_once, **options)
+    assert_same_run(found, expected)
+
+
+def test_sampled_targets_of_several_branches():
+    """Each branch has targets of its own likelihood; the examples count once."""
+    statistics = kfc_fx.Statistics(fisher="sampled", samples=None)
+    _, opt = trained(Agent(), agent_in_parts, statistics=statistics, steps=1)
+    assert opt.factors["critic"].gamma.item() > 0
+    _, plain = trained(Agent(), agent_at_once, statistics=statistics, steps=1)
+    torch.testing.assert_close(opt.factors["actor"].gamma, plain.factors["actor"].gamma)
+    torch.testing.assert_close(opt.factors["actor"].omega, plain.factors["actor"].omega)
+
+
+class Siamese(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.Tanh())
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x) - self.body(x.flip(0)))
+
+
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_a_module_that_is_called_twice_counts_both_times(fisher):
+    """As where the model calls it twice: rows of both, examples of one batch."""
+
+    def parts(net, x, labels):
+        return F.cross_entropy(net.head(net.body(x) - net.body(x.flip(0))), labels)
+
+    statistics = kfc_fx.Statistics(fisher=fisher)
+    expected = trained(Siamese(), whole, statistics=statistics)
+    found = trained(Siamese(), parts, statistics=statistics)
+    torch.testing.assert_close(parameters(found[0]), parameters(expected[0]))
+    for name in ("body.1", "head"):
+        own, its = found[1].factors[name], expected[1].factors[name]
+        torch.testing.assert_close(own.omega, its.omega)
+        torch.testing.assert_close(own.gamma, its.gamma)
+
+
+def test_the_model_and_its_parts_by_turns():
+    calls = iter(range(100))
+
+    def by_turns(net, x, labels):
+        return (whole if next(calls) % 3 else in_parts)(net, x, labels)
+
+    found = trained(Coder(), by_turns, steps=9)
+    assert_same_run(found, trained(Coder(), whole, steps=9))
+
+
+class Features(Agent):
+    def forward(self, x):
+        return self.body(x)
+
+
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_the_models_output_may_go_into_one_of_its_modules(fisher):
+    def chained(net, x, labels):
+        return F.cross_entropy(net.actor(net(x)), labels)
+
+    def parts(net, x, labels):
+        return F.cross_entropy(net.actor(net.body(x)), labels)
+
+    statistics = kfc_fx.Statistics(fisher=fisher)
+    found = trained(Features(), chained, statistics=statistics)
+    assert_same_run(found, trained(Features(), parts, statistics=statistics))
+
+
+def test_passes_to_inputs_take_nothing():
+    def attacked(net, x, labels):
+        inputs = x.clone().requires_grad_()
+        torch.autograd.grad(in_parts(net, inputs, labels), inputs)
+        return in_parts(net, x, labels)
+
+    def seen_twice(net, x, labels):
+        with torch.no_grad():
+            net.forward_features(x)  # as batch norm sees it
+        return whole(net, x, labels)
+
+    assert_same_run(trained(Coder(), attacked), trained(Coder(), seen_twice))
+
+
+def test_micro_batches_of_entries_add_up():
+    def split(net, x, labels):
+        (in_parts(net, x[:8], labels[:8]) / 2).backward()
+        return in_parts(net, x[8:], labels[8:]) / 2
+
+    _, opt = trained(Coder(), split, statistics=kfc_fx.Statistics(samples=None), steps=1)
+    assert opt.factors["head"].omega[-1, -1] == pytest.approx(1)  # per example, of both
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_entries_train_as_they_do_without(reentrant):
+    def checkpointed(net, x, labels):
+        hidden = checkpoint(net.body, x.requires_grad_(), use_reentrant=reentrant)
+        return F.cross_entropy(net.actor(hidden), labels)
+
+    def parts(net, x, labels):
+        return F.cross_entropy(net.actor(net.body(x)), labels)
+
+    found = trained(Agent(), checkpointed, steps=4)
+    assert_same_run(found, trained(Agent(), parts, steps=4))
+
+
+def test_hooks_of_entries_run():
+    calls = []
+    model = Coder()
+    model.head.register_forward_hook(lambda *_: calls.append("forward"))
+    model.head.register_full_backward_hook(lambda *_: calls.append("backward"))
+    trained(model, in_parts, steps=3)
+    assert calls == ["forward", "backward"] * 3
+
+
+def test_evaluation_and_transforms_capture_nothing():
+    net, _ = trained(Coder(), in_parts, steps=1)
+    graphs = len(net.kfc.graphs)
+    x, _ = batch(0)
+    net.eval()
+    with torch.no_grad():
+        parts = net.forward_head(net.forward_features(x))
+        torch.testing.assert_close(parts, net(x))
+    torch.func.vmap(net.head)(torch.randn(2, 3, 4))
+    torch.func.grad(lambda h: net.head(h).sum())(torch.randn(3, 4))
+    assert len(net.kfc.graphs) == graphs
+
+
+def test_copies_and_pickles_have_entries_of_their_own():
+    net, opt = trained(Coder(), in_parts, steps=2, statistics=kfc_fx.Statistics(every=1))
+    for pair in (copy.deepcopy((net, opt)), pickle.loads(pickle.dumps((net, opt)))):
+        other, its = pair
+        before = parameters(net)
+        its.zero_grad()
+        in_parts(other, *batch(7)).backward()
+        its.step()
+        assert its.diagnostics.statistics_steps == opt.diagnostics.statistics_steps + 1
+        torch.testing.assert_close(parameters(net), before, rtol=0, atol=0)
+
+
+def test_uncompiled_modules_are_as_they_were():
+    net, _ = trained(Coder(), in_parts, steps=1)
+    kfc_fx.uncompile(net)
+    assert not [m for m in net.modules() if "_compiled_call_impl" in vars(m)]
+
+
+def test_modules_that_join_or_leave():
+    net, opt = trained(Coder(), in_parts, steps=2, statistics=kfc_fx.Statistics(every=1))
+    old = net.head
+    net.head = nn.Linear(4, 3)
+    opt.add_param_group({"params": list(net.head.parameters())})
+    for step in range(3):
+        opt.zero_grad()
+        in_parts(net, *batch(step)).backward()
+        opt.step()
+    assert "_compiled_call_impl" not in vars(old)
+    assert opt.factors["head"].omega.any()
+    assert "head" in {block.name for block in net.kfc.plan.blocks}
+
+
+def test_a_module_that_torch_compiles_is_left_to_it():
+    model = Coder()
+    model.head.compile(backend="eager")
+    own = vars(model.head)["_compiled_call_impl"]
+    net = kfc_fx.compile(model)
+    opt = kfc_fx.KFC(net)
+    assert vars(net.head)["_compiled_call_impl"] is own
+    whole(net, *batch(0)).backward()
+    opt.step()
+    assert vars(net.head)["_compiled_call_impl"] is own
+
+
+def test_replicas_are_refused():
+    """Which nn.DataParallel makes, and calls in threads."""
+    net, _ = trained(Coder(), whole, steps=1)
+    replica = net._replicate_for_data_parallel()
+    raised = []
+
+    def call():
+        try:
+            replica(batch(0)[0])
+        except kfc_fx.OptionError as error:
+            raised.append(str(error))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert "nn.DataParallel calls replicas" in raised[0]
+
+
+class WithLoss(nn.Module):
+    """As Lightning has it under DDP: the model returns its loss, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Coder()
+
+    def forward(self, x, labels):
+        return F.cross_entropy(self.net(x), labels)
+
+
+@pytest.mark.parametrize("scaling", ["adam", "spectral"])
+def test_a_model_that_returns_its_loss_alone(scaling):
+    options = {"statistics": kfc_fx.Statistics(samples=None), "scaling": scaling}
+    expected = trained(Coder(), whole, **options)
+    found = trained(WithLoss(), lambda net, x, y: net(x, y), **options)
+    torch.testing.assert_close(parameters(found[0]), parameters(expected[0]))
+    assert "Categorical" in str(found[0].kfc.plan)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "fisher", "said"),
+    [
+        ("eigen", "empirical", "return the prediction beside the loss"),
+        ("adam", "sampled", "the model returns its loss and no prediction"),
+    ],
+)
+def test_what_a_loss_alone_does_not_tell_is_said(scaling, fisher, said):
+    options = {"statistics": kfc_fx.Statistics(fisher=fisher), "scaling": scaling}
+    with pytest.raises(kfc_fx.KfcError, match=said):
+        trained(WithLoss(), lambda net, x, y: net(x, y), **options)
