@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterable, Mapping
 
@@ -181,6 +182,12 @@ def count_compiled_emitting_graphs(monkeypatch) -> list[int]:
         module, "compile_emitting", lambda *given: compiled.append(1) or own(*given)
     )
     return compiled
+
+
+def past(net: nn.Module) -> nn.Module:
+    """A twin that is not compiled and has the same parameters: calls of it go past kfc_fx."""
+    held = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
+    return kfc_fx.uncompile(copy.deepcopy(net, held))
 
 
 def saved_state(opt: kfc_fx.KFC, state_dict: dict | None = None) -> dict:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection
 
 import torch
@@ -19,6 +18,9 @@ from kfc_fx.statistics.record import Destination, ForwardRecord, probe_for
 from kfc_fx.statistics.request import Fisher, StatisticsRequest
 from kfc_fx.statistics.setup import Closable, PassSetup, Taps
 from kfc_fx.statistics.sums import BlockSums, Sums
+
+SPREAD = 0x9E3779B97F4A7C15
+"""Between the seeds of one step's sampled targets and the next one's: odd, with bits all over."""
 
 
 class Collector:
@@ -194,9 +196,8 @@ class Collector:
     def generator(self, device: torch.device) -> torch.Generator:
         """The generator of sampled targets on a device, apart from torch's global one."""
         if device not in self._generators:
-            text = f"{self.seed} {self._number}".encode()
-            own = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
-            self._generators[device] = torch.Generator(device).manual_seed(own % 2**63)
+            seed = (self.seed + SPREAD * self._number) % 2**63
+            self._generators[device] = torch.Generator(device).manual_seed(seed)
         return self._generators[device]
 
     def _add(self, taken: BlockSums, record: ForwardRecord, examples: int, seconds: float) -> None:

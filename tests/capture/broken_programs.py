@@ -216,8 +216,8 @@ def factors_are_true(
     forms_of = lambda block: factor_forms(block, "dense")  # noqa: E731
     collector = compiled.kfc.attach(StatisticsRequest(forms_of, fisher=fisher, seed=SEED))
     collector.arm()
-    generator = torch.Generator().manual_seed(SEED)
     for x, y in batches:
+        generator = torch.Generator().manual_seed(SEED)
         truth, expected = _pass(reference, x, y)
         torch.manual_seed(5)
         output = compiled(x)

@@ -41,12 +41,12 @@ def check(kind: type, fisher: str, rank: int) -> None:
         collector.take()
         torch.manual_seed(number)
         F.cross_entropy(compiled(x), y).backward()
-    generator = torch.Generator().manual_seed(SEED)
     with watching_layers(reference) as truth:
         for number in range(2):
             truth.calls.clear()
             torch.manual_seed(number)
             output = reference(x)
+            generator = torch.Generator().manual_seed(SEED)
             cotangent = collector.likelihood.sampled_cotangent(output.detach(), generator)
             if fisher == "sampled":
                 output.backward(cotangent)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import kfc_fx
 from kfc_fx.plan.coverage import NOT_USED
 from tests.capture.test_broken_programs import EarlyExit, Net, Printing, Whole, build
-from tests.models import collector_of, make_always_due
+from tests.models import collector_of, make_always_due, past
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -307,10 +307,10 @@ def test_a_due_step_without_statistics_is_counted_and_warned_of_once_for_each_re
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
-            step(compiled._call_impl, opt)  # not through the compiled model
+            step(past(compiled), opt)  # not through the compiled model
         collector_of(compiled).note_missing("another reason")
-        step(compiled._call_impl, opt)
-        step(compiled._call_impl, opt)
+        step(past(compiled), opt)
+        step(past(compiled), opt)
     assert opt.diagnostics.missed_statistics == 5
     texts = [str(warning.message) for warning in caught]
     assert len(texts) == 2

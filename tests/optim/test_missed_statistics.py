@@ -14,6 +14,7 @@ from tests.models import (
     collector_of,
     conv_network,
     make,
+    past,
     train,
 )
 
@@ -30,7 +31,7 @@ def test_a_forward_pass_without_gradients_is_an_error_at_the_step():
 
 def test_a_forward_pass_through_the_original_before_any_capture_is_an_error():
     compiled, opt = make()
-    backward(compiled._call_impl)
+    backward(past(compiled))
     with pytest.raises(kfc_fx.KfcError, match=r"model\.kfc\.trace.*call the model"):
         opt.step()
 
@@ -38,7 +39,7 @@ def test_a_forward_pass_through_the_original_before_any_capture_is_an_error():
 def test_a_forward_pass_around_the_compiled_model_is_an_error():
     compiled, opt = make()
     F.cross_entropy(compiled(IMAGES), LABELS)  # captured, but the loss comes from elsewhere
-    F.cross_entropy(compiled._call_impl(IMAGES), LABELS).backward()
+    F.cross_entropy(past(compiled)(IMAGES), LABELS).backward()
     with pytest.raises(kfc_fx.StatisticsError, match="call the model with gradients enabled"):
         opt.step()
 
@@ -54,7 +55,7 @@ def test_an_optimizer_made_after_the_forward_pass_says_so():
 def test_statistics_missed_later_are_counted_and_warned_of():
     compiled, opt = make(every=1)
     train(compiled, opt, 2)
-    F.cross_entropy(compiled._call_impl(IMAGES), LABELS).backward()
+    F.cross_entropy(past(compiled)(IMAGES), LABELS).backward()
     with pytest.warns(kfc_fx.KfcWarning, match="due at step 2"):
         opt.step()
     assert opt.diagnostics.missed_statistics == 1

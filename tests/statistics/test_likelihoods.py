@@ -221,8 +221,8 @@ def test_what_the_loss_ignores_counts_for_nothing(fisher):
             kfc_fx.statistics.request.StatisticsRequest(fisher=fisher, seed=0)  # type: ignore[attr-defined]
         )
         total = 0
-        for _ in range(repeats):
-            collector.arm()
+        for number in range(repeats):
+            collector.arm(number=number)
             F.cross_entropy(net(x), targets).backward()
             sums = collector_of(net).take()
             total = total + sums.blocks["last"]["gamma"][0] / sums.rows["last"][0]

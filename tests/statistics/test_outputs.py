@@ -192,10 +192,9 @@ def test_an_in_place_op_on_the_output_does_not_touch_the_statistics(change):
         (lambda z, h, loss: "scores", "output of type str: return a floating-point tensor"),
         (lambda z, h, loss: None, "output of type NoneType"),
         (lambda z, h, loss: [z.argmax(1)], "output of type list"),
-        (lambda z, h, loss: loss, "output is a scalar, perhaps a loss"),
         (lambda z, h, loss: {"logits": z.detach(), "aux": h}, "check that it is not detached"),
     ],
-    ids=["string", "none", "integers", "scalar", "detached"],
+    ids=["string", "none", "integers", "detached"],
 )
 def test_an_output_without_a_prediction_is_refused_with_what_to_return(form, message):
     compiled, _ = make(form)
