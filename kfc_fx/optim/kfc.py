@@ -212,8 +212,8 @@ class KFC(torch.optim.Optimizer):
             if len(stepping) > 1:  # the step of one writes at its end, and then no other may raise
                 stack.enter_context(_unwritten_if_raised([engine for _, engine, _ in stepping]))
             for own, engine, gradients in stepping:
-                stack.enter_context(own.step_size_noted(engine, gradients))
                 stack.enter_context(own.transaction(engine))
+                stack.enter_context(own.step_size_noted(engine, gradients))
             for own, engine, _ in stepping:
                 own.use_statistics(engine)
             for own, engine, gradients in stepping:

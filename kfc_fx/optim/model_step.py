@@ -253,15 +253,21 @@ class ModelStep:
     def step_size_noted(
         self, engine: UpdateEngine, gradients: Mapping[str, Tensor]
     ) -> Iterator[None]:
-        """Keep how far the step in the body goes, where a refresh waits for the device anyway."""
+        """Keep how far the step in the body goes, where a refresh waits for the device anyway. The
+        parameters are put back as they were if that fails, or the body does."""
         if not self.schedule.refresh_due(self._diagnostics.steps):
             yield
             return
         self._settle(engine)
-        before = [engine.parameters[name].detach().clone() for name in gradients]
-        yield
-        moved = [engine.parameters[name].detach() for name in gradients]
-        self._diagnostics.note_step(relative_distance(before, moved))
+        own = [engine.parameters[name].detach() for name in gradients]
+        before = [parameter.clone() for parameter in own]
+        try:
+            yield
+            size = relative_distance(before, own)
+        except BaseException:
+            torch._foreach_copy_(own, before)
+            raise
+        self._diagnostics.note_step(size)
 
     @contextmanager
     def transaction(self, engine: UpdateEngine) -> Iterator[None]:

@@ -7,11 +7,12 @@ import typer
 from kfc_fx.tools.bench.kernels import kernels
 from kfc_fx.tools.bench.memory import memory
 from kfc_fx.tools.bench.step import step
+from kfc_fx.tools.faults.command import faults
 from kfc_fx.tools.losses.command import losses
 from kfc_fx.tools.race.command import train
 
 app = typer.Typer(
-    help="Measure kernels, steps, runs and memory, and what losses tell.",
+    help="Measure kernels, steps, runs and memory, what losses tell, and what faults leave.",
     no_args_is_help=True,
 )
 app.command()(kernels)
@@ -19,3 +20,4 @@ app.command()(step)
 app.command()(train)
 app.command()(memory)
 app.command()(losses)
+app.command()(faults)

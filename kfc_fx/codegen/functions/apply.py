@@ -230,6 +230,9 @@ def _finish(context: Context, steps: Sequence[Value]) -> UpdateGraph:
     everything = update.call(list, written.values())
     if spec.weight_decay and spec.average:
         everything = update.let("everything", everything)
+    if spec.average:  # nothing takes memory after the first write, and can fail for want of it
+        copies = update.call(torch._foreach_mul, arguments["average"], 1.0)
+        context.result["average"] = update.let("new_average", copies)
     update.section("the only writes to the parameters")
     if spec.weight_decay:
         update.effect(torch._foreach_mul_, everything, arguments["shrink"])
@@ -244,6 +247,5 @@ def _finish(context: Context, steps: Sequence[Value]) -> UpdateGraph:
         update.effect(torch._foreach_copy_, rounded, update.call(list, master_weights.values()))
     if spec.average:
         weight = 1 - arguments["average_decay"]
-        averaged = update.call(torch._foreach_lerp, arguments["average"], everything, weight)
-        context.result["average"] = update.let("new_average", averaged)
+        update.effect(torch._foreach_lerp_, context.result["average"], everything, weight)
     return update.finish(context.result)

@@ -1,0 +1,1 @@
+"""Faults in the middle of training, and what is left after each."""
