@@ -197,3 +197,97 @@ def test_tracing_and_initializing_leave_such_buffers_as_they_were():
     assert "scale" not in compiled._non_persistent_buffers_set
     step(compiled, opt)
     assert len(compiled.kept) == 1
+
+
+# -- sparse tensors --------------------------------------------------------------------------
+
+
+class OnGraph(nn.Module):
+    """Two layers on the nodes of a graph, whose edges are a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(6, 8)
+        self.second = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+        hidden = torch.sparse.mm(edges, self.first(x)).tanh()
+        return torch.sparse.mm(edges, self.second(hidden))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+@pytest.mark.parametrize("layout", ["coo", "csr"])
+def test_factors_of_a_graph_with_sparse_edges_are_those_with_dense_ones(layout):
+    generator = torch.Generator().manual_seed(0)
+    edges = (torch.rand(20, 20, generator=generator) < 0.2).double()
+    x, labels = torch.randn(20, 6, generator=generator).double(), torch.arange(20) % 3
+
+    def factors(given: torch.Tensor):
+        net = kfc_fx.compile(OnGraph().double())
+        opt = kfc_fx.KFC(net, statistics=kfc_fx.Statistics(samples=None))
+        F.cross_entropy(net(x, given), labels).backward()
+        opt.step()
+        return opt.factors
+
+    found = factors(edges.to_sparse() if layout == "coo" else edges.to_sparse_csr())
+    for name, expected in factors(edges).items():
+        torch.testing.assert_close(found[name].omega, expected.omega)
+        torch.testing.assert_close(found[name].gamma, expected.gamma)
+
+
+def test_a_layer_with_a_sparse_input_is_generic_and_says_why():
+    net = kfc_fx.compile(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)))
+    opt = kfc_fx.KFC(net)
+    before = net[0].weight.detach().clone()
+    F.cross_entropy(net(torch.randn(9, 6).to_sparse()), torch.arange(9) % 3).backward()
+    opt.step()
+    assert not torch.equal(net[0].weight, before)
+    (reason,) = {g.reason for g in net.kfc.plan.generic if g.name == "0.weight"}
+    assert "sparse" in reason
+    assert [block.name for block in net.kfc.plan.blocks] == ["2"]
+
+
+# -- functions of the user's -----------------------------------------------------------------
+
+
+class Sign(torch.autograd.Function):
+    """Straight through."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class Binarized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(6, 8)
+        self.second = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.second(Sign.apply(self.first(x)))
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "sampled"])
+def test_a_function_of_the_users_runs_by_every_backend(fisher):
+    def trained(backend: str) -> list[torch.Tensor]:
+        net = kfc_fx.compile(Binarized(), backend=backend)
+        statistics = kfc_fx.Statistics(fisher=fisher, samples=None)
+        opt = kfc_fx.KFC(net, seed=0, statistics=statistics)
+        F.cross_entropy(net(X), Y).backward()
+        opt.step()
+        assert {block.name for block in net.kfc.plan.blocks} == {"first", "second"}
+        return [opt.factors[name].gamma for name in ("first", "second")]
+
+    generator = torch.Generator().manual_seed(0)
+    X, Y = torch.randn(16, 6, generator=generator), torch.arange(16) % 3
+    expected = trained("eager")
+    for backend in ("aot_eager", "inductor"):
+        with pytest.warns(kfc_fx.KfcWarning, match="is run op by op"):
+            torch.testing.assert_close(trained(backend), expected)

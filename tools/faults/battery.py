@@ -106,10 +106,10 @@ def try_fault(outcome: Outcome, reference: Reference, step: Step) -> Subject:
 
 
 def activations(scaling: str, reference: Reference) -> Iterator[Outcome]:
-    """One activation of each layer in turn."""
+    """One activation of each layer in turn; but what the hyperbolic tangent makes finite again."""
     for name, value in NOT_FINITE.items():
         outcome = Outcome(f"{name} in one activation", scaling)
-        for layer in ("conv", "norm", "hidden", "head"):
+        for layer in ("conv", "norm", "head", *["hidden"] * (name == "nan")):
 
             def spoil(_: object, __: object, output: Tensor, value: float = value) -> Tensor:
                 spoilt = output.clone()
