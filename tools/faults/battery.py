@@ -401,6 +401,12 @@ def battery(scaling: str, points: int, interrupt_points: int) -> Iterator[Outcom
         points: places of a fault that may be anywhere.
         interrupt_points: of Ctrl-C.
     """
+    # Hooks that come and go are new graphs each time, of which dynamo takes eight otherwise.
+    with torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=10_000):
+        yield from _battery(scaling, points, interrupt_points)
+
+
+def _battery(scaling: str, points: int, interrupt_points: int) -> Iterator[Outcome]:
     reference = Reference.of(scaling)
     yield from activations(scaling, reference)
     yield from gradients(scaling, reference)

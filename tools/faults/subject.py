@@ -94,13 +94,17 @@ class Subject:
         self.opt.step()
 
     def state(self) -> dict[str, Any]:
-        """Parameters, buffers and all that the optimizer saves, but for counts of faults."""
-        saved = copy.deepcopy(self.opt.state_dict())
+        """Parameters, buffers and all that the optimizer saves, but for counts of faults, and for
+        what the plan says of each layer: a hook that comes and goes makes another graph."""
+        saved = self.opt.state_dict()["state"]
         record = self.opt._models[0].record(self.opt.param_groups)
         record["counters"] = {name: record["counters"][name] for name in COUNTED}
         return {
             "model": {name: value.clone() for name, value in self.net.state_dict().items()},
-            "state": saved["state"],
+            "state": {
+                key: {name: value for name, value in entry.items() if name != "note"}
+                for key, entry in saved.items()
+            },
             "record": record,
         }
 
