@@ -48,15 +48,20 @@ def compile_forward(model: Callable[..., Any], handle_graph: GraphHandler) -> Ca
 
 
 def forget_frames(traceback: TracebackType | None) -> None:
-    """Let dynamo try the frames of a traceback anew, those that it has given up among them."""
+    """Let dynamo try the frames of a traceback anew, those that it has given up among them: of
+    user code, and of modules of torch. Frames of this folder stay as they are: some of them dynamo
+    is never to see."""
     while traceback is not None:
         code = traceback.tb_frame.f_code
-        if not code.co_filename.startswith(TORCH):
+        of_torch = code.co_filename.startswith(TORCH) and not code.co_filename.startswith(MODULES)
+        if not (of_torch or code.co_filename.startswith(OWN)):
             torch._C._dynamo.eval_frame.reset_code(code)
         traceback = traceback.tb_next
 
 
 TORCH = str(Path(torch.__file__).parent)
+MODULES = str(Path(TORCH) / "nn" / "modules")
+OWN = str(Path(__file__).parent)
 
 
 def dynamo_settings() -> AbstractContextManager[None]:

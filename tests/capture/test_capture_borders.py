@@ -331,3 +331,22 @@ def test_hooks_may_come_and_go(kind):
         opt.step()
     assert len(seen) == 4
     assert opt.diagnostics.missed_statistics == 0
+
+
+def test_a_layer_whose_hook_has_raised_is_captured_when_plain_python_calls_it():
+    """Which a full backward hook makes it do."""
+    torch.manual_seed(0)
+    compiled, opt = make(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)))
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    hook = compiled[0].register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        compiled(X)
+    hook.remove()
+    hook = compiled[0].register_full_backward_hook(lambda *_: None)
+    F.cross_entropy(compiled(X), Y).backward()
+    opt.step()
+    assert blocks_of(compiled) == {"0", "2"}
+    assert opt.factors["0"].gamma.any()
