@@ -234,7 +234,7 @@ class Compilation:
         if not torch.is_grad_enabled() and self.options.backend == "eager":
             # There is nothing to capture for, and nothing to compile.
             return self.model._call_impl(*args, **kwargs)
-        if is_transformed():
+        if is_transformed(args, kwargs):
             return self.model._call_impl(*args, **kwargs)
         for collector in self.collectors:
             collector.note_inputs((args, kwargs))
@@ -244,7 +244,7 @@ class Compilation:
         self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """The outermost call of a module of the model, which is an entry as the model's own is."""
-        if is_transformed() or is_run_again() or not self.collectors:
+        if is_transformed(args, kwargs) or is_run_again() or not self.collectors:
             return module._call_impl(*args, **kwargs)
         return self._called(args, kwargs, (path, module))
 

@@ -89,7 +89,7 @@ def test_a_step_with_statistics_that_changes_the_gradients_fails(monkeypatch):
     from kfc_fx.compilation import compilation
 
     tap = compilation.tap
-    monkeypatch.setattr(compilation, "tap", lambda output, setups: tap(output, setups) * 1.5)
+    monkeypatch.setattr(compilation, "tap", lambda *given: tap(*given) * 1.5)
     with pytest.raises(CheckError, match="outputs of the step with statistics"):
         check_case(case_of(Wrong()))
 

@@ -187,17 +187,24 @@ def _truth(
     compiled: nn.Module, case: ModelCase, reset: Callable[[], None], fisher: Fisher
 ) -> LayerTruth:
     """What hooks on the uncompiled model see in the same pass."""
-    with watching_layers(compiled) as truth:
-        reset()
-        output = compiled._call_impl(*case.args, **case.kwargs)
-        if fisher == "empirical":
-            loss_of(output).backward()
-        else:
-            prediction = find_prediction(output)
-            generator = torch.Generator(prediction.device).manual_seed(SEED)
-            values = prediction.detach().to(torch.promote_types(prediction.dtype, torch.float32))
-            cotangent = compiled.kfc.likelihood.sampled_cotangent(values, generator)
-            prediction.backward(cotangent.to(prediction.dtype))
+    compilation = kfc_fx.Compilation.of(compiled)
+    compilation.remove()
+    try:
+        with watching_layers(compiled) as truth:
+            reset()
+            output = compiled(*case.args, **case.kwargs)
+            if fisher == "empirical":
+                loss_of(output).backward()
+            else:
+                prediction = find_prediction(output)
+                generator = torch.Generator(prediction.device).manual_seed(SEED)
+                wide = torch.promote_types(prediction.dtype, torch.float32)
+                values = prediction.detach().to(wide)
+                assert compilation.likelihood is not None
+                cotangent = compilation.likelihood.sampled_cotangent(values, generator)
+                prediction.backward(cotangent.to(prediction.dtype))
+    finally:
+        compilation.install()
     reset()
     return truth
 
