@@ -282,6 +282,7 @@ class Compilation:
 
     def trace_symbolic(self, *inputs: Tensor) -> CurvaturePlan:
         """Capture the model by ``symbolic_trace``; it then refuses to run."""
+        self._entries.remove()
         module = symbolic_graph(self.model, inputs)
         missing = sum(node.op == "placeholder" for node in module.graph.nodes) - len(inputs)
         self._runs.keep_symbolic(module, [*inputs, *(None,) * missing])
