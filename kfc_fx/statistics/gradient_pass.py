@@ -47,9 +47,6 @@ class GradientPass:
     def begin(self) -> None:
         """Take statistics from now on until the backward pass ends."""
         setup, record = self._setup, self._setup.record
-        if not record.probes and not record.again:
-            setup.deliver(record.inputs, record, self._examples, 0.0)
-            return
         self._start(record)
         setup.opened.append(self)
         self._close_where_autograd_ends()

@@ -63,7 +63,7 @@ class LossPasses:
         and has not reached a layer yet."""
         ready: list[tuple[LossPass, Pass | None]] = []
         for own in self._passes:
-            if own.over or not own.reaches_weights() or own.joins():
+            if own.over or not own.reaches_weights() or own.joins() or own.is_auxiliary():
                 continue
             if self._comes_within(own, cotangents):
                 self._waiting.append(own)  # for all of the gradient, from outside too
@@ -134,32 +134,44 @@ class LossPass:
         return next(iter(given.items()), None)
 
     def joins(self) -> bool:
-        """Whether the statistics are taken by a pass that the backward pass has opened already, for
-        another forward pass that this one's output went into."""
+        """Whether the statistics are taken by a pass that the backward pass has opened already: for
+        a forward pass that this one's output went into or, where both are calls of modules, for
+        another module's on the same examples."""
         taps = self.setup.taps
-        nodes = [p.tensor.grad_fn for p in self._predictions]
-        current = taps.current
-        if current is None and self.setup.opened:  # in a pass within the one that opened it
-            current = taps.opened
-        if current is None or not current.join(
-            self.setup, is_entry=self._entry is not None, nodes=nodes
-        ):
+        opened: list[LossPass] = taps.current
+        if not opened and self.setup.opened:  # in a pass within the one that opened it
+            opened = taps.opened
+        above = [own for own in reversed(opened) if self.is_among(_reached(own._nodes))]
+        beside = [own for own in reversed(opened) if self._is_beside(own)]
+        if not above and (not beside or any(own._entry == self._entry for own in opened)):
             return False
+        chosen = (above or beside)[0]
+        if isinstance(chosen._pass, GradientPass):
+            chosen._pass.add(self.setup)
+        elif isinstance(chosen._pass, FisherPass):
+            return False  # its examples have had their targets; this is another branch
+        elif chosen._delivered:
+            self.setup.deliver(self.setup.record.inputs, self.setup.record, 0, 0.0)
         self._end()
         return True
 
-    def join(self, setup: PassSetup, *, is_entry: bool, nodes: Sequence[Node | None]) -> bool:
-        """See :class:`Opened`. The call of a module is one wherever it lies, one of the model if
-        the prediction was computed from its output."""
-        if not is_entry and not _reached(self._nodes).intersection(nodes):
+    def _is_beside(self, other: LossPass) -> bool:
+        return self._entry is not None and other._entry is not None
+
+    def is_auxiliary(self) -> bool:
+        """Whether the module was called on the way to another prediction too, which the backward
+        pass has not reached yet: what it gives here is none, and is left out."""
+        waiting = [own for own in self.setup.taps.waiting if own is not self and not own.over]
+        same = [own for own in waiting if own._entry is not None and own._entry == self._entry]
+        if not same:
             return False
-        if isinstance(self._pass, GradientPass):
-            self._pass.add(setup)
-        elif isinstance(self._pass, FisherPass):
-            return False  # its examples have had their targets; this is another branch
-        elif self._delivered:
-            setup.deliver(setup.record.inputs, setup.record, 0, 0.0)
-        return True
+        below = [own for own in waiting if own not in same and own.reaches_weights()]
+        for own in below:
+            reached = _reached([p.tensor.grad_fn for p in own._predictions])
+            if any(one.is_among(reached) for one in same) and not self.is_among(reached):
+                self._end()
+                return True
+        return False
 
     def _end(self) -> None:
         self.over, self._predictions = True, ()
@@ -167,7 +179,9 @@ class LossPass:
 
     def begun(self, prediction: Prediction, cotangent: Tensor | None) -> Pass | None:
         """The pass for a prediction with this cotangent; None where no more is to be done."""
-        counted = self.setup.taps.current is None or self._entry is None
+        opened: list[LossPass] = self.setup.taps.current
+        known = [own for own in opened if self._is_beside(own)]
+        counted = not known or any(own._entry == self._entry for own in known)
         self._nodes = [prediction.tensor.grad_fn]
         self._end()
         self._pass = self._found(prediction, cotangent, counted=counted)
@@ -195,7 +209,8 @@ class LossPass:
             known.check(prediction.tensor)
         setup.sums().drop_lost(or_zero=True)
         setup.choice.note_examples(setup.examples, _examples(setup, values))
-        if not record.probes and not record.again:  # no statistic depends on the likelihood
+        alone = not any(not own.over for own in setup.taps.waiting)
+        if alone and not record.probes and not record.again:  # none depends on the likelihood
             setup.deliver(record.inputs, record, _examples(setup, values), 0.0)
             self._delivered = True
             return None
@@ -260,6 +275,11 @@ class LossPass:
         record = self.setup.record
         if record.again:
             return True
+        if self._entry is not None and not record.rows:  # of no layer that is trained
+            reached = _reached([prediction.tensor.grad_fn for prediction in self._predictions])
+            waiting = [own for own in self.setup.taps.waiting if not own.over]
+            above = [own for own in waiting if own.setup.record.rows and own.is_among(reached)]
+            return any(own.reaches_weights() for own in above)
         weights = [weight for weight in record.weights.values() if weight.requires_grad]
         return not weights or any(map(_is_reached, weights))
 

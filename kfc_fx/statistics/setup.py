@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch.autograd.graph import Node
 
 from kfc_fx.statistics.likelihoods.choice import LikelihoodChoice
 from kfc_fx.statistics.record import ForwardRecord
@@ -30,13 +29,6 @@ class Closable(Protocol):
     def close(self) -> None: ...
 
 
-class Opened(Protocol):
-    """The pass that a backward pass has opened for a collector."""
-
-    def join(self, setup: PassSetup, *, is_entry: bool, nodes: Sequence[Node | None]) -> bool:
-        """Whether another forward pass is one of those that this pass is of."""
-
-
 @dataclass(eq=False)
 class Taps:
     """The taps of one collector: those that wait for a backward pass, and what the last one did."""
@@ -44,22 +36,23 @@ class Taps:
     waiting: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
     backward: int = -1
     """Autograd's number of the backward pass that has reached a tap last."""
-    opened: Opened | None = None
-    """What was opened in it."""
+    opened: list[Any] = field(default_factory=list)
+    """The forward passes whose predictions it has reached, the last one last."""
 
     @property
-    def current(self) -> Opened | None:
+    def current(self) -> list[Any]:
         """What the backward pass that runs has opened."""
-        return self.opened if self.backward == torch._C._current_graph_task_id() else None
+        return self.opened if self.backward == torch._C._current_graph_task_id() else []
 
-    def note_opened(self, opened: Opened) -> None:
+    def note_opened(self, opened: object) -> None:
         """Keep what the backward pass that runs has opened."""
-        self.backward, self.opened = torch._C._current_graph_task_id(), opened
+        task = torch._C._current_graph_task_id()
+        self.opened = [*(self.opened if self.backward == task else []), opened]
+        self.backward = task
 
-    def forget(self, opened: Opened | None = None) -> None:
-        """Hold what was opened no longer, or whatever it is; autograd's graph hangs on it."""
-        if opened in (None, self.opened):
-            self.opened = None
+    def forget(self, opened: object = None) -> None:
+        """Hold what was opened no longer, or nothing at all; autograd's graph hangs on it."""
+        self.opened = [] if opened is None else [own for own in self.opened if own is not opened]
 
 
 @dataclass(frozen=True, eq=False)

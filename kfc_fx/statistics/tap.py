@@ -49,7 +49,8 @@ def tap(output: Any, setups: Sequence[PassSetup], entry: str | None = None) -> A
     """
     likeliest = {} if entry is not None else {own: _likeliest(output, own) for own in setups}
     tensors = {path: t for path, t in float_tensors(output).items() if t.requires_grad}
-    setups = [setup for setup in setups if setup.record.rows or setup.record.again]
+    if entry is None:
+        setups = [setup for setup in setups if setup.record.rows or setup.record.again]
     if not tensors or not setups:
         return output  # nothing to differentiate: a frozen or unused part of the model
     passes = []

@@ -350,3 +350,47 @@ def test_half_precision_has_its_copies_by_parameter():
     F.cross_entropy(net(torch.randn(4, 8).bfloat16()).float(), torch.randint(5, (4,))).backward()
     opt.step()
     assert opt.state[net[1].weight].keys() == entry.keys()
+
+
+# -- what a review has found -----------------------------------------------------------------
+
+
+def test_averages_that_wait_are_not_the_parameters():
+    net, opt = build(average=5.0)
+    trace(net)
+    before = parameters(net)
+    opt.state[net.scale]["average"].zero_()
+    with pytest.raises(kfc_fx.OptionError, match="waits for the"):
+        opt.state[net.scale] = {"average": torch.zeros(())}
+    with pytest.raises(kfc_fx.OptionError, match="is counted"):
+        opt.state[net.scale] = {"step": torch.tensor(7.0)}
+    torch.testing.assert_close(parameters(net), before, rtol=0, atol=0)
+
+
+def test_a_layer_of_two_models_has_state_of_both():
+    shared = nn.Linear(4, 4)
+    models = [kfc_fx.compile(nn.Sequential(shared, nn.Linear(4, 3))) for _ in range(2)]
+    groups = list(dict.fromkeys(p for model in models for p in model.parameters()))
+    opt = kfc_fx.KFC(groups, lr=0.01)
+    x, labels = torch.randn(8, 4), torch.arange(8) % 3
+    sum(F.cross_entropy(model(x), labels) for model in models).backward()
+    opt.step()
+    saved = opt.state_dict()
+    opt.load_state_dict(copy.deepcopy(saved))
+    for number in range(2):
+        found = opt.factors[f"{number}.0"]
+        assert found.omega.any()
+        assert found.gamma.any()
+
+
+def test_notes_have_one_size_before_and_after_training():
+    name = "layer_of_a_rather_long_name" * 5
+    net = kfc_fx.compile(nn.Sequential())
+    net.add_module(name, nn.Linear(4, 3))
+    opt = kfc_fx.KFC(net, average=3.0)
+    net.kfc.trace(torch.randn(2, 4))
+    weight = getattr(net, name).weight
+    before = opt.state[weight]["note"].shape
+    F.cross_entropy(net(torch.randn(6, 4)), torch.arange(6) % 3).backward()
+    opt.step()
+    assert opt.state[weight]["note"].shape == before

@@ -87,7 +87,7 @@ class Entries(Mapping[str, Entry]):
             if name in values:
                 held[key] = values[name]
             elif wanted:
-                waiting[key] = own.float() if half and self._master_weights else own
+                waiting[key] = own.float() if half and self._master_weights else own.clone()
         note = Note(
             self._model,
             name,

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 
+import torch
 from torch import Tensor
 
 from kfc_fx.errors import OptionError
-from kfc_fx.optim.states.entries import Entries, Entry
+from kfc_fx.optim.states.entries import NOTE, Entries, Entry
+from kfc_fx.optim.states.note import Note
 
 FROZEN = "frozen"
+"""Entries of frozen parameters, by their number in the groups."""
+OTHERS = "others"
+"""Entries of the same parameter in further models."""
 
 
 class ParameterStates(MutableMapping[Tensor, Entry]):
@@ -31,13 +36,13 @@ class ParameterStates(MutableMapping[Tensor, Entry]):
         restart: Callable[[], None],
     ) -> None:
         self._restart = restart
-        self._places: dict[Tensor, tuple[Entries, str]] = {}
+        self._places: dict[Tensor, list[tuple[Entries, str]]] = {}
         numbers: dict[Tensor, int] = {}
         for number, parameter in enumerate(parameters):
             for names, entries in models:
                 name = names.get(parameter)
-                if name is not None and name in entries and parameter not in self._places:
-                    self._places[parameter] = (entries, name)
+                if name is not None and name in entries:
+                    self._places.setdefault(parameter, []).append((entries, name))
                     numbers[parameter] = number
         self._carrier = next((p for p in self._places if p.requires_grad), None)
         self._frozen = {str(numbers[p]): p for p in self._places if not p.requires_grad}
@@ -54,8 +59,9 @@ class ParameterStates(MutableMapping[Tensor, Entry]):
     def __getitem__(self, parameter: Tensor) -> Entry:
         if parameter not in self._places:
             return {}  # as the defaultdict of torch.optim has it
-        entries, name = self._places[parameter]
-        entry = entries[name]
+        entry, *others = (entries[name] for entries, name in self._places[parameter])
+        if others:
+            entry[OTHERS] = {str(number): own for number, own in enumerate(others)}
         if parameter is self._carrier:
             entry[FROZEN] = {number: self[own] for number, own in self._frozen.items()}
         return entry
@@ -74,9 +80,17 @@ class ParameterStates(MutableMapping[Tensor, Entry]):
                 f"opt.state of a KFC takes values for what it holds, in their sizes, and not "
                 f"{', '.join(map(repr, wrong))}: use opt.load_state_dict"
             )
+        note = Note.decoded(own[NOTE]) if own else None
         for name, value in entry.items():
-            if isinstance(value, Tensor) and value is not own[name]:
+            if not isinstance(value, Tensor) or value is own[name]:
+                continue
+            if note is not None and name in note.held:
                 own[name].copy_(value)
+            elif not torch.equal(own[name].cpu(), value.cpu()):
+                raise OptionError(
+                    f"{name!r} of opt.state cannot be written: it is counted, or waits for the "
+                    "first step. Use opt.load_state_dict"
+                )
 
     def __delitem__(self, parameter: Tensor) -> None:
         raise OptionError(

@@ -13,6 +13,9 @@ UNIT = 1024
 """Bytes that a note is padded to a multiple of: ``torch.distributed.checkpoint`` loads into tensors
 that have their sizes already."""
 
+ROOM = 700
+"""Bytes for the names of entries, which grow in number as a run goes on."""
+
 
 @dataclass(frozen=True)
 class Note:
@@ -34,8 +37,9 @@ class Note:
 
     def encoded(self, device: torch.device) -> Tensor:
         """As text, in a tensor of bytes."""
-        text = json.dumps(asdict(self)).encode()
-        padded = text.ljust(-(-len(text) // UNIT) * UNIT)
+        fixed = json.dumps({**asdict(self), "held": (), "columns": ()}).encode()
+        size = -(-(len(fixed) + ROOM) // UNIT) * UNIT
+        padded = json.dumps(asdict(self)).encode().ljust(size)
         return torch.frombuffer(bytearray(padded), dtype=torch.uint8).to(device)
 
     @classmethod

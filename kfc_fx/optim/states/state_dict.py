@@ -12,7 +12,7 @@ from torch import Tensor
 from kfc_fx.engine.state import SavedState
 from kfc_fx.errors import OptionError, counted, warn
 from kfc_fx.optim.states.entries import NOTE, Entry, state_of
-from kfc_fx.optim.states.live import FROZEN
+from kfc_fx.optim.states.live import FROZEN, OTHERS
 from kfc_fx.optim.states.note import Note
 
 RUN = "kfc"
@@ -117,7 +117,9 @@ def _noted(state_dict: Mapping[str, Any]) -> Iterator[tuple[int, Note, Entry]]:
     for key, entry in state_dict["state"].items():
         frozen = entry.get(FROZEN) or {}
         own = [(positions.get(key, -1), entry)] if _tensors(entry) else []
-        for position, given in [*own, *((int(n), e) for n, e in frozen.items())]:
+        given_ones = [*own, *((int(n), e) for n, e in frozen.items())]
+        given_ones += [(p, e) for p, own in given_ones for e in (own.get(OTHERS) or {}).values()]
+        for position, given in given_ones:
             try:
                 note = Note.decoded(given[NOTE])
             except (KeyError, ValueError, TypeError, RuntimeError) as error:
@@ -192,4 +194,7 @@ def _check_sizes(found: Mapping[str, tuple[Note, Entry]], place: Place) -> None:
 
 
 def _copied(entry: Entry) -> Entry:
-    return {name: own.clone() for name, own in entry.items() if isinstance(own, Tensor)}
+    copied: Entry = {name: own.clone() for name, own in entry.items() if isinstance(own, Tensor)}
+    if OTHERS in entry:
+        copied[OTHERS] = {number: _copied(own) for number, own in entry[OTHERS].items()}
+    return copied
