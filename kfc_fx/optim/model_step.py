@@ -263,11 +263,10 @@ class ModelStep:
         before = [parameter.clone() for parameter in own]
         try:
             yield
-            size = relative_distance(before, own)
+            self._diagnostics.note_step(relative_distance(before, own))
         except BaseException:
             torch._foreach_copy_(own, before)
             raise
-        self._diagnostics.note_step(size)
 
     @contextmanager
     def transaction(self, engine: UpdateEngine) -> Iterator[None]:
