@@ -6,7 +6,7 @@ encoder and a decoder, a body and a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,11 @@ class EntryCalls:
         for module in self._calls.keys() - found.keys():
             self._leave(module)
         self._calls = found
+
+    @property
+    def modules(self) -> Collection[nn.Module]:
+        """Those whose calls are taken."""
+        return self._calls.keys()
 
     def remove(self) -> None:
         """Leave the modules as they were."""

@@ -27,6 +27,7 @@ from kfc_fx.compilation.captured_graph import BoundGraph, CapturedGraph
 from kfc_fx.compilation.loss_functions import likelihood_of_graphs
 from kfc_fx.compilation.options import CompileOptions
 from kfc_fx.compilation.owners import Owners
+from kfc_fx.compilation.reasons import FOREIGN, why_not_called, why_nothing_ran
 from kfc_fx.compilation.runs import Runs
 from kfc_fx.errors import CaptureError, OptionError, counted
 from kfc_fx.plan.forms import FactorForms, factor_forms
@@ -45,12 +46,6 @@ from kfc_fx.statistics.tap import collect, tap
 
 _INSTALLED_ONES: weakref.WeakSet[Compilation] = weakref.WeakSet()
 _SERIAL = itertools.count()
-
-FOREIGN = (
-    "the model was called with other tensors in place of its parameters, as by "
-    "torch.func.functional_call, and statistics are of its own"
-)
-"""Why a forward pass gives no statistics."""
 
 
 class Compilation:
@@ -123,16 +118,7 @@ class Compilation:
     @property
     def why_not_called(self) -> str:
         """What to do where no call of the model has come here, in one sentence."""
-        if not self.installed:
-            return (
-                "model.compile() was called after kfc_fx.compile and takes the model's calls: "
-                "leave it out, and pass backend='inductor' to kfc_fx.compile"
-            )
-        return (
-            "call the model with gradients enabled, after KFC was made, and compute the loss from "
-            "what it returns; torch.compile around the model or around the training step traces "
-            "past kfc_fx, and kfc_fx.compile(model, backend='inductor') takes its place"
-        )
+        return why_not_called(installed=self.installed)
 
     def install(self) -> None:
         """Let the model's calls come here; what was called before is put aside."""
@@ -200,6 +186,7 @@ class Compilation:
         """Let outermost calls of the modules that the model has now come here too."""
         if self.runs:
             self._entries.refresh()
+            self._runs.keep_entries(self._entries.modules)
 
     @property
     def collectors(self) -> tuple[Collector, ...]:
@@ -317,11 +304,7 @@ class Compilation:
                 record.again = partial(self._runs.again, running)
             elif running.graphs == 0:
                 record.missing = self._why_nothing_ran()
-            elif (
-                self._blocks
-                and entry is None
-                and not any(r.emitted for r in running.records.values())
-            ):
+            elif self._blocks and entry is None and not running.has_emitted:
                 record.missing = FOREIGN
             if record.missing:
                 collector.note_missing(record.missing, alone=record.missing == FOREIGN)
@@ -335,13 +318,7 @@ class Compilation:
 
     def _why_nothing_ran(self) -> str:
         """The reasons for which the forward pass ran outside of all graphs."""
-        if self._missing:
-            return self._missing
-        found = "; ".join(str(b) for b in self._runs.breaks.breaks if b.skipped)
-        return (
-            "the forward pass ran outside the captured graphs, so no statistics can be taken: "
-            + (found or "dynamo captured nothing (is it disabled, by TORCHDYNAMO_DISABLE=1?)")
-        )
+        return self._missing or why_nothing_ran(self._runs.breaks.breaks)
 
     # -- what the compiler did ---------------------------------------------------------------
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
@@ -65,9 +64,7 @@ class Runs:
         """Whether the model was called with gradients enabled."""
         self.inside = Inside()
         self._forward = self._capture(model._call_impl)
-        self._entries: weakref.WeakKeyDictionary[nn.Module, Callable[..., Any]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._entries: dict[nn.Module, Callable[..., Any]] = {}
         self._passes: list[ArmedPass] = []
         self._call: Call | None = None
         self._interrupted: Call | None = None
@@ -140,6 +137,10 @@ class Runs:
         if module not in self._entries:
             self._entries[module] = self._capture(module._call_impl)
         return self._entries[module]
+
+    def keep_entries(self, modules: Collection[nn.Module]) -> None:
+        """Hold no captures of other modules than these any longer."""
+        self._entries = {module: own for module, own in self._entries.items() if module in modules}
 
     def _take_back(self, known: tuple[GraphBreak, ...], traceback: TracebackType | None) -> None:
         """Forget which frames dynamo gave up in a call that failed: the fault was the input's.

@@ -20,7 +20,7 @@ from kfc_fx.engine.compiled_step import compile_step, with_tensors
 from kfc_fx.engine.factors import Factors, factors_of
 from kfc_fx.engine.master_weights import MasterWeights
 from kfc_fx.engine.screening import ScreenedStatistics
-from kfc_fx.engine.state import BlockStates, SavedState, fitting, stacked_state
+from kfc_fx.engine.state import SavedState, fitting, stacked_state, state_by_block
 from kfc_fx.engine.static_step import StaticStep
 from kfc_fx.engine.step_inputs import (
     Momenta,
@@ -200,7 +200,7 @@ class UpdateEngine:
     def held(self) -> SavedState:
         """The state by name, in the tensors that it is in."""
         return SavedState(
-            BlockStates(self.spec, self.state),
+            state_by_block(self.spec, self.state),
             {name: dict(entry) for name, entry in self.generic.items()},
             dict(self.average),
             self._master_weights.held(),

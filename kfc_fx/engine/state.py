@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from kfc_fx.codegen.pieces.bases import eigenvalue_entries
 from kfc_fx.codegen.scalings.rules import rule_of
 from kfc_fx.codegen.spec import StackSpec, StateEntry, UpdateSpec
+from kfc_fx.engine.on_demand import OnDemand
 from kfc_fx.linalg.eigenbasis import from_basis, in_basis
 
 OPTIONAL = ("m", "p", "examples")
@@ -145,29 +146,18 @@ def stacked_state(
     return state
 
 
-class BlockStates(Mapping[str, dict[str, Tensor]]):
+def state_by_block(
+    spec: UpdateSpec, state: Mapping[str, Mapping[str, Tensor]]
+) -> Mapping[str, dict[str, Tensor]]:
     """The inverse of :func:`stacked_state`: block name to state name to tensor, views of the
     stacks."""
+    places = {block: (stack, span) for stack in spec.stacks for block, span in stack.spans.items()}
 
-    def __init__(self, spec: UpdateSpec, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self._state = state
-        self._places = {
-            block: (stack, span) for stack in spec.stacks for block, span in stack.spans.items()
-        }
+    def of(block: str) -> dict[str, Tensor]:
+        stack, span = places[block]
+        return {name: entries_of(value, stack, span) for name, value in state[stack.key].items()}
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __contains__(self, block: object) -> bool:
-        return block in self._places
-
-    def __getitem__(self, block: str) -> dict[str, Tensor]:
-        stack, span = self._places[block]
-        own = self._state[stack.key]
-        return {name: entries_of(value, stack, span) for name, value in own.items()}
+    return OnDemand(places, of)
 
 
 def entries_of(tensor: Tensor, stack: StackSpec, span: tuple[int, int]) -> Tensor:

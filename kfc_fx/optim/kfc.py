@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfc_fx.compilation import Compilation
 from kfc_fx.engine.engine import UpdateEngine
 from kfc_fx.engine.factors import Factors
 from kfc_fx.errors import OptionError, StepError
 from kfc_fx.optim.adoption import adamw_entries
+from kfc_fx.optim.averages import averages_swapped_in
 from kfc_fx.optim.diagnostics import Diagnostics, joined
 from kfc_fx.optim.generic import Generic
 from kfc_fx.optim.groups import (
@@ -27,9 +27,11 @@ from kfc_fx.optim.groups import (
 )
 from kfc_fx.optim.interrupts import deferred_interrupts
 from kfc_fx.optim.model_step import ModelStep
+from kfc_fx.optim.model_steps import model_steps
 from kfc_fx.optim.options import KFCOptions
 from kfc_fx.optim.other_options import refuse_torch_options, refuse_unknown
 from kfc_fx.optim.processes import refuse_several_processes
+from kfc_fx.optim.put_back import put_back_if_raised
 from kfc_fx.optim.run_report import Progress, append_entry
 from kfc_fx.optim.scalings.scaling import Scaling
 from kfc_fx.optim.scalings.table import scaling_of
@@ -118,7 +120,7 @@ class KFC(torch.optim.Optimizer):
             *(master_weights, compile_update, cuda_graph, maximize, seed),
         )
         target = target_of(params, model)
-        self._models = _models(target.compilations, options, target.chosen)
+        self._models = model_steps(target.compilations, options, target.chosen)
         self._made = False  # it takes no statistics of others before all of it is checked
         lr = options.scaling.lr if lr is None else lr
         defaults = {"lr": lr, "betas": options.betas, "weight_decay": weight_decay, RUN: ""}
@@ -210,7 +212,8 @@ class KFC(torch.optim.Optimizer):
         """The step of all models that have gradients: whole, or not at all where it raises."""
         with ExitStack() as stack:
             if len(stepping) > 1:  # the step of one writes at its end, and then no other may raise
-                stack.enter_context(_unwritten_if_raised([engine for _, engine, _ in stepping]))
+                written = [p for _, engine, _ in stepping for p in engine.parameters.values()]
+                stack.enter_context(put_back_if_raised(written))
             for own, engine, gradients in stepping:
                 stack.enter_context(own.transaction(engine))
                 stack.enter_context(own.step_size_noted(engine, gradients))
@@ -364,20 +367,8 @@ class KFC(torch.optim.Optimizer):
         Raises:
             StepError: averaging is off, or no step was taken.
         """
-        held = [own for own in self._models if own.binding.average]
-        if not held:
-            raise StepError("no averaged parameters: make KFC with average=τ and take a step first")
-        kept = [
-            {name: own.binding.parameters[name].detach().clone() for name in own.binding.average}
-            for own in held
-        ]
-        try:
-            for own in held:
-                _copy_into(own.binding.parameters, own.binding.average)
+        with averages_swapped_in([own.binding for own in self._models]):
             yield
-        finally:
-            for own, values in zip(held, kept, strict=True):
-                _copy_into(own.binding.parameters, values)
 
     def initialize(self, batches: Iterable[Any]) -> None:
         """Take the first factors from some batches, without a step.
@@ -403,44 +394,3 @@ class KFC(torch.optim.Optimizer):
     def schedule(self) -> Schedule:
         """When statistics and refreshes are due."""
         return self._models[0].schedule
-
-
-def _models(
-    compilations: Sequence[Compilation], options: KFCOptions, chosen: Sequence[Any]
-) -> list[ModelStep]:
-    """One for each compiled model; parameters of none go with the first.
-
-    Raises:
-        OptionError: an option that is for one model is given with several.
-    """
-    if len(compilations) > 1 and options.needs_inputs:
-        raise OptionError(
-            "clip_by='exact', quadratic_model and adapt_damping take the exact Fisher matrix of "
-            f"one model, and the parameters are of {len(compilations)}: make a KFC for each"
-        )
-    known = {p for compilation in compilations for p in compilation.model.parameters()}
-    given = [parameter for parameter in tensors_of(chosen) if parameter not in known]
-    outside = {f"outside.{index}": parameter for index, parameter in enumerate(given)}
-    first, *others = compilations
-    return [
-        ModelStep(first, options, outside, 0),
-        *(ModelStep(own, options, {}, number) for number, own in enumerate(others, 1)),
-    ]
-
-
-@contextmanager
-def _unwritten_if_raised(engines: Sequence[UpdateEngine]) -> Iterator[None]:
-    """Put the parameters of several engines back as they were if the body raises."""
-    parameters = [p for engine in engines for p in engine.parameters.values()]
-    before = [p.detach().clone() for p in parameters]
-    try:
-        yield
-    except BaseException:
-        torch._foreach_copy_([p.detach() for p in parameters], before)
-        raise
-
-
-def _copy_into(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, value in values.items():
-            own[name].copy_(value)

@@ -16,21 +16,22 @@ from kfc_fx.engine.engine import UpdateEngine
 from kfc_fx.engine.screening import screen
 from kfc_fx.engine.state import SavedState
 from kfc_fx.engine.step_inputs import OptionNumbers, StepNumbers
-from kfc_fx.errors import OptionError, StatisticsError, StepError, warn
+from kfc_fx.errors import StatisticsError, StepError, warn
 from kfc_fx.optim.binding import Binding
 from kfc_fx.optim.diagnostics import Diagnostics
 from kfc_fx.optim.exact_fisher import ExactFisher
 from kfc_fx.optim.gradients import all_finite, named_gradients, relative_distance
 from kfc_fx.optim.groups import Group
 from kfc_fx.optim.options import KFCOptions
+from kfc_fx.optim.put_back import put_back_if_raised
 from kfc_fx.optim.rates import generic_numbers, option_numbers
+from kfc_fx.optim.request import check_model, request_of
 from kfc_fx.optim.schedule import Schedule, averaging_rate
-from kfc_fx.optim.states.entries import Entries
+from kfc_fx.optim.states.entries import Entries, parameter_entries
 from kfc_fx.optim.states.state_dict import Place
 from kfc_fx.statistics.inputs import inputs_of
 from kfc_fx.statistics.likelihoods.categorical import Categorical
 from kfc_fx.statistics.loss_pass import UNDECIDED
-from kfc_fx.statistics.request import StatisticsRequest
 
 DROPPED = "has a statistic that is not finite: it is dropped, the last good factor stays"
 NOT_FINITE = "a gradient is not finite"
@@ -106,7 +107,7 @@ class ModelStep:
         own = binding.by_name(groups)
         known = binding.has_state
         options = self._options
-        return Entries(
+        return parameter_entries(
             binding.held(),
             {name: p for name, p in binding.parameters.items() if name in own and known},
             model=self._number,
@@ -141,7 +142,7 @@ class ModelStep:
         self.binding.load(state)
         self.diagnostics.restore(record["counters"])
         self.collector.choice.restore(record["likelihood"])
-        self.collector.seed = record["seed"]
+        self.collector.draw_from(record["seed"])
         self.collector.take()
         self.arm()
 
@@ -260,13 +261,9 @@ class ModelStep:
             return
         self._settle(engine)
         own = [engine.parameters[name].detach() for name in gradients]
-        before = [parameter.clone() for parameter in own]
-        try:
+        with put_back_if_raised(own) as before:
             yield
             self._diagnostics.note_step(relative_distance(before, own))
-        except BaseException:
-            torch._foreach_copy_(own, before)
-            raise
 
     @contextmanager
     def transaction(self, engine: UpdateEngine) -> Iterator[None]:
@@ -394,31 +391,3 @@ class ModelStep:
 
     def _option_numbers(self, engine: UpdateEngine) -> OptionNumbers:
         return option_numbers(engine.spec, self._options, self.exact.inverse_damping)
-
-
-def check_model(compilation: Compilation, options: KFCOptions) -> None:
-    """Raise :class:`OptionError` for options that do not go with a model or its backend."""
-    samples, backend = options.statistics.samples, compilation.options.backend
-    if samples not in (None, "auto") and backend != "eager":
-        raise OptionError(
-            f"Statistics: samples needs backend='eager', got {backend!r}: a compiled backward pass "
-            "has the share of the batch that it takes fixed in its code"
-        )
-    if options.needs_inputs and any(p.is_complex() for p in compilation.model.parameters()):
-        raise OptionError(
-            "clip_by='exact', quadratic_model and adapt_damping take the exact Fisher matrix of "
-            "all parameters, and some of the model's are complex: leave them out"
-        )
-
-
-def request_of(compilation: Compilation, options: KFCOptions) -> StatisticsRequest:
-    """The statistics that options ask of a model."""
-    return StatisticsRequest(
-        forms=options.by_block.forms_of,
-        fisher=options.statistics.fisher,
-        scale_free=options.scale_free,
-        samples=options.statistics.samples if compilation.options.backend == "eager" else None,
-        keep_inputs=options.needs_inputs,
-        seed=options.seed,
-        maximize=options.maximize,
-    )

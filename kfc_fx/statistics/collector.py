@@ -47,8 +47,7 @@ class Collector:
         self._taps = Taps()
         self._leaves: dict[tuple[str, str], Tensor] = {}
         self._generators: dict[torch.device, torch.Generator] = {}
-        self.seed: int = torch.initial_seed() if request.seed is None else request.seed
-        """Of the sampled targets."""
+        self._seed: int = torch.initial_seed() if request.seed is None else request.seed
         self._number = 0
 
     # -- for the optimizer -------------------------------------------------------------------
@@ -120,6 +119,16 @@ class Collector:
     def last_inputs(self) -> Inputs | None:
         """Inputs of the last forward pass, where the request keeps them."""
         return self._last_inputs
+
+    @property
+    def seed(self) -> int:
+        """Of the sampled targets."""
+        return self._seed
+
+    def draw_from(self, seed: int) -> None:
+        """Draw sampled targets from another seed from now on."""
+        self._seed = seed
+        self._generators.clear()
 
     # -- for the compiled model --------------------------------------------------------------
 
@@ -196,7 +205,7 @@ class Collector:
     def generator(self, device: torch.device) -> torch.Generator:
         """The generator of sampled targets on a device, apart from torch's global one."""
         if device not in self._generators:
-            seed = (self.seed + SPREAD * self._number) % 2**63
+            seed = (self._seed + SPREAD * self._number) % 2**63
             self._generators[device] = torch.Generator(device).manual_seed(seed)
         return self._generators[device]
 

@@ -141,11 +141,11 @@ class LossPass:
         opened: list[LossPass] = taps.current
         if not opened and self.setup.opened:  # in a pass within the one that opened it
             opened = taps.opened
-        above = [own for own in reversed(opened) if self.is_among(_reached(own._nodes))]
-        beside = [own for own in reversed(opened) if self._is_beside(own)]
-        if not above and (not beside or any(own._entry == self._entry for own in opened)):
+        above = [own for own in opened if self.is_among(_reached(own._nodes))]
+        found = above or self._beside(opened)
+        if not found:
             return False
-        chosen = (above or beside)[0]
+        chosen = found[-1]
         if isinstance(chosen._pass, GradientPass):
             chosen._pass.add(self.setup)
         elif isinstance(chosen._pass, FisherPass):
@@ -155,8 +155,13 @@ class LossPass:
         self._end()
         return True
 
-    def _is_beside(self, other: LossPass) -> bool:
-        return self._entry is not None and other._entry is not None
+    def _beside(self, opened: Sequence[LossPass]) -> list[LossPass]:
+        """Those of other modules that were called on the same examples, as an actor and a critic
+        are. The same module called again, or another number of examples, is another batch."""
+        if self._entry is None or any(own._entry == self._entry for own in opened):
+            return []
+        examples = self.setup.examples
+        return [o for o in opened if o._entry is not None and o.setup.examples == examples]
 
     def is_auxiliary(self) -> bool:
         """Whether the module was called on the way to another prediction too, which the backward
@@ -179,9 +184,7 @@ class LossPass:
 
     def begun(self, prediction: Prediction, cotangent: Tensor | None) -> Pass | None:
         """The pass for a prediction with this cotangent; None where no more is to be done."""
-        opened: list[LossPass] = self.setup.taps.current
-        known = [own for own in opened if self._is_beside(own)]
-        counted = not known or any(own._entry == self._entry for own in known)
+        counted = not self._beside(self.setup.taps.current)
         self._nodes = [prediction.tensor.grad_fn]
         self._end()
         self._pass = self._found(prediction, cotangent, counted=counted)
@@ -225,12 +228,12 @@ class LossPass:
         if record.again or is_loss:
             setup.miss(REENTRANT if record.again else LOSS_ALONE)
             return None
-        others = self._above(likelihood)
+        others = self._above()
         return FisherPass(
             setup, likelihood, prediction.tensor, values, cotangent, others, counted=counted
         )
 
-    def _above(self, likelihood: Likelihood) -> list[PassSetup]:
+    def _above(self) -> list[PassSetup]:
         """Forward passes that the prediction was computed from and that have waited; they are over
         then."""
         waiting = [own for own in self.setup.taps.waiting if not own.over]

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-import threading
-
 import pytest
 import torch
 from torch import nn
@@ -263,90 +259,6 @@ def test_checkpointed_entries_train_as_they_do_without(reentrant):
     assert_same_run(found, trained(Agent(), parts, steps=4))
 
 
-def test_hooks_of_entries_run():
-    calls = []
-    model = Coder()
-    model.head.register_forward_hook(lambda *_: calls.append("forward"))
-    model.head.register_full_backward_hook(lambda *_: calls.append("backward"))
-    trained(model, in_parts, steps=3)
-    assert calls == ["forward", "backward"] * 3
-
-
-def test_evaluation_and_transforms_capture_nothing():
-    net, _ = trained(Coder(), in_parts, steps=1)
-    graphs = len(net.kfc.graphs)
-    x, _ = batch(0)
-    net.eval()
-    with torch.no_grad():
-        parts = net.forward_head(net.forward_features(x))
-        torch.testing.assert_close(parts, net(x))
-    torch.func.vmap(net.head)(torch.randn(2, 3, 4))
-    torch.func.grad(lambda h: net.head(h).sum())(torch.randn(3, 4))
-    assert len(net.kfc.graphs) == graphs
-
-
-def test_copies_and_pickles_have_entries_of_their_own():
-    net, opt = trained(Coder(), in_parts, steps=2, statistics=kfc_fx.Statistics(every=1))
-    for pair in (copy.deepcopy((net, opt)), pickle.loads(pickle.dumps((net, opt)))):
-        other, its = pair
-        before = parameters(net)
-        its.zero_grad()
-        in_parts(other, *batch(7)).backward()
-        its.step()
-        assert its.diagnostics.statistics_steps == opt.diagnostics.statistics_steps + 1
-        torch.testing.assert_close(parameters(net), before, rtol=0, atol=0)
-
-
-def test_uncompiled_modules_are_as_they_were():
-    net, _ = trained(Coder(), in_parts, steps=1)
-    kfc_fx.uncompile(net)
-    assert not [m for m in net.modules() if "_compiled_call_impl" in vars(m)]
-
-
-def test_modules_that_join_or_leave():
-    net, opt = trained(Coder(), in_parts, steps=2, statistics=kfc_fx.Statistics(every=1))
-    old = net.head
-    net.head = nn.Linear(4, 3)
-    opt.add_param_group({"params": list(net.head.parameters())})
-    for step in range(3):
-        opt.zero_grad()
-        in_parts(net, *batch(step)).backward()
-        opt.step()
-    assert "_compiled_call_impl" not in vars(old)
-    assert opt.factors["head"].omega.any()
-    assert "head" in {block.name for block in net.kfc.plan.blocks}
-
-
-def test_a_module_that_torch_compiles_is_left_to_it():
-    model = Coder()
-    model.head.compile(backend="eager")
-    own = vars(model.head)["_compiled_call_impl"]
-    net = kfc_fx.compile(model)
-    opt = kfc_fx.KFC(net)
-    assert vars(net.head)["_compiled_call_impl"] is own
-    whole(net, *batch(0)).backward()
-    opt.step()
-    assert vars(net.head)["_compiled_call_impl"] is own
-
-
-def test_replicas_are_refused():
-    """Which nn.DataParallel makes, and calls in threads."""
-    net, _ = trained(Coder(), whole, steps=1)
-    replica = net._replicate_for_data_parallel()
-    raised = []
-
-    def call():
-        try:
-            replica(batch(0)[0])
-        except kfc_fx.OptionError as error:
-            raised.append(str(error))
-
-    thread = threading.Thread(target=call)
-    thread.start()
-    thread.join()
-    assert "nn.DataParallel calls replicas" in raised[0]
-
-
 class WithLoss(nn.Module):
     """As Lightning has it under DDP: the model returns its loss, and nothing else."""
 
@@ -464,3 +376,21 @@ def test_a_term_on_features_leaves_the_prediction_to_the_head():
 def test_scalings_of_each_part():
     options = {"blocks": {"head": "spectral"}, "statistics": kfc_fx.Statistics(every=2)}
     assert_same_run(trained(Coder(), in_parts, **options), trained(Coder(), whole, **options))
+
+
+def test_branches_of_other_numbers_of_examples_have_their_own_scale():
+    """The critic sees half of the examples, by a mean of its own."""
+
+    def halved(net, x, labels):
+        hidden = net.body(x)
+        value = net.critic(hidden[:8])[:, 0]
+        return F.cross_entropy(net.actor(hidden), labels) + (value - labels[:8]).square().mean()
+
+    def critic_alone(net, x, labels):
+        value = net.critic(net.body(x[:8]))[:, 0]
+        return (value - labels[:8]).square().mean()
+
+    options = {"statistics": kfc_fx.Statistics(fisher="empirical", samples=None), "steps": 1}
+    _, opt = trained(Agent(), halved, **options)
+    _, its = trained(Agent(), critic_alone, **options)
+    torch.testing.assert_close(opt.factors["critic"].gamma, its.factors["critic"].gamma)

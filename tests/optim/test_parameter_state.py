@@ -203,15 +203,21 @@ def test_a_state_that_is_set_goes_on_bit_for_bit(form, traced, scaling):
     assert_goes_on_as(net, opt, other, its, 14)
 
 
+def frozen_run(form, *names):
+    """A run in which some modules or parameters are frozen after nine steps of eleven, and its
+    state dicts."""
+    net, opt = build()
+    train(net, opt, 0, 9)
+    for name in names:
+        getattr(net, name).requires_grad_(False)
+    train(net, opt, 9, 11)
+    return net, opt, *get_state_dict(net, opt, options=form)
+
+
 @BY_FORM
 def test_frozen_parameters_keep_theirs(form):
     """torch.distributed.checkpoint leaves out what stands under a frozen parameter."""
-    net, opt = build()
-    train(net, opt, 0, 9)
-    net.conv.requires_grad_(False)
-    net.scale.requires_grad_(False)
-    train(net, opt, 9, 11)
-    model, state = get_state_dict(net, opt, options=form)
+    net, opt, model, state = frozen_run(form, "conv", "scale")
     other, its = build()
     trace(other)
     other.conv.requires_grad_(False)
@@ -225,11 +231,7 @@ def test_frozen_parameters_keep_theirs(form):
 
 @BY_FORM
 def test_a_state_may_be_set_before_parameters_are_frozen(form):
-    net, opt = build()
-    train(net, opt, 0, 9)
-    net.conv.requires_grad_(False)
-    train(net, opt, 9, 11)
-    model, state = get_state_dict(net, opt, options=form)
+    net, opt, model, state = frozen_run(form, "conv")
     other, its = build()
     trace(other)
     set_state_dict(other, its, model_state_dict=model, optim_state_dict=state, options=form)

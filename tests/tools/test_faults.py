@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from kfc_fx.tools.cli import app
 from kfc_fx.tools.faults import command
-from kfc_fx.tools.faults.battery import Outcome, Reference, battery, kills, try_fault
+from kfc_fx.tools.faults.battery import battery, kills
+from kfc_fx.tools.faults.outcome import Outcome, Reference, try_fault
 
 
 @pytest.mark.parametrize("scaling", ["adam", "inverse"])

@@ -2,104 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import random
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
+from kfc_fx.tools.faults.checkpoints import checkpoints
 from kfc_fx.tools.faults.inject import Ops, interrupt_at, out_of_memory
 from kfc_fx.tools.faults.killed import killed_while_saving
-from kfc_fx.tools.faults.subject import Subject, equal, quietly
+from kfc_fx.tools.faults.outcome import Outcome, Reference, try_fault
+from kfc_fx.tools.faults.subject import Subject, quietly
 
 NOT_FINITE = {"nan": float("nan"), "inf": float("inf")}
-
-
-@dataclass
-class Outcome:
-    """What a fault has left, over all the places that it was put at.
-
-    Attributes:
-        fault: what it was.
-        tried: how many times.
-        left: how often the state was that of before the step, of after it, or neither.
-        raised: errors by name, the empty one for none.
-        goes_on: how often the steps after it were those of a run without the fault; where
-            statistics were dropped, whether they were finite.
-    """
-
-    fault: str
-    scaling: str
-    tried: int = 0
-    left: Counter[str] = field(default_factory=Counter)
-    raised: Counter[str] = field(default_factory=Counter)
-    goes_on: int = 0
-
-    @property
-    def is_right(self) -> bool:
-        """Whether each time the state was a whole one, and training went on."""
-        whole = self.left["before"] + self.left["after"]
-        return self.tried > 0 and whole == self.goes_on == self.tried
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A run without faults, and its states from that in which faults come on."""
-
-    subject: Subject
-    saved: dict[str, Any]
-    states: tuple[dict[str, Any], ...]
-
-    @classmethod
-    def of(cls, scaling: str, *, due: bool = True) -> Reference:
-        """Of a scaling, with states after some more steps.
-
-        Args:
-            due: whether the step with faults takes statistics and refreshes.
-        """
-        subject = Subject.started(scaling) if due else Subject.started(scaling, 9, interval=50)
-        saved = subject.saved()
-        subject.restore(saved)
-        states = [subject.state()]
-        for _ in range(3):
-            subject.step()
-            states.append(subject.state())
-        return cls(subject, saved, tuple(states))
-
-    def again(self) -> Subject:
-        """The run, where faults come on."""
-        self.subject.restore(self.saved)
-        return self.subject
-
-
-Step = Callable[[Subject], None]
-"""One step with a fault in it."""
-
-
-def try_fault(outcome: Outcome, reference: Reference, step: Step) -> Subject:
-    """Take a step with a fault, and note what it leaves and how training goes on."""
-    subject = reference.again()
-    outcome.tried += 1
-    outcome.raised[quietly(lambda: step(subject))] += 1
-    found = subject.state()
-    for name, taken in (("before", 0), ("after", 1)):
-        if equal(found, reference.states[taken]):
-            outcome.left[name] += 1
-            break
-    else:
-        outcome.left["neither"] += 1
-        return subject
-    for expected in reference.states[taken + 1 :]:
-        if quietly(subject.step) or not equal(subject.state(), expected):
-            return subject
-    outcome.goes_on += 1
-    return subject
 
 
 # -- numbers that are not finite ---------------------------------------------------------------
@@ -178,48 +96,28 @@ class PutThereError(Exception):
 def errors(scaling: str, reference: Reference) -> Iterator[Outcome]:
     """An exception in the forward and the backward pass, in hooks of modules, tensors, steps."""
 
-    def forward(subject: Subject) -> None:
-        hook = subject.net.hidden.register_forward_pre_hook(_raise)
-        try:
-            subject.step()
-        finally:
-            hook.remove()
+    hooks: dict[str, Callable[[Subject], RemovableHandle]] = {
+        "forward": lambda own: own.net.hidden.register_forward_pre_hook(_raise),
+        "module": lambda own: own.net.hidden.register_full_backward_hook(_raise),
+        "tensor": lambda own: own.net.conv.weight.register_hook(_raise),
+        "before": lambda own: own.opt.register_step_pre_hook(_raise),
+        "after": lambda own: own.opt.register_step_post_hook(_raise),
+    }
+    for name, hooked in hooks.items():
 
-    def module(subject: Subject) -> None:
-        hook = subject.net.hidden.register_full_backward_hook(_raise)
-        try:
-            subject.step()
-        finally:
-            hook.remove()
+        def step(subject: Subject, hooked: Callable[[Subject], RemovableHandle] = hooked) -> None:
+            hook = hooked(subject)
+            try:
+                subject.step()
+            finally:
+                hook.remove()
 
-    def tensor(subject: Subject) -> None:
-        hook = subject.net.conv.weight.register_hook(_raise)
-        try:
-            subject.step()
-        finally:
-            hook.remove()
-
-    def before(subject: Subject) -> None:
-        hook = subject.opt.register_step_pre_hook(_raise)
-        try:
-            subject.step()
-        finally:
-            hook.remove()
-
-    def after(subject: Subject) -> None:
-        hook = subject.opt.register_step_post_hook(_raise)
-        try:
-            subject.step()
-        finally:
-            hook.remove()
-
-    def closure(subject: Subject) -> None:
-        subject.opt.step(lambda: _raise())
-
-    for step in (forward, module, tensor, before, after, closure):
-        outcome = Outcome(f"an exception in a hook: {step.__name__}", scaling)
+        outcome = Outcome(f"an exception in a hook: {name}", scaling)
         try_fault(outcome, reference, step)
         yield outcome
+    outcome = Outcome("an exception in the closure of a step", scaling)
+    try_fault(outcome, reference, lambda subject: subject.opt.step(_raise))
+    yield outcome
 
 
 def _raise(*_: object) -> None:
@@ -319,8 +217,9 @@ def decompositions(scaling: str, reference: Reference) -> Iterator[Outcome]:
     subject.backward()
     with spoilt():
         outcome.raised[quietly(subject.opt.step)] += 1
+    seen = subject.opt.diagnostics.inverse_failures.total() > 0
     fine = all(bool(p.isfinite().all()) for p in subject.net.parameters())
-    outcome.left["after" if fine and subject.number == 1 else "neither"] += 1
+    outcome.left["after" if seen and fine and subject.number == 1 else "neither"] += 1
     before = float(subject.loss().detach())
     for _ in range(3):
         quietly(subject.step)
@@ -331,67 +230,6 @@ def decompositions(scaling: str, reference: Reference) -> Iterator[Outcome]:
 
 def _spoilt(part: Tensor) -> Tensor:
     return torch.full_like(part, float("nan")) if part.is_floating_point() else part
-
-
-# -- states ------------------------------------------------------------------------------------
-
-
-def states(scaling: str, reference: Reference, points: int) -> Iterator[Outcome]:
-    """Checkpoints that are cut off, foreign, of another version or in part: all are refused, and
-    nothing has changed."""
-    saved = reference.saved["opt"]
-    file = io.BytesIO()
-    torch.save(saved, file)
-    whole, rng = file.getvalue(), random.Random(0)
-
-    outcome = Outcome("a checkpoint that was cut off", scaling)
-    for _ in range(points):
-        part = whole[: rng.randrange(len(whole))]
-
-        def step(subject: Subject, part: bytes = part) -> None:
-            subject.opt.load_state_dict(torch.load(io.BytesIO(part), weights_only=True))
-
-        _try_load(outcome, reference, step)
-    yield outcome
-
-    outcome = Outcome("a checkpoint that lacks a tensor", scaling)
-    for key, entry in saved["state"].items():
-        for name in entry:
-            if name in ("step", "frozen"):
-                continue
-            lacking = {
-                k: {n: v for n, v in e.items() if (k, n) != (key, name)}
-                for k, e in saved["state"].items()
-            }
-
-            def step(subject: Subject, state: Mapping[int, object] = lacking) -> None:
-                subject.opt.load_state_dict({**saved, "state": state})
-
-            _try_load(outcome, reference, step)
-    yield outcome
-
-    outcome = Outcome("a checkpoint of another optimizer or version", scaling)
-    net = reference.subject.net
-    others: list[torch.optim.Optimizer] = [torch.optim.SGD(net.parameters(), lr=0.1)]
-    others.append(torch.optim.AdamW(net.parameters()))
-    foreign = [other.state_dict() for other in others]
-    for text in ("{", '{"version": 99, "models": []}', '{"version": 1, "models": []}', "[]"):
-        groups = [{**group, "kfc": text} for group in saved["param_groups"]]
-        foreign.append({**saved, "param_groups": groups})
-    for given in foreign:
-        _try_load(
-            outcome, reference, lambda subject, given=given: subject.opt.load_state_dict(given)
-        )
-    yield outcome
-
-
-def _try_load(outcome: Outcome, reference: Reference, step: Step) -> None:
-    """A load that must be refused."""
-    raised = outcome.raised.total() - outcome.raised[""]
-    try_fault(outcome, reference, step)
-    if outcome.raised.total() - outcome.raised[""] == raised:
-        outcome.left["neither"] += 1  # it was taken
-        outcome.goes_on -= 1
 
 
 def battery(scaling: str, points: int, interrupt_points: int) -> Iterator[Outcome]:
@@ -417,7 +255,7 @@ def _battery(scaling: str, points: int, interrupt_points: int) -> Iterator[Outco
     yield from ops(scaling, plain, points, "a step without statistics")
     yield from interrupts(scaling, reference, interrupt_points)
     yield from decompositions(scaling, reference)
-    yield from states(scaling, reference, points)
+    yield from checkpoints(scaling, reference, points)
 
 
 def kills(times: int) -> Iterator[Outcome]:

@@ -14,7 +14,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kfc_fx.tools.faults.battery import Outcome, battery, kills
+from kfc_fx.tools.faults.battery import battery, kills
+from kfc_fx.tools.faults.outcome import Outcome
 from kfc_fx.tools.terminal import write
 
 SCALINGS = ("adam", "spectral", "eigen", "inverse")
@@ -23,7 +24,7 @@ SCALINGS = ("adam", "spectral", "eigen", "inverse")
 def faults(
     points: Annotated[
         int, typer.Option(min=1, help="Places of a fault that may be anywhere.")
-    ] = 50,
+    ] = 25,
     interrupts: Annotated[
         int, typer.Option(min=1, help="Moments of Ctrl-C for each scaling.")
     ] = 250,

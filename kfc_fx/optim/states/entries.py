@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kfc_fx.engine.on_demand import OnDemand
 from kfc_fx.engine.state import SavedState
 from kfc_fx.errors import OptionError
 from kfc_fx.optim.states.note import Note
@@ -20,11 +21,21 @@ MOMENTS = ("m", "v")
 Entry = dict[str, Any]
 
 
-class Entries(Mapping[str, Entry]):
-    """The state of one model, by name of a parameter: that of a block under the block's weight.
+Entries = Mapping[str, Entry]
+"""The state of one model, by name of a parameter: that of a block under the block's weight."""
 
-    The tensors are those of the running optimizer. What waits for a first step is there too, in its
-    size, so that a checkpoint has a place for it.
+
+def parameter_entries(
+    state: SavedState,
+    parameters: Mapping[str, Tensor],
+    *,
+    model: int,
+    steps: int,
+    average: bool,
+    master_weights: bool,
+) -> Entries:
+    """The entries of one model, in the tensors of the running optimizer. What waits for a first
+    step is there too, in its size, so that a checkpoint has a place for it.
 
     Args:
         state: of the model.
@@ -34,70 +45,46 @@ class Entries(Mapping[str, Entry]):
         average: whether parameters are averaged.
         master_weights: whether parameters in half precision have copies in float32.
     """
+    plan = {name: block for name, block in state.plan.items() if name in state.blocks}
+    weights = {block["weight"]: name for name, block in plan.items()}
+    biases = {block["bias"] for block in plan.values()}
+    known = {*weights, *biases, *state.generic, *state.average, *state.master_weights}
 
-    def __init__(
-        self,
-        state: SavedState,
-        parameters: Mapping[str, Tensor],
-        *,
-        model: int,
-        steps: int,
-        average: bool,
-        master_weights: bool,
-    ) -> None:
-        self._state, self._parameters = state, parameters
-        self._model, self._steps = model, steps
-        self._average, self._master_weights = average, master_weights
-        plan = {name: block for name, block in state.plan.items() if name in state.blocks}
-        self._weights = {block["weight"]: name for name, block in plan.items()}
-        self._biases = {block["bias"] for block in plan.values()}
-        known = {*self._weights, *self._biases, *state.generic, *state.average}
-        self._names = dict.fromkeys(
-            name for name, p in parameters.items() if p.requires_grad or name in known
-        )
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __getitem__(self, name: str) -> Entry:
-        parameter, state = self._parameters[name], self._state
+    def entry(name: str) -> Entry:
+        parameter, block = parameters[name], weights.get(name)
         held: dict[str, Tensor] = {}
         waiting: dict[str, Tensor] = {}
-        block = self._weights.get(name)
+        wide = torch.promote_types(parameter.dtype, torch.float32)
         if block is not None:
             held |= state.blocks[block]
         elif name in state.generic:
             held |= state.generic[name]
-        elif name not in self._biases and parameter.requires_grad:
-            wide = torch.promote_types(parameter.dtype, torch.float32)
+        elif name not in biases and parameter.requires_grad:
             zeros = torch.zeros_like(parameter, dtype=wide, requires_grad=False)
             waiting |= dict.fromkeys(MOMENTS, zeros)
-        own = parameter.detach()
-        half = torch.promote_types(parameter.dtype, torch.float32) != parameter.dtype
+        is_half = wide != parameter.dtype
+        kept = wide if master_weights else parameter.dtype
         for key, values, wanted in (
-            (MASTER, state.master_weights, self._master_weights and half),
-            (AVERAGE, state.average, self._average),
+            (MASTER, state.master_weights, master_weights and is_half),
+            (AVERAGE, state.average, average),
         ):
             if name in values:
                 held[key] = values[name]
             elif wanted:
-                waiting[key] = own.float() if half and self._master_weights else own.clone()
+                waiting[key] = parameter.detach().to(kept, copy=True)
         note = Note(
-            self._model,
+            model,
             name,
             tuple(held),
             tuple(key for key, value in held.items() if not value.is_contiguous()),
-            None if block is None else dict(state.plan[block]),
+            None if block is None else dict(plan[block]),
             block in state.parked,
         )
-        step = torch.tensor(float(self._steps))
+        step = torch.tensor(float(steps))
         return {STEP: step, **held, **waiting, NOTE: note.encoded(parameter.device)}
+
+    names = [name for name, p in parameters.items() if p.requires_grad or name in known]
+    return OnDemand(names, entry)
 
 
 def state_of(entries: Mapping[str, tuple[Note, Entry]]) -> SavedState:
