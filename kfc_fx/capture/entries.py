@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from kfc_fx.errors import warn
+
 INSTALLED = "_compiled_call_impl"
 """What ``nn.Module.__call__`` runs in place of ``_call_impl``."""
 
@@ -49,7 +51,10 @@ class EntryCalls:
                 continue
             own = module.__dict__
             known_path, call = self._calls.get(module, ("", None))
-            if own.get(INSTALLED) not in (None, call):
+            taken_by = own.get(INSTALLED)
+            if taken_by not in (None, call):
+                if is_entry_call(taken_by):
+                    taken_by.is_shared = True
                 continue
             if call is None or known_path != path:
                 call = _entry_call(path, module, self._enter, self._inside)
@@ -87,8 +92,14 @@ def _entry_call(path: str, module: nn.Module, enter: Enter, inside: Inside) -> C
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling() or inside.depth or not torch.is_grad_enabled():
             return module._call_impl(*args, **kwargs)
+        if call.is_shared:  # type: ignore[attr-defined]
+            call.is_shared = False  # type: ignore[attr-defined]
+            warn(
+                f"{path!r} is a module of several compiled models and was called from outside of "
+                "them: its statistics go to the first that got an optimizer. Call the others whole"
+            )
         return enter(path, module, args, kwargs)
 
     torch._dynamo.eval_frame.skip_code(call.__code__)
-    call.is_entry_call = True  # type: ignore[attr-defined]
+    call.is_entry_call, call.is_shared = True, False  # type: ignore[attr-defined]
     return call

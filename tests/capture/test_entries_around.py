@@ -6,8 +6,10 @@ import copy
 import pickle
 import threading
 
+import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import kfc_fx
 from tests.capture.test_entries import Coder, batch, in_parts, trained, whole
@@ -96,3 +98,17 @@ def test_replicas_are_refused():
     thread.start()
     thread.join()
     assert "nn.DataParallel calls replicas" in raised[0]
+
+
+def test_a_module_of_two_models_that_is_called_alone_is_warned_of():
+    """Whose it is, nobody can say; called as a whole, each model has its own."""
+    body = nn.Linear(4, 4)
+    models = [kfc_fx.compile(nn.Sequential(body, nn.Linear(4, 3))) for _ in range(2)]
+    opts = [kfc_fx.KFC(model) for model in models]
+    x, labels = torch.randn(8, 4), torch.arange(8) % 3
+    for model, opt in zip(models, opts, strict=True):
+        F.cross_entropy(model(x), labels).backward()
+        opt.step()
+        assert opt.factors["0"].omega.any()
+    with pytest.warns(kfc_fx.KfcWarning, match="'0' is a module of several compiled models"):
+        models[1][1](models[1][0](x))
