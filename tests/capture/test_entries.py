@@ -273,8 +273,8 @@ class WithLoss(nn.Module):
 @pytest.mark.parametrize("scaling", ["adam", "spectral"])
 def test_a_model_that_returns_its_loss_alone(scaling):
     options = {"statistics": kfc_fx.Statistics(samples=None), "scaling": scaling}
-    expected = trained(Coder(), whole, **options)
-    found = trained(WithLoss(), lambda net, x, y: net(x, y), **options)
+    expected = trained(Coder().double(), lambda net, x, y: whole(net, x.double(), y), **options)
+    found = trained(WithLoss().double(), lambda net, x, y: net(x.double(), y), **options)
     torch.testing.assert_close(parameters(found[0]), parameters(expected[0]))
     assert "Categorical" in str(found[0].kfc.plan)
 
