@@ -77,6 +77,7 @@ class Compilation:
         self._runs = Runs(model, options, self.names, self._owners.owner_of)
         self._account = self._runs.account
         self._entries = EntryCalls(model, self._enter, self._runs.inside)
+        self._tracing = False
 
     # -- on the model ------------------------------------------------------------------------
 
@@ -223,7 +224,7 @@ class Compilation:
             return self.model._call_impl(*args, **kwargs)
         if is_transformed(args, kwargs):
             return self.model._call_impl(*args, **kwargs)
-        for collector in self.collectors:
+        for collector in () if self._tracing else self.collectors:
             collector.note_inputs((args, kwargs))
         return self._called(args, kwargs, None)
 
@@ -231,13 +232,16 @@ class Compilation:
         self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """The outermost call of a module of the model, which is an entry as the model's own is."""
-        if is_transformed(args, kwargs) or is_run_again() or not self.collectors:
+        wanted = self.collectors or self._tracing
+        if is_transformed(args, kwargs) or is_run_again() or not wanted:
             return module._call_impl(*args, **kwargs)
         return self._called(args, kwargs, (path, module))
 
     def _called(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: tuple[str, nn.Module] | None
     ) -> Any:
+        if self._tracing:
+            return self._runs.call(args, kwargs, recording=True, entry=entry)
         armed = [collector for collector in self.collectors if collector.armed]
         if entry is not None and torch._C._current_graph_task_id() >= 0:
             # Of a checkpoint that is reentrant: what its output goes into was differentiated.
@@ -261,9 +265,26 @@ class Compilation:
         Raises:
             CaptureError: dynamo captured no graph of the model.
         """
+        return self.trace_calls(self, *args, **kwargs)
+
+    def trace_calls(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> CurvaturePlan:
+        """The same for a model that is used by another function than its ``forward``: each call of
+        the model, and each outermost call of a module of it, that the function makes is captured.
+
+        Args:
+            function: called with the other arguments; a method of the model for one.
+
+        Raises:
+            CaptureError: dynamo captured no graph in it.
+        """
         self.names.refresh()
-        with state_preserved(self.model), torch.enable_grad():
-            self._runs.call(args, kwargs, recording=True)
+        self.take_entries()
+        self._tracing = True
+        try:
+            with state_preserved(self.model), torch.enable_grad():
+                function(*args, **kwargs)
+        finally:
+            self._tracing = False
         self.emitting_graphs()
         return self.plan
 

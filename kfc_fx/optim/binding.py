@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kfc_fx.codegen.spec import UpdateSpec
 from kfc_fx.compilation import Compilation
 from kfc_fx.engine.engine import UpdateEngine
-from kfc_fx.engine.state import SavedState
+from kfc_fx.engine.state import SavedState, fitting
 from kfc_fx.engine.step_inputs import Momenta
 from kfc_fx.errors import OptionError, counted, warn
 from kfc_fx.optim.groups import Group, check_second_beta
@@ -276,6 +276,15 @@ class Binding:
         self.take_over(state)
         self._resumes = True
 
+    def check_fits(self, state: SavedState) -> None:
+        """Raise :class:`OptionError` where a state has something of another kind for a block that
+        is known by now."""
+        if self._engine is not None:
+            spec = self._engine.spec
+            known = [name for stack in spec.stacks for name in stack.spans if name in state.blocks]
+            kept = fitting(spec, {name: state.blocks[name] for name in known})
+            _refuse_other_kind([name for name in known if name not in kept])
+
     def _check_loaded(self, anew: Sequence[str]) -> None:
         """What the user might take for resumed.
 
@@ -287,13 +296,7 @@ class Binding:
         """
         if not (self._loaded.blocks and anew):
             return
-        other = [name for name in anew if name in self._loaded.blocks]
-        if other:
-            raise OptionError(
-                f"the loaded state does not fit {counted(len(other), 'block')} ({_shown(other)}): "
-                "it is of another scaling, of factors in another form, or of another layer. "
-                "Make KFC with the options that it was saved with, or load the model's state alone"
-            )
+        _refuse_other_kind([name for name in anew if name in self._loaded.blocks])
         warn(
             f"the loaded state has nothing for {counted(len(anew), 'block')} ({_shown(anew)}), "
             "begun anew"
@@ -345,6 +348,15 @@ def _renamed(saved: SavedState, names: Mapping[str, str], gone: Collection[str])
         name = blocks.get(old, old)
         plan[name] = BlockSpec.from_dict(block).renamed(name, names).as_dict()
     return replace(saved.renamed(names, blocks), plan=plan)
+
+
+def _refuse_other_kind(blocks: Sequence[str]) -> None:
+    if blocks:
+        raise OptionError(
+            f"the loaded state does not fit {counted(len(blocks), 'block')} ({_shown(blocks)}): "
+            "it is of another scaling, of factors in another form, or of another layer. "
+            "Make KFC with the options that it was saved with, or load the model's state alone"
+        )
 
 
 def _shown(names: Sequence[str]) -> str:

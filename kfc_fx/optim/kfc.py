@@ -25,6 +25,7 @@ from kfc_fx.optim.groups import (
     groups_of,
     warn_of_large_rates,
 )
+from kfc_fx.optim.hooks import loaded_with_hooks, packed_with_hooks
 from kfc_fx.optim.interrupts import deferred_interrupts
 from kfc_fx.optim.model_step import ModelStep
 from kfc_fx.optim.model_steps import model_steps
@@ -266,20 +267,31 @@ class KFC(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """Parameter groups and the state by parameter, as of any ``torch.optim`` optimizer, in
         copies. What is of no parameter, counters for one, is a text in each group."""
-        records = [own.record(self.param_groups) for own in self._models]
-        return packed(super().state_dict(), records)
+        own_state_dict = super().state_dict
+
+        def pack() -> dict[str, Any]:
+            records = [own.record(self.param_groups) for own in self._models]
+            return packed(own_state_dict(), records)
+
+        return packed_with_hooks(self, pack)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
         """Continue from a saved state, in this process or another.
 
         Raises:
             OptionError: the state is not that of a KFC optimizer for as many models, of the same
-                parameters; it is not whole; or it is of another scaling.
+                parameters; it is not whole; or it is of another scaling, which shows at the first
+                step where the plan is not known yet.
         """
+        loaded_with_hooks(self, state_dict, self._load)
+
+    def _load(self, state_dict: Mapping[str, Any]) -> None:
         places = [own.place(self.param_groups) for own in self._models]
         states = unpacked(state_dict, self._parameters, places)
         groups = [{**group, RUN: ""} for group in state_dict["param_groups"]]
         check_loaded_groups(groups, self.options.betas)
+        for own, (state, _) in zip(self._models, states, strict=True):
+            own.binding.check_fits(state)
         super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
         for own, (state, record) in zip(self._models, states, strict=True):
             own.load(state, record)

@@ -394,3 +394,65 @@ def test_branches_of_other_numbers_of_examples_have_their_own_scale():
     _, opt = trained(Agent(), halved, **options)
     _, its = trained(Agent(), critic_alone, **options)
     torch.testing.assert_close(opt.factors["critic"].gamma, its.factors["critic"].gamma)
+
+
+def test_a_model_that_nobody_calls_is_traced_by_a_method_of_its_own():
+    net = kfc_fx.compile(Trained())
+    opt = kfc_fx.KFC(net)
+    running = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    plan = net.kfc.trace_calls(net.training_step, *batch(0))
+    assert [block.name for block in plan.blocks] == [
+        *("net.body.0", "net.body.1", "net.norm", "net.head")
+    ]
+    assert all(torch.equal(buffer, running[name]) for name, buffer in net.named_buffers())
+    assert {"q_omega", "q_gamma", "m"} <= opt.state[net.net.head.weight].keys()
+    assert opt.diagnostics.steps == 0
+    before = opt.state_dict()
+    _, its = trained(Trained(), lambda net, x, y: net.training_step(x, y))
+    opt.load_state_dict(its.state_dict())
+    assert opt.state_dict()["state"].keys() == before["state"].keys()
+
+
+def test_an_entry_is_traced_before_there_is_an_optimizer():
+    net = kfc_fx.compile(Coder())
+    x, labels = batch(0)
+    plan = net.kfc.trace_calls(in_parts, net, x, labels)
+    assert [block.name for block in plan.blocks] == ["body.0", "body.1", "norm", "head"]
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        net.kfc.trace_calls(net.forward_head, x)
+    F.cross_entropy(net(x), labels).backward()  # as ever
+
+
+@pytest.mark.parametrize("flattened", [False, True])
+def test_a_checkpoint_is_loaded_where_the_model_itself_is_never_called(tmp_path, flattened):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    options = StateDictOptions(flatten_optimizer_state_dict=flattened)
+
+    def step_of(net, x, labels):
+        return net.training_step(x, labels)
+
+    net, opt = trained(Trained(), step_of, 4)
+    dcp.save(
+        {"opt": get_optimizer_state_dict(net, opt, options=options)},
+        checkpoint_id=tmp_path,
+        no_dist=True,
+    )
+    other = kfc_fx.compile(Trained())
+    other.load_state_dict(net.state_dict())
+    again = kfc_fx.KFC(other, seed=1, statistics=opt.options.statistics)
+    other.kfc.trace_calls(other.training_step, *batch(0))
+    state = {"opt": get_optimizer_state_dict(other, again, options=options)}
+    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    set_optimizer_state_dict(other, again, state["opt"], options=options)
+    for own, its in ((net, opt), (other, again)):
+        for step in range(4, 8):
+            its.zero_grad()
+            step_of(own, *batch(step)).backward()
+            its.step()
+    torch.testing.assert_close(parameters(other), parameters(net), rtol=0, atol=0)

@@ -109,6 +109,36 @@ def test_a_state_of_another_kind_is_refused(before, after):
         with pytest.raises(kfc_fx.OptionError, match=r"does not fit . blocks? .*another scaling"):
             train(other, again, 1)
     assert_equal(parameters(other), start)
+    other, again = make(**after)
+    other.kfc.trace(torch.randn(4, 2, 6, 6))
+    before_loading = again.state_dict()["state"]
+    with pytest.raises(kfc_fx.OptionError, match=r"does not fit . blocks? .*another scaling"):
+        again.load_state_dict(opt.state_dict())
+    torch.testing.assert_close(again.state_dict()["state"], before_loading, rtol=0, atol=0)
+    train(other, again, 1)  # as if nothing had been loaded
+
+
+def test_hooks_on_the_state_dict_see_all_of_it():
+    compiled, opt = make()
+    train(compiled, opt, 2)
+    seen = {}
+    opt.register_state_dict_post_hook(lambda _, state: seen.update(saved=state["state"][0].keys()))
+    opt.register_state_dict_post_hook(lambda _, state: {**state, "mine": 1})
+    state = opt.state_dict()
+    assert state["mine"] == 1
+    _, again = make()
+    again.register_load_state_dict_pre_hook(
+        lambda _, state: seen.update(loaded=state["state"][0].keys())
+    )
+    again.register_load_state_dict_pre_hook(
+        lambda _, state: {**state, "param_groups": [{**state["param_groups"][0], "lr": 0.5}]}
+    )
+    again.register_load_state_dict_post_hook(
+        lambda own: seen.update(after=own.state[own.param_groups[0]["params"][0]].keys())
+    )
+    again.load_state_dict(state)
+    assert seen["saved"] == seen["loaded"] == seen["after"] > {"step", "m", "v"}
+    assert again.param_groups[0]["lr"] == 0.5
 
 
 def test_blocks_that_a_loaded_state_lacks_begin_anew_and_soon():
