@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from kfc_fx.capture.wrappers import unwrapped
 from kfc_fx.compilation import Compilation, CompileOptions
 from kfc_fx.compilation.options import BatchDim
 from kfc_fx.errors import OptionError, warn
@@ -35,7 +36,7 @@ def compile(
     steps. :func:`uncompile` takes all of it away.
 
     Args:
-        model: any module.
+        model: any module; of one in ``DistributedDataParallel`` the module inside is compiled.
         likelihood: predictive distribution of the output: ``"categorical"`` (class scores),
             ``"gaussian"`` (unit variance) or ``"bernoulli"`` (logits); or a function from the
             output to the cotangents, of its shape, of one sampled target per example; or one of
@@ -69,6 +70,18 @@ def compile(
             "kfc_fx.compile takes the model itself, not what torch.compile(model) returned, which "
             "traces past it: pass the model, with backend='inductor' for compiled graphs"
         )
+    inner = unwrapped(model)
+    if inner is not model:
+        compile(
+            inner,
+            likelihood=likelihood,
+            backend=backend,
+            strict=strict,
+            norm_layers=norm_layers,
+            weight_sharing=weight_sharing,
+            batch_dim=batch_dim,
+        )
+        return model
     options = CompileOptions.of(
         likelihood=likelihood,
         backend=backend,
@@ -107,7 +120,7 @@ def uncompile(model: Model) -> Model:
     Returns:
         The model itself.
     """
-    known = compilation_of(model)
+    known = compilation_of(unwrapped(model))
     if known is not None:
         known.remove()
     return model

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"kfc_fx": ROOT / "kfc_fx", "kernels": ROOT / "kernels", "tools": ROOT / "tools"}
 GEOMETRY, CPU_MATMUL = "kernels.geometry", "kernels.cpu_matmul"
-DTYPES = "kernels.dtypes"
+DTYPES, WRAPPERS = "kernels.dtypes", "capture.wrappers"
 
 MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
@@ -27,9 +27,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "codegen": {"linalg", "plan", CPU_MATMUL},
     "rewrite": {"capture", "plan", "statistics"},
     "engine": {"artifacts", "codegen", "errors", "linalg", "statistics"},
+    "distributed": {"codegen", "engine", "errors", "plan", "statistics"},
     "compilation": {"capture", "errors", "plan", "rewrite", "statistics"},
     "install": {"capture", "compilation", "errors", "plan", "statistics"},
-    "optim": {"codegen", "compilation", "engine", "errors", "install", "plan", "statistics"},
+    "optim": {
+        WRAPPERS,
+        "codegen",
+        "compilation",
+        "distributed",
+        "engine",
+        "errors",
+        "install",
+        "plan",
+        "statistics",
+    },
 }
 """What the files of a folder, or a file beside the folders, may import besides each other."""
 EVERYTHING = set(MAY_IMPORT)

@@ -22,6 +22,7 @@ from kfc_fx.capture.regions import is_run_again
 from kfc_fx.capture.replicas import refuse_replicas
 from kfc_fx.capture.symbolic import symbolic_graph
 from kfc_fx.capture.transforms import is_transformed
+from kfc_fx.capture.wrappers import refuse_join
 from kfc_fx.compilation.armed_pass import ArmedPass
 from kfc_fx.compilation.captured_graph import BoundGraph, CapturedGraph
 from kfc_fx.compilation.loss_functions import likelihood_of_graphs
@@ -251,6 +252,7 @@ class Compilation:
             armed = [collector for collector in armed if collector.taking]
         if not (armed and torch.is_grad_enabled()):
             return self._runs.call(args, kwargs, recording=False, entry=entry)
+        refuse_join()
         self.names.refresh_if_trained({p for c in self.collectors for p in c.trained()})
         examples = batch_size((args, kwargs), self.options.input_batch_dim)
         running = ArmedPass({collector: collector.begin(examples) for collector in armed})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from kfc_fx.artifacts import record_artifact
+from kfc_fx.codegen.part import part_of
 from kfc_fx.codegen.pieces.generic import moments_at_start
 from kfc_fx.codegen.program import generate
 from kfc_fx.codegen.spec import StackSpec, UpdateSpec
@@ -20,7 +21,14 @@ from kfc_fx.engine.compiled_step import compile_step, with_tensors
 from kfc_fx.engine.factors import Factors, factors_of
 from kfc_fx.engine.master_weights import MasterWeights
 from kfc_fx.engine.screening import ScreenedStatistics
-from kfc_fx.engine.state import SavedState, fitting, stacked_state, state_by_block
+from kfc_fx.engine.state import (
+    SavedState,
+    entries_of,
+    fitting,
+    refreshed_entries,
+    stacked_state,
+    state_by_block,
+)
 from kfc_fx.engine.static_step import StaticStep
 from kfc_fx.engine.step_inputs import (
     Momenta,
@@ -113,21 +121,72 @@ class UpdateEngine:
         self._update(fresh)
         self.waiting = False
 
+    @property
+    def can_refresh(self) -> bool:
+        """Whether there are statistics that a refresh would make something new of."""
+        written_out = self._written_out()
+        return not any(set(names) - set(self.state[key]) for key, names in written_out.items())
+
     def refresh(self, options: OptionNumbers) -> list[str]:
         """Factors into inverses, bases or whitening matrices; returns the blocks for which that
         failed."""
-        written_out = {s.key: self.spec.factors_in_basis_of(s) for s in self.spec.stacks}
-        if any(set(names) - set(self.state[key]) for key, names in written_out.items()):
-            return []  # no statistics since the last refresh: it would change nothing
-        given = refresh_arguments(self.program, self.state, options, first=not self.started)
+        if not self.can_refresh:
+            return []
+        found = self._refreshed(self.program, self.state, options)
+        self._take_refreshed({key: entries for key, (entries, _) in found.items()})
+        return failed_blocks(self.spec, {key: failed for key, (_, failed) in found.items()})
+
+    def refreshed_blocks(
+        self, blocks: Collection[str], options: OptionNumbers
+    ) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+        """What a refresh makes of some blocks, by name, and those for which it failed. The state
+        stays as it is: :meth:`take_refreshed` changes it."""
+        spec = part_of(self.spec, blocks)
+        if not spec.stacks:
+            return {}, []
+        whole = {stack.key: stack for stack in self.spec.stacks}
+        state = {
+            stack.key: {
+                name: torch.cat([entries_of(value, whole[stack.key], span) for span in spans])
+                for name, value in self.state[stack.key].items()
+            }
+            for stack in spec.stacks
+            for spans in [[whole[stack.key].spans[block.name] for block in stack.blocks]]
+        }
+        found = self._refreshed(self.program_for(spec), state, options)
+        made = {key: state[key] | dict(entries) for key, (entries, _) in found.items()}
+        names = {stack.key: refreshed_entries(spec, stack) for stack in spec.stacks}
+        kept = {key: {name: made[key][name] for name in own} for key, own in names.items()}
+        by_block = state_by_block(spec, kept)
+        failed = failed_blocks(spec, {key: flags for key, (_, flags) in found.items()})
+        return {name: by_block[name] for name in by_block}, failed
+
+    def take_refreshed(self, blocks: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take what refreshes have made of all blocks, by name."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for stack in self.spec.stacks:
+            own = [blocks[block.name] for block in stack.blocks]
+            found[stack.key] = {name: torch.cat([each[name] for each in own]) for name in own[0]}
+        self._take_refreshed(found)
+
+    def _refreshed(
+        self, program: UpdateProgram, state: Mapping[str, Mapping[str, Tensor]], options: Any
+    ) -> dict[str, tuple[Mapping[str, Tensor], Tensor]]:
+        given = refresh_arguments(program, state, options, first=not self.started)
         with record_function("kfc_fx::refresh"):
-            found = self.program.functions["refresh"](**given)
-        self._update({key: entries for key, (entries, _) in found.items()})
-        for key, names in written_out.items():
+            found: dict[str, Any] = program.functions["refresh"](**given)
+        return found
+
+    def _take_refreshed(self, found: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self._update(found)
+        for key, names in self._written_out().items():
             for name in names:
                 del self.state[key][name]
         self.started = not self.waiting
-        return self._failed_blocks({key: failed for key, (_, failed) in found.items()})
+
+    def _written_out(self) -> dict[str, tuple[str, ...]]:
+        """The factors of each stack that are written out until they are refreshed."""
+        return {stack.key: self.spec.factors_in_basis_of(stack) for stack in self.spec.stacks}
 
     def apply(
         self,
@@ -370,18 +429,19 @@ class UpdateEngine:
         self._update(result)
         return report
 
-    def _failed_blocks(self, failed: Mapping[str, Tensor]) -> list[str]:
-        """Names of blocks with a failure; one synchronisation for all stacks."""
-        first = self.spec.stacks[0].device
-        flat = torch.cat([flags.to(first) for flags in failed.values()]).tolist()
-        if not any(flat):
-            return []
-        names: list[str] = []
-        start = 0
-        for stack in self.spec.stacks:
-            names += _names_of(stack, flat[start : start + stack.depth])
-            start += stack.depth
-        return names
+
+def failed_blocks(spec: UpdateSpec, failed: Mapping[str, Tensor]) -> list[str]:
+    """Names of blocks with a failure; one synchronisation for all stacks."""
+    first = spec.stacks[0].device
+    flat = torch.cat([failed[stack.key].to(first) for stack in spec.stacks]).tolist()
+    if not any(flat):
+        return []
+    names: list[str] = []
+    start = 0
+    for stack in spec.stacks:
+        names += _names_of(stack, flat[start : start + stack.depth])
+        start += stack.depth
+    return names
 
 
 def _names_of(stack: StackSpec, flags: Sequence[bool]) -> list[str]:

@@ -98,6 +98,16 @@ def state_entries(spec: UpdateSpec, stack: StackSpec) -> dict[str, StateEntry]:
     return entries | rule.state_entries(stack, momentum=stack.scaling in spec.momentum)
 
 
+def refreshed_entries(spec: UpdateSpec, stack: StackSpec) -> dict[str, StateEntry]:
+    """The state of a stack that a refresh may change, by name: all but factors, counts and a
+    momentum that stands apart from bases."""
+    rule = rule_of(stack.scaling)
+    found = eigenvalue_entries(spec, stack)
+    found |= rule.state_entries(stack, momentum=stack.scaling in spec.momentum)
+    stays = ("p",) if rule.KEEPS_BASES else ("p", "m")
+    return {name: entry for name, entry in found.items() if name not in stays}
+
+
 def fitting(
     spec: UpdateSpec, saved: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, dict[str, Tensor]]:

@@ -105,7 +105,8 @@ class Inspection:
         """What the update is generated from; None where no parameter has a block."""
         if not self.plan.blocks:
             return None
-        return update_spec(self.compilation, self.optimizer.options, self.parameters, self.groups)
+        title, plan = type(self.compilation.model).__name__, self.compilation.plan
+        return update_spec(title, plan, self.optimizer.options, self.parameters, self.groups)
 
     @cached_property
     def update_source(self) -> str:

@@ -20,7 +20,7 @@ from kfc_fx.optim.options import KFCOptions
 from kfc_fx.optim.rates import LearningRates, learning_rates, momenta
 from kfc_fx.optim.update_spec import real_parameters, update_spec
 from kfc_fx.plan.coverage import NOT_USED
-from kfc_fx.plan.spec import BlockSpec, block_name
+from kfc_fx.plan.spec import BlockSpec, CurvaturePlan, block_name
 
 SETTLED = 10
 """Steps for which parameters that were frozen keep their place in the update. Halves of a model
@@ -52,7 +52,9 @@ class Binding:
         self._options = options
         self._engine: UpdateEngine | None = None
         self._key: object = None
-        self._revision = -1
+        self._revision: object = -1
+        self._agreed: tuple[CurvaturePlan, int] | None = None
+        """The plan that all ranks have, and how often it has changed."""
         self._since = 0
         """Steps since the key has changed, also those before the state was saved."""
         self._loaded = SavedState.empty()
@@ -127,17 +129,18 @@ class Binding:
         )
         if self._key != key:
             self._since = self._loaded.since if self._engine is None else 0
-        revision = self._compilation.revision
+        plan, revision = self._plan_and_revision
         changed = (self._key, self._revision) != (key, revision)
         self._changes += changed
         if self._engine is None or changed or self._since == SETTLED:
             by_name = self.by_name(groups)
             spec = update_spec(
-                self._compilation,
+                type(self._compilation.model).__name__,
+                plan,
                 self._options,
                 parameters,
                 by_name,
-                self._blocks_beside(parameters, by_name),
+                self._blocks_beside(plan, parameters, by_name),
                 self._generic_beside(parameters, by_name),
             )
             if self._engine is None or self._engine.spec != spec:
@@ -146,16 +149,29 @@ class Binding:
         self._engine.take_parameters(parameters)  # the real views of complex ones are new
         return self._engine
 
+    def agree(self, plan: CurvaturePlan) -> None:
+        """Take a plan that all ranks have, until the next one. What is captured between two of them
+        would make the update of one rank another than that of the others."""
+        known, changes = self._agreed or (None, -1)
+        if known is None or (known.blocks, known.generic) != (plan.blocks, plan.generic):
+            self._agreed = (plan, changes + 1)
+
+    @property
+    def _plan_and_revision(self) -> tuple[CurvaturePlan, object]:
+        if self._agreed is None:
+            return self._compilation.plan, self._compilation.revision
+        plan, changes = self._agreed
+        return plan, ("agreed", changes)
+
     def note_step(self) -> None:
         """Count a step that was taken."""
         self._since += 1
 
     def _blocks_beside(
-        self, parameters: Mapping[str, Tensor], groups: Mapping[str, Group]
+        self, plan: CurvaturePlan, parameters: Mapping[str, Tensor], groups: Mapping[str, Group]
     ) -> list[BlockSpec]:
         """Blocks that are not in the plan and keep their place: of layers that were frozen a few
         steps ago, and of those that a loaded state has and that were not called yet."""
-        plan = self._compilation.plan
         taken = {name for block in plan.blocks for name in block.parameters}
         unused = {generic.name for generic in plan.generic if generic.reason == NOT_USED}
         found = []
@@ -306,7 +322,7 @@ class Binding:
         """Warn of blocks that have become generic while the model was trained."""
         if self._engine is None:
             return
-        reasons = {generic.name: generic.reason for generic in self._compilation.plan.generic}
+        reasons = {own.name: own.reason for own in self._plan_and_revision[0].generic}
         kept = {block.weight for stack in spec.stacks for block in stack.blocks}
         lost = [block for block in self._engine.blocks if block.weight not in kept]
         lost = [block for block in lost if block.weight in reasons]

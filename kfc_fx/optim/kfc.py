@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfc_fx.distributed.ranks import Attempt, Ranks
+from kfc_fx.distributed.shared_step import SharedStep
 from kfc_fx.engine.engine import UpdateEngine
 from kfc_fx.engine.factors import Factors
 from kfc_fx.errors import OptionError, StepError
@@ -29,9 +31,8 @@ from kfc_fx.optim.hooks import loaded_with_hooks, packed_with_hooks
 from kfc_fx.optim.interrupts import deferred_interrupts
 from kfc_fx.optim.model_step import ModelStep
 from kfc_fx.optim.model_steps import model_steps
-from kfc_fx.optim.options import KFCOptions
+from kfc_fx.optim.options import Distribute, KFCOptions
 from kfc_fx.optim.other_options import refuse_torch_options, refuse_unknown
-from kfc_fx.optim.processes import refuse_several_processes
 from kfc_fx.optim.put_back import put_back_if_raised
 from kfc_fx.optim.run_report import Progress, append_entry
 from kfc_fx.optim.scalings.scaling import Scaling
@@ -43,6 +44,7 @@ from kfc_fx.optim.states.live import ParameterStates
 from kfc_fx.optim.states.state_dict import RUN, packed, unpacked
 from kfc_fx.optim.statistics import Statistics
 from kfc_fx.optim.target import target_of, tensors_of
+from kfc_fx.optim.together import Together
 
 
 class KFC(torch.optim.Optimizer):
@@ -82,6 +84,13 @@ class KFC(torch.optim.Optimizer):
         maximize: ascend what was differentiated.
         seed: of the sampled targets; by default torch's initial seed.
         model: the compiled model, where ``params`` are some of its parameters.
+        process_group: the processes that train the model together, each on batches of its own and
+            with averaged gradients, as by ``DistributedDataParallel``: None for all of
+            ``torch.distributed``, once it is initialised; False for this one alone.
+        distribute: what they share among them. ``"refresh"``: each refreshes the bases or inverses
+            of the blocks that it owns, and all get them. ``"none"``: each computes everything.
+        compare_every: steps after which they compare parameters, gradients and options, beside the
+            steps with statistics, where they always do.
         foreach, fused, capturable, differentiable: None or False; torch's own optimizers have them.
 
     Raises:
@@ -106,6 +115,9 @@ class KFC(torch.optim.Optimizer):
         maximize: bool = False,
         seed: int | None = None,
         model: nn.Module | None = None,
+        process_group: Any = None,
+        distribute: Distribute = "refresh",
+        compare_every: int | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool | None = None,
@@ -119,9 +131,12 @@ class KFC(torch.optim.Optimizer):
         self.options = options = KFCOptions(
             *(scaling, blocks, generic, statistics, average),
             *(master_weights, compile_update, cuda_graph, maximize, seed),
+            *(distribute, compare_every),
         )
         target = target_of(params, model)
-        self._models = model_steps(target.compilations, options, target.chosen)
+        self._ranks = Ranks(process_group)
+        self._models = model_steps(target.compilations, options, target.chosen, self._ranks)
+        self._together = Together(self._ranks, self._models, options)
         self._made = False  # it takes no statistics of others before all of it is checked
         lr = options.scaling.lr if lr is None else lr
         defaults = {"lr": lr, "betas": options.betas, "weight_decay": weight_decay, RUN: ""}
@@ -172,7 +187,7 @@ class KFC(torch.optim.Optimizer):
                 no closure.
             StatisticsError: statistics are due for the first time and none have arrived.
         """
-        refuse_several_processes()
+        self._refuse_exact_fisher_on_ranks()
         trial = self._models[0].exact.trial(closure)  # of options that are for one model
         loss = None
         if closure is not None:
@@ -183,16 +198,19 @@ class KFC(torch.optim.Optimizer):
         groups = self.param_groups
         if self._changes_nothing():
             return loss
-        stepping = self._with_gradients()
-        if not all(own.may_step(engine, gradients, groups) for own, engine, gradients in stepping):
-            for own, *_ in stepping:
-                own.skip()
-            return loss
-        with deferred_interrupts():
-            self._take(stepping)
-            if trial is None:
+        attempt = Attempt(self._ranks)
+        with self._together.telling(attempt):
+            agreed, shared = self._together.begun(attempt, groups)
+            stepping = self._with_gradients()
+            if not (agreed and all(own.may_step(e, given, groups) for own, e, given in stepping)):
                 for own, *_ in stepping:
-                    own.end()
+                    own.skip()
+                return loss
+            with deferred_interrupts():
+                self._take(stepping, shared)
+                if trial is None:
+                    for own, *_ in stepping:
+                        own.end()
         if trial is not None and closure is not None:
             for own, _, gradients in stepping:
                 own.exact.adapt_damping(trial, closure, loss, gradients)
@@ -209,7 +227,11 @@ class KFC(torch.optim.Optimizer):
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         return bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)
 
-    def _take(self, stepping: Sequence[tuple[ModelStep, UpdateEngine, dict[str, Tensor]]]) -> None:
+    def _take(
+        self,
+        stepping: Sequence[tuple[ModelStep, UpdateEngine, dict[str, Tensor]]],
+        shared: SharedStep | None,
+    ) -> None:
         """The step of all models that have gradients: whole, or not at all where it raises."""
         with ExitStack() as stack:
             if len(stepping) > 1:  # the step of one writes at its end, and then no other may raise
@@ -219,7 +241,7 @@ class KFC(torch.optim.Optimizer):
                 stack.enter_context(own.transaction(engine))
                 stack.enter_context(own.step_size_noted(engine, gradients))
             for own, engine, _ in stepping:
-                own.use_statistics(engine)
+                own.use_statistics(engine, shared)
             for own, engine, gradients in stepping:
                 own.apply(engine, gradients, self.param_groups)
 
@@ -235,6 +257,14 @@ class KFC(torch.optim.Optimizer):
                 "computed from the output of the compiled model"
             )
         return [(own, own.engine(self.param_groups), gradients) for own, gradients in found]
+
+    def _refuse_exact_fisher_on_ranks(self) -> None:
+        if self.options.needs_inputs and self._ranks.several:
+            raise OptionError(
+                "clip_by='exact', quadratic_model and adapt_damping take the exact Fisher matrix "
+                f"of one process's batch, and this process group has {self._ranks.count} ranks: "
+                "use clip_by='factors', and neither of the others"
+            )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and the statistics that belong to them."""
@@ -313,6 +343,7 @@ class KFC(torch.optim.Optimizer):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KFC:
         """Together with its models: ``copy.deepcopy((net, opt))`` trains on as the originals do."""
+        memo[id(self._ranks.given)] = self._ranks.given  # a process group is no value
         copied = restored(type(self), copy.deepcopy(self._given(), memo), self.state_dict())
         memo[id(self)] = copied
         return copied
@@ -322,7 +353,7 @@ class KFC(torch.optim.Optimizer):
 
     def _given(self) -> Given:
         models = [own.compilation.model for own in self._models]
-        return Given.of(models, self.param_groups, self.options, self.defaults)
+        return Given.of(models, self.param_groups, self.options, self.defaults, self._ranks.given)
 
     # -- what users look at ----------------------------------------------------------------
 

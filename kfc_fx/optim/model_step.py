@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from kfc_fx.compilation import Compilation
+from kfc_fx.distributed.ranks import Ranks
+from kfc_fx.distributed.shared_step import SharedStep
 from kfc_fx.engine.engine import UpdateEngine
 from kfc_fx.engine.screening import screen
 from kfc_fx.engine.state import SavedState
@@ -32,6 +34,7 @@ from kfc_fx.optim.states.state_dict import Place
 from kfc_fx.statistics.inputs import inputs_of
 from kfc_fx.statistics.likelihoods.categorical import Categorical
 from kfc_fx.statistics.loss_pass import UNDECIDED
+from kfc_fx.statistics.sums import Sums
 
 DROPPED = "has a statistic that is not finite: it is dropped, the last good factor stays"
 NOT_FINITE = "a gradient is not finite"
@@ -48,6 +51,7 @@ class ModelStep:
     Args:
         outside: parameters of no compiled model by name, which are generic ones of this.
         number: of the model among the optimizer's.
+        ranks: that train it.
 
     Raises:
         OptionError: options do not go with the model or its backend.
@@ -59,10 +63,12 @@ class ModelStep:
         options: KFCOptions,
         outside: Mapping[str, Tensor],
         number: int,
+        ranks: Ranks,
     ) -> None:
         check_model(compilation, options)
         compilation.names.refresh_if_changed()
-        self.compilation, self._options, self._number = compilation, options, number
+        self.compilation, self._options, self.number = compilation, options, number
+        self._ranks = ranks
         self.binding = Binding(compilation, options, outside)
         self.collector = compilation.attach(request_of(compilation, options), ())
         statistics = options.statistics
@@ -110,7 +116,7 @@ class ModelStep:
         return parameter_entries(
             binding.held(),
             {name: p for name, p in binding.parameters.items() if name in own and known},
-            model=self._number,
+            model=self.number,
             steps=self._diagnostics.steps,
             average=options.average is not None,
             master_weights=options.master_weights,
@@ -174,6 +180,7 @@ class ModelStep:
         blocks without any, which have joined since the last."""
         engine = self.binding.current
         waiting = engine is not None and engine.waiting
+        self.collector.join(self._ranks.rank, self._ranks.count)
         due = self.schedule.statistics_due(self._diagnostics.steps)
         self.collector.arm(due or waiting, self._diagnostics.statistics_steps)
 
@@ -227,26 +234,35 @@ class ModelStep:
         """The gradients that there are of what is minimized, by parameter name."""
         names = self.binding.names
         gradients = named_gradients(groups, names, maximize=self._options.maximize)
-        if gradients and self.collector.armed:
-            self.compilation.note_gradients(gradients)
+        if gradients and self.collector.armed and not self._ranks.several:
+            self.compilation.note_gradients(gradients)  # of one rank, others may have given them
         return gradients
+
+    def counts(self) -> dict[str, int]:
+        """How many steps, statistics and refreshes there were."""
+        own = self._diagnostics
+        return {
+            "steps": own.steps,
+            "statistics": own.statistics_steps,
+            "refreshes": own.refreshes,
+        }
 
     def may_step(
         self, engine: UpdateEngine, gradients: Mapping[str, Tensor], groups: Groups
     ) -> bool:
         """Whether gradients are finite, as far as the step does not look itself."""
         momenta = self.binding.momenta(engine, groups)
-        if self._is_without_likelihood:
+        if self.is_without_likelihood:
             return False
         return engine.guards(gradients, momenta) or all_finite(gradients.values())
 
     def skip(self) -> None:
         """Take no step; the statistics go with the gradients."""
-        self._note_skipped(1, UNDECIDED if self._is_without_likelihood else NOT_FINITE)
+        self._note_skipped(1, UNDECIDED if self.is_without_likelihood else NOT_FINITE)
         self.collector.take()
 
     @property
-    def _is_without_likelihood(self) -> bool:
+    def is_without_likelihood(self) -> bool:
         """Whether the loss has told nothing of its likelihood yet, for want of a gradient."""
         return self.collector.likelihood is None and self.collector.missing == UNDECIDED
 
@@ -272,11 +288,34 @@ class ModelStep:
         with engine.transaction(), self._diagnostics.transaction():
             yield
 
-    def use_statistics(self, engine: UpdateEngine) -> None:
-        """Statistics into factors, and factors into inverses or bases, where they are due."""
+    def use_statistics(self, engine: UpdateEngine, shared: SharedStep | None = None) -> None:
+        """Statistics into factors, and factors into inverses or bases, where they are due.
+
+        Args:
+            shared: the step of all ranks, where there are several and statistics are due.
+        """
         step, diagnostics = self._diagnostics.steps, self._diagnostics
         sums = self.collector.sums
         sums.drop_lost()
+        if shared is not None:
+            with diagnostics.timed("statistics"):
+                sums = shared.summed(sums, engine.spec)
+        with shared.attempt.local() if shared else nullcontext():
+            self._accumulate(engine, sums, step)
+        waiting = engine.waiting and not sums.blocks
+        at_once = engine.spec.factors_in_basis and bool(sums.blocks)
+        due = not engine.started or at_once or self.schedule.refresh_due(step)
+        if due and not waiting:  # else there is nothing to make a basis of for some blocks
+            options = self._option_numbers(engine)
+            with diagnostics.timed("refresh"):
+                failed = shared.refreshed(engine, options) if shared else engine.refresh(options)
+            diagnostics.count("inverse_failures", failed, UNDECOMPOSED)
+            diagnostics.refreshes += 1
+        if shared is not None:
+            shared.attempt.raise_own()
+
+    def _accumulate(self, engine: UpdateEngine, sums: Sums, step: int) -> None:
+        diagnostics = self._diagnostics
         if sums.blocks:
             rate = averaging_rate(diagnostics.statistics_steps, self._options.statistics.decay)
             screened = screen(sums, engine.spec.stacks, rate)
@@ -285,14 +324,7 @@ class ModelStep:
                 engine.accumulate(screened)
             diagnostics.statistics_steps += 1
         if self.collector.armed and (not sums.blocks or self.collector.missing):
-            self._note_missed(step)
-        at_once = engine.spec.factors_in_basis and bool(sums.blocks)
-        due = not engine.started or at_once or self.schedule.refresh_due(step)
-        if due and not engine.waiting:  # there is nothing to make a basis of for some blocks
-            with diagnostics.timed("refresh"):
-                failed = engine.refresh(self._option_numbers(engine))
-            diagnostics.count("inverse_failures", failed, UNDECOMPOSED)
-            diagnostics.refreshes += 1
+            self._note_missed(step, some=bool(sums.blocks))
 
     def apply(self, engine: UpdateEngine, gradients: Mapping[str, Tensor], groups: Groups) -> None:
         """Gradients into parameters."""
@@ -337,13 +369,16 @@ class ModelStep:
             between = time.perf_counter() - self._last_step_ended
             seconds["gradient"] += between - statistics  # type: ignore[assignment]
 
-    def _note_missed(self, step: int) -> None:
+    def _note_missed(self, step: int, *, some: bool) -> None:
         """Count a due step that has no statistics, and warn of each reason once.
+
+        Args:
+            some: whether another backward pass, or another rank, gave any.
 
         Raises:
             StatisticsError: no step has had any yet, so that there are no factors to go on with.
         """
-        reason, some = self.collector.take_missing(), bool(self.collector.sums.blocks)
+        reason = self.collector.take_missing()
         if not reason and self.collector.taking:
             reason = (
                 "the step is taken within the backward pass that they are taken in: pass "

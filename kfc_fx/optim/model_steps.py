@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kfc_fx.compilation import Compilation
+from kfc_fx.distributed.ranks import Ranks
 from kfc_fx.errors import OptionError
 from kfc_fx.optim.model_step import ModelStep
 from kfc_fx.optim.options import KFCOptions
@@ -13,7 +14,10 @@ from kfc_fx.optim.target import tensors_of
 
 
 def model_steps(
-    compilations: Sequence[Compilation], options: KFCOptions, chosen: Sequence[Any]
+    compilations: Sequence[Compilation],
+    options: KFCOptions,
+    chosen: Sequence[Any],
+    ranks: Ranks,
 ) -> list[ModelStep]:
     """One for each compiled model; parameters of none go with the first.
 
@@ -30,6 +34,6 @@ def model_steps(
     outside = {f"outside.{index}": parameter for index, parameter in enumerate(given)}
     first, *others = compilations
     return [
-        ModelStep(first, options, outside, 0),
-        *(ModelStep(own, options, {}, number) for number, own in enumerate(others, 1)),
+        ModelStep(first, options, outside, 0, ranks),
+        *(ModelStep(own, options, {}, number, ranks) for number, own in enumerate(others, 1)),
     ]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 from kfc_fx.codegen.spec import Clip
 from kfc_fx.errors import OptionError
 from kfc_fx.optim.block_options import BlockOptions, patterns_of
-from kfc_fx.optim.checks import FLAG, INTEGER, POSITIVE, Check, Checked, either
+from kfc_fx.optim.checks import COUNT, FLAG, INTEGER, POSITIVE, Check, Checked, either, one_of
 from kfc_fx.optim.generic import Generic, generic_of
 from kfc_fx.optim.scalings.inverse import Inverse
 from kfc_fx.optim.scalings.scaling import Scaling, VectorScaling
@@ -19,6 +19,8 @@ from kfc_fx.optim.statistics import Statistics
 SHARED = ("clip", "clip_by", "clip_samples", "quadratic_model", "adapt_damping")
 """Options on which all scalings that step by a vector agree: ν and the quadratic model are of the
 step of all their blocks together."""
+Distribute = Literal["refresh", "none"]
+"""What of a step the ranks share among them."""
 STATISTICS = Check(lambda value: isinstance(value, Statistics), "a kfc_fx.Statistics(...)")
 
 
@@ -42,6 +44,8 @@ class KFCOptions(Checked):
     cuda_graph: Annotated[bool | None, either(FLAG, None)]
     maximize: Annotated[bool, FLAG]
     seed: Annotated[int | None, either(INTEGER, None)]
+    distribute: Annotated[Distribute, one_of(*get_args(Distribute))]
+    compare_every: Annotated[int | None, either(COUNT, None)]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,6 +152,11 @@ class KFCOptions(Checked):
         """Learning rate of generic parameters relative to their group's."""
         generic: Generic = self.generic
         return self.scaling.generic_lr_ratio if generic.lr_ratio is None else generic.lr_ratio
+
+
+def by_name(options: KFCOptions) -> dict[str, Any]:
+    """The options as arguments of :class:`kfc_fx.KFC`."""
+    return {field.name: getattr(options, field.name) for field in fields(options)}
 
 
 def _check_shared(vectors: list[VectorScaling]) -> None:

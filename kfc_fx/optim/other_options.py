@@ -39,7 +39,7 @@ def _places() -> dict[str, list[str]]:
     return places
 
 
-OWN = {"lr", "weight_decay", "model", *(each.name for each in fields(KFCOptions))}
+OWN = {"lr", "weight_decay", "model", "process_group", *(each.name for each in fields(KFCOptions))}
 """The names of KFC's own options."""
 OTHERS = {*_places(), *TORCH_OPTIONS, *OWN} - {"lr", "weight_decay", "betas"}
 """All names of options that are not for a parameter group."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kfc_fx.capture.wrappers import unwrapped
 from kfc_fx.compilation import Compilation
 from kfc_fx.errors import OptionError
 from kfc_fx.install import compilation_of, compile
@@ -52,6 +53,7 @@ def target_of(given: Any, model: Any) -> Target:
     first: list[Compilation] = []
     if model is not None:
         _check_holds(model, chosen)
+        model = unwrapped(model)
         first.append(Compilation.of(compile(model) if compilation_of(model) is None else model))
     found = tuple(dict.fromkeys([*first, *_owners(tensors_of(chosen), first)]))
     if not found:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from kfc_fx.codegen.spec import GenericParameter, ScalingSpec, UpdateSpec
 from kfc_fx.codegen.stacking import stack_blocks
-from kfc_fx.compilation import Compilation
 from kfc_fx.errors import OptionError
 from kfc_fx.optim.gradients import as_real
 from kfc_fx.optim.groups import Group, check_second_beta, momentum_of
@@ -30,7 +29,8 @@ def real_parameters(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def update_spec(
-    compilation: Compilation,
+    title: str,
+    plan: CurvaturePlan,
     options: KFCOptions,
     parameters: Mapping[str, Tensor],
     groups: Mapping[str, Group],
@@ -40,6 +40,7 @@ def update_spec(
     """The update for the parameters that the optimizer holds.
 
     Args:
+        title: of its code.
         parameters: all of the model, by name.
         groups: parameter group by the name of each parameter that is updated.
         beside: blocks that have a place beside those of the plan; ``generic_beside``: generic
@@ -48,7 +49,6 @@ def update_spec(
     Raises:
         OptionError: the plan has no block to precondition, or a group splits a block.
     """
-    plan = compilation.plan
     options.by_block.check_patterns(plan)
     held = [block for block in plan.blocks if block.weight in groups]
     if beside:
@@ -85,7 +85,7 @@ def update_spec(
     rest, own = set(groups) - in_blocks, options.generic.betas[0]
     generic_moves = any(momentum_of(groups[name], options.betas, own) > 0 for name in rest)
     return UpdateSpec(
-        title=type(compilation.model).__name__,
+        title=title,
         stacks=stack_blocks(list(choices), choices.__getitem__, placement),
         generic=tuple(
             GenericParameter(name, tuple(p.shape), _is_half(p))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,6 +22,10 @@ from kfc_fx.statistics.sums import BlockSums, Sums
 
 SPREAD = 0x9E3779B97F4A7C15
 """Between the seeds of one step's sampled targets and the next one's: odd, with bits all over."""
+
+
+OF_RANK = 0xC2B2AE3D27D4EB4F
+"""The same between one rank and the next."""
 
 
 class Collector:
@@ -49,6 +54,7 @@ class Collector:
         self._generators: dict[torch.device, torch.Generator] = {}
         self._seed: int = torch.initial_seed() if request.seed is None else request.seed
         self._number = 0
+        self._rank = 0
 
     # -- for the optimizer -------------------------------------------------------------------
 
@@ -77,6 +83,13 @@ class Collector:
                 this number alone, so that a run that goes on from a saved state has the same.
         """
         self._armed, self._number = due, number
+
+    def join(self, rank: int, ranks: int) -> None:
+        """Say which of several ranks this is: each draws other targets, and statistics are of the
+        examples of all."""
+        if (rank, ranks) != (self._rank, self.request.ranks):
+            self._rank, self.request = rank, replace(self.request, ranks=ranks)
+            self._generators.clear()
 
     @property
     def sums(self) -> Sums:
@@ -205,7 +218,7 @@ class Collector:
     def generator(self, device: torch.device) -> torch.Generator:
         """The generator of sampled targets on a device, apart from torch's global one."""
         if device not in self._generators:
-            seed = (self._seed + SPREAD * self._number) % 2**63
+            seed = (self._seed + SPREAD * self._number + OF_RANK * self._rank) % 2**63
             self._generators[device] = torch.Generator(device).manual_seed(seed)
         return self._generators[device]
 

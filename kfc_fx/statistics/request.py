@@ -43,10 +43,11 @@ class StatisticsRequest:
         fisher: what Γ is estimated from; None for what :meth:`fisher_for` says of the likelihood.
         scale_free: whether only the directions of Γ count. The cotangent of a loss that the model
             computes inside is then taken for that of a mean over the examples.
-        samples: examples of a batch that count.
+        samples: examples of a batch that count, of the batches of all ranks together.
         keep_inputs: whether the inputs of the last batch are kept, for the exact Fisher matrix.
         seed: of the sampled targets; torch's initial seed for None.
         maximize: whether the loss is the negative of one, as a log-likelihood is.
+        ranks: how many processes have a batch each.
     """
 
     forms: FormsOf = factor_forms
@@ -56,6 +57,7 @@ class StatisticsRequest:
     keep_inputs: bool = False
     seed: int | None = None
     maximize: bool = False
+    ranks: int = 1
 
     def fisher_for(self, likelihood: Likelihood) -> Fisher:
         """What Γ is estimated from. By default the loss's own backward pass, where that trains as
@@ -75,10 +77,15 @@ class StatisticsRequest:
         if self.samples is None or not examples:
             return WHOLE
         if self.samples != "auto":
-            return BatchShare(min(1.0, self.samples / examples))
+            return BatchShare(min(1.0, self._of_all(self.samples) / examples))
         fraction, least = SHARES[fisher]
+        least = max(self._of_all(least), min(LEAST_EXAMPLES, least))
         own = min(1.0, max(least, fraction * examples) / examples)
         if fisher == "sampled":
             return BatchShare(own)
-        least = max(LEAST_EXAMPLES, round(LEAST_FRACTION * examples))
-        return BatchShare(own, examples, ROWS, least)
+        least = max(self._of_all(LEAST_EXAMPLES), round(LEAST_FRACTION * examples))
+        return BatchShare(own, examples, ROWS / self.ranks, least)
+
+    def _of_all(self, count: int) -> int:
+        """This rank's part of a number that is meant for all ranks."""
+        return -(-count // self.ranks)

@@ -152,7 +152,7 @@ def test_torch_s_own_flags_are_taken_as_none_or_false():
         ({"lr_ratio": 2}, r"write generic=kfc_fx\.GenericAdamW\(lr_ratio=\.\.\.\) or generic=kfc_fx\.GenericSGD"),
         ({"wieght_decay": 0.1}, "KFC has no option 'wieght_decay'; the nearest name is 'weight_decay'$"),
         ({"orthogonalise": 1.0}, r"the nearest name is 'orthogonalize', write scaling=kfc_fx\.Adam\(orthogonalize"),
-        ({"xyz": 1}, "KFC has no option 'xyz'; it has average, blocks, compile_update"),
+        ({"xyz": 1}, "KFC has no option 'xyz'; it has average, blocks, compare_every"),
     ],
 )  # fmt: skip
 def test_a_keyword_that_is_no_option_is_refused_with_the_line_to_write(options, message):

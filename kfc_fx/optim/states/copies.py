@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
 from torch import nn
 
-from kfc_fx.optim.options import KFCOptions
+from kfc_fx.optim.options import KFCOptions, by_name
 
 Optimizer = TypeVar("Optimizer")
 
@@ -29,9 +29,10 @@ class Given:
         groups: Iterable[Mapping[str, Any]],
         options: KFCOptions,
         defaults: Mapping[str, Any],
+        process_group: Any,
     ) -> Self:
-        """From an optimizer's models, groups, options and defaults of groups."""
-        own = {field.name: getattr(options, field.name) for field in fields(options)}
+        """From an optimizer's models, groups, options, defaults of groups and process group."""
+        own = by_name(options) | {"process_group": process_group}
         own |= {name: defaults[name] for name in ("lr", "weight_decay")}
         return cls(models, [dict(group) for group in groups], own)
 

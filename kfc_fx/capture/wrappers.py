@@ -1,0 +1,49 @@
+"""Wrappers of ``torch.distributed`` around a model."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+from kfc_fx.errors import OptionError
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of ``DistributedDataParallel``, or the model itself.
+
+    Raises:
+        OptionError: a module is wrapped in ``FullyShardedDataParallel``, whose parameters are flat
+            pieces of several layers.
+    """
+    sharded = _loaded("torch.distributed.fsdp", "FullyShardedDataParallel")
+    if sharded is not None and any(isinstance(module, sharded) for module in model.modules()):
+        raise OptionError(
+            "FullyShardedDataParallel makes flat parameters of several layers, which have no "
+            "Kronecker factors: use DistributedDataParallel"
+        )
+    replicated = _loaded("torch.nn.parallel", "DistributedDataParallel")
+    if replicated is not None and isinstance(model, replicated):
+        inner: nn.Module = model.module
+        return inner
+    return model
+
+
+def refuse_join() -> None:
+    """Raise :class:`OptionError` within ``DistributedDataParallel.join``, in which ranks that have
+    no batch left are to go on as if they had one."""
+    replicated = _loaded("torch.nn.parallel", "DistributedDataParallel")
+    active = None if replicated is None else replicated._get_active_ddp_module()
+    config = getattr(active, "_join_config", None)
+    if config is not None and config.enable:
+        raise OptionError(
+            "KFC cannot train within the join() of DistributedDataParallel: a rank without a batch "
+            "takes no step, and the others wait for its statistics. Give all ranks as many batches "
+            "(of any sizes), as DistributedSampler does"
+        )
+
+
+def _loaded(module: str, name: str) -> Any:
+    """A class of torch, if anybody has imported its module."""
+    return getattr(sys.modules.get(module), name, None)

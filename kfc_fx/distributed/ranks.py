@@ -1,0 +1,232 @@
+"""The processes that train one model together, and their collectives."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kfc_fx.errors import OptionError, StepError
+
+PATIENCE = 2.0
+"""Seconds for which ranks are waited for before somebody asks whether one has failed."""
+POLL = 5e-5
+_SERIAL = itertools.count()
+
+
+class Ranks:
+    """The ranks of a process group, as one optimizer sees them.
+
+    Collectives go through a group of their own, so that their order against those of ``DDP`` does
+    not matter. It is made at the first collective, which all ranks reach together.
+
+    Args:
+        given: a process group; None for that of all processes, where there are several; False for
+            this process alone.
+
+    Raises:
+        OptionError: it is none of these, or a group that this process is not in.
+    """
+
+    def __init__(self, given: Any = None) -> None:
+        self._given = given
+        self._own: dist.ProcessGroup | None = None
+        self._serial = next(_SERIAL)
+        self._told: set[int] = set()
+        self._broken = ""
+        if given is None or given is False:
+            return
+        known = dist.is_available()
+        if known and given == dist.GroupMember.NON_GROUP_MEMBER:  # what new_group returned
+            raise OptionError("process_group: this process is not in the group")
+        if not (known and isinstance(given, dist.ProcessGroup)):
+            raise OptionError(
+                "process_group must be a group of torch.distributed, None for all processes or "
+                f"False for this one alone; got {type(given).__name__}"
+            )
+
+    @property
+    def given(self) -> Any:
+        """What they were made from."""
+        return self._given
+
+    @property
+    def several(self) -> bool:
+        """Whether there is more than one."""
+        return self.count > 1
+
+    @property
+    def count(self) -> int:
+        """How many there are: one before ``init_process_group``."""
+        return dist.get_world_size(self._group) if self._is_grouped else 1
+
+    @property
+    def rank(self) -> int:
+        """The number of this one among them."""
+        return dist.get_rank(self._group) if self._is_grouped else 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors are that collectives take."""
+        if dist.get_backend(self._group) == "nccl":
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
+    @property
+    def _is_grouped(self) -> bool:
+        known = dist.is_available() and dist.is_initialized()
+        return known and self._given is not False
+
+    @property
+    def _group(self) -> dist.ProcessGroup | None:
+        return None if self._given is None else self._given
+
+    @property
+    def _collectives(self) -> dist.ProcessGroup:
+        if self._broken:
+            raise StepError(self._broken)
+        if self._own is None:
+            members = dist.get_process_group_ranks(self._group or dist.group.WORLD)
+            made = dist.new_group(members, use_local_synchronization=True)
+            self._own = cast(dist.ProcessGroup, made)
+        return self._own
+
+    # -- collectives -------------------------------------------------------------------------
+
+    def add(self, buffer: Tensor) -> Tensor:
+        """The sum of a buffer over the ranks, in place where the backend takes its device."""
+        moved = buffer.to(self.device)
+        self._wait(dist.all_reduce(moved, group=self._collectives, async_op=True))
+        return moved.to(buffer.device)
+
+    def gather(self, buffer: Tensor) -> Tensor:
+        """Buffers ``[n]`` of all ranks, ``[ranks, n]``."""
+        moved = buffer.to(self.device)
+        found = moved.new_empty(self.count * len(moved))
+        group = self._collectives
+        self._wait(dist.all_gather_into_tensor(found, moved, group=group, async_op=True))
+        return found.unflatten(0, (self.count, -1)).to(buffer.device)
+
+    def gather_objects(self, own: Any) -> list[Any]:
+        """Plain data of all ranks, in their order."""
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, own, group=self._collectives)
+        return found
+
+    def tell(self, step: int, error: BaseException) -> None:
+        """Leave word of a failure that no collective has told of, for ranks that wait for this one.
+
+        Args:
+            step: how many steps this rank had taken.
+        """
+        self._told.add(step)
+        text = json.dumps([step, f"{type(error).__name__}: {error}"])
+        self._store.set(f"failed/{self.rank}", text)
+
+    def _wait(self, work: Any) -> None:
+        """Wait for the other ranks, as long as none has failed.
+
+        Raises:
+            StepError: one has; or the collective has.
+        """
+        started = looked = time.monotonic()
+        while not work.is_completed():
+            now = time.monotonic()
+            if now - started > PATIENCE and now - looked > PATIENCE / 4:
+                looked = now
+                self._look_for_failures()
+            time.sleep(POLL if now - started < PATIENCE else 100 * POLL)
+        try:
+            work.wait()
+        except RuntimeError as error:
+            self._broken = (
+                f"rank {self.rank} has waited {time.monotonic() - started:.0f} s for the other "
+                f"ranks, in vain: {error}"
+            )
+            raise StepError(self._broken) from error
+
+    def _look_for_failures(self) -> None:
+        for rank in range(self.count):
+            key = f"failed/{rank}"
+            if rank == self.rank or not self._store.check([key]):
+                continue
+            step, text = json.loads(self._store.get(key))
+            if step not in self._told:  # else it was the same on all
+                self._broken = (
+                    f"rank {rank} has failed after {step} steps while the others went on, so that "
+                    f"the replicas differ: {text}. Load a checkpoint on all ranks"
+                )
+                raise StepError(self._broken)
+
+    @property
+    def _store(self) -> Any:
+        c10d: Any = dist.distributed_c10d
+        return c10d.PrefixStore(f"kfc_fx/{self._serial}", c10d._get_default_store())
+
+
+class Attempt:
+    """A part of a step that all ranks take, or none: what fails on one is raised on all.
+
+    A rank on which something has failed goes on to the collective that the others are waiting in,
+    and says there that it has.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self.error: Exception | None = None
+        """What has failed here."""
+        self.told = False
+        """Whether all ranks know that something has failed."""
+
+    @contextmanager
+    def local(self) -> Iterator[None]:
+        """Keep what the body raises, until :meth:`settle`."""
+        try:
+            yield
+        except Exception as error:
+            self.error = self.error or error
+
+    @property
+    def failed(self) -> bool:
+        """Whether something has failed here."""
+        return self.error is not None
+
+    def raise_own(self) -> None:
+        """Raise what has failed here, where no collective is left that could say so: the next step
+        with statistics finds that this rank is behind."""
+        if self.error is not None:
+            raise self.error
+
+    def vote(self) -> None:
+        """Learn by a collective whether something has failed on some rank, and :meth:`settle`."""
+        flags = self._ranks.gather(torch.tensor([int(self.failed)]))
+        self.settle(flags[:, 0].nonzero()[:, 0].tolist())
+
+    def settle(self, failed: Sequence[int]) -> None:
+        """Raise on every rank where something has failed on one.
+
+        Args:
+            failed: ranks on which it has, as all have learned together.
+
+        Raises:
+            StepError: it has on another rank. Where it has on this one, its own error is raised.
+        """
+        if not failed:
+            return
+        self.told = True
+        texts = self._ranks.gather_objects(_text(self.error))
+        if self.error is not None:
+            raise self.error
+        told = "; ".join(f"rank {rank}: {texts[rank]}" for rank in failed)
+        raise StepError(f"the step failed on another rank, and is taken back on all: {told}")
+
+
+def _text(error: Exception | None) -> str:
+    return "" if error is None else f"{type(error).__name__}: {error}"

@@ -1,0 +1,39 @@
+"""What the ranks exchange in a step with statistics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kfc_fx.codegen.spec import UpdateSpec
+from kfc_fx.distributed.ranks import Attempt, Ranks
+from kfc_fx.distributed.refresh import refreshed_by_owners
+from kfc_fx.distributed.statistics import summed_over_ranks
+from kfc_fx.engine.engine import UpdateEngine
+from kfc_fx.engine.step_inputs import OptionNumbers
+from kfc_fx.statistics.sums import Sums
+
+
+@dataclass(frozen=True)
+class SharedStep:
+    """One step of several ranks.
+
+    Attributes:
+        attempt: what has failed in it.
+        divides: whether each rank refreshes the blocks that it owns, and not all.
+    """
+
+    ranks: Ranks
+    attempt: Attempt
+    divides: bool
+
+    def summed(self, sums: Sums, spec: UpdateSpec) -> Sums:
+        """The statistics of all ranks."""
+        return summed_over_ranks(sums, spec, self.ranks, self.attempt)
+
+    def refreshed(self, engine: UpdateEngine, options: OptionNumbers) -> list[str]:
+        """Refresh an engine's factors; returns the blocks for which that failed."""
+        if self.divides:
+            return refreshed_by_owners(engine, options, self.ranks, self.attempt)
+        with self.attempt.local():
+            return engine.refresh(options)
+        return []

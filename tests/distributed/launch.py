@@ -1,0 +1,50 @@
+"""Programs of several gloo processes, each a list of scenarios that all ranks run together."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 60
+"""For which a rank waits for the others."""
+
+Scenario = Callable[[], None]
+
+
+def run_ranks(module: str, ranks: int, *arguments: str, seconds: int = 400) -> str:
+    """What a program prints on its first rank; an error with what all print, where it fails."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={ranks}", "-m", module, *arguments]
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False
+    )
+    told = [line for line in result.stderr.splitlines() if "torch/distributed" not in line]
+    assert result.returncode == 0, "\n".join([result.stdout, *told[-80:]])
+    return result.stdout
+
+
+def run_scenarios(scenarios: Sequence[Scenario]) -> None:
+    """Run each on all ranks, and name those that fail."""
+    torch.set_num_threads(1)
+    chosen = [each for each in scenarios if not sys.argv[1:] or each.__name__ in sys.argv[1:]]
+    dist.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))
+    for scenario in chosen:
+        torch._dynamo.reset()
+        try:
+            scenario()
+        except BaseException:
+            print(f"rank {dist.get_rank()}: {scenario.__name__} failed", flush=True)
+            traceback.print_exc()
+            raise
+        dist.barrier()
+        if dist.get_rank() == 0:
+            print(f"passed: {scenario.__name__}", flush=True)
+    dist.destroy_process_group()
