@@ -16,9 +16,10 @@ from kfc_fx.plan.spec import BlockSpec
 GenericRule = Literal["adamw", "sgd"]
 
 
-Clip = Literal["none", "factors", "exact", "model"]
-"""How the vectors v are scaled: not at all, by a bound on ν that is taken from the factors or from
-the exact Fisher matrix, or by the rates that the exact quadratic model is least at."""
+Clip = Literal["none", "factors", "shared", "exact", "model"]
+"""How the vectors v are scaled: not at all, by a bound on ν that is taken from the factors, here or
+on several ranks that share the blocks, or from the exact Fisher matrix, or by the rates that the
+exact quadratic model is least at."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,8 @@ class UpdateSpec:
     factors_in_basis: bool
     """Whether the EMA of a factor that has an eigenbasis Q is kept as Q and the diagonal of
     ``Qᵀ F Q``. Every statistic must be followed by a refresh then."""
+    given_steps: bool = False
+    """Whether the steps of the blocks come from elsewhere, and the update has no state of them."""
 
     @cached_property
     def _hash(self) -> int:
@@ -174,8 +177,13 @@ class UpdateSpec:
 
     @property
     def pauses(self) -> bool:
-        """Whether a step has two functions, between which the exact Fisher matrix is asked."""
-        return self.clip in ("exact", "model")
+        """Whether a step has two functions, between which the scale of v is found."""
+        return self.clip in ("shared", "exact", "model")
+
+    @property
+    def takes_nu_from_factors(self) -> bool:
+        """Whether ν is computed from the factors."""
+        return self.clip in ("factors", "shared")
 
     @property
     def parameters(self) -> tuple[str, ...]:

@@ -11,13 +11,23 @@ from kfc_fx.plan.spec import BlockSpec
 
 
 @lru_cache(maxsize=16)
-def owners_of(spec: UpdateSpec, ranks: int) -> Mapping[str, int]:
+def owners_of(
+    spec: UpdateSpec, ranks: int, known: tuple[tuple[str, int], ...] = ()
+) -> Mapping[str, int]:
     """The rank that owns each block: the dearest first, to the rank with the least so far. Blocks
-    of one cost go by name and ranks by number, so that all ranks find the same."""
+    of one cost go by name and ranks by number, so that all ranks find the same.
+
+    Args:
+        known: blocks that have an owner already, which keeps them, with its rank.
+    """
     costs = {b.name: refresh_cost(stack, b) for stack in spec.stacks for b in stack.blocks}
     load = [0] * ranks
     owners: dict[str, int] = {}
-    for name in sorted(costs, key=lambda name: (-costs[name], name)):
+    for name, owner in known:
+        if name in costs:
+            owners[name] = owner
+            load[owner] += costs[name]
+    for name in sorted(costs.keys() - owners.keys(), key=lambda name: (-costs[name], name)):
         owner = min(range(ranks), key=lambda rank: (load[rank], rank))
         owners[name] = owner
         load[owner] += costs[name]

@@ -68,6 +68,15 @@ def unpacked(slots: Mapping[str, Slot], buffer: Tensor, start: int = 0) -> dict[
     return found
 
 
+def views_of(slots: Mapping[str, Slot], buffer: Tensor) -> dict[str, Tensor]:
+    """The tensors of a buffer in place; none of them is symmetric."""
+    found, start = {}, 0
+    for name, slot in slots.items():
+        found[name] = buffer[start : start + slot.size].view(slot.shape)
+        start += slot.size
+    return found
+
+
 def size_of(slots: Iterable[Slot]) -> int:
     """Numbers that slots take together."""
     return sum(slot.size for slot in slots)

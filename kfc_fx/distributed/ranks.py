@@ -120,6 +120,12 @@ class Ranks:
         dist.all_gather_object(found, own, group=self._collectives)
         return found
 
+    def gather_objects_on(self, rank: int, own: Any) -> list[Any]:
+        """Plain data of all ranks, in their order, on one of them; nothing on the others."""
+        found: list[Any] | None = [None] * self.count if self.rank == rank else None
+        dist.gather_object(own, found, group=self._collectives, group_dst=rank)
+        return found or []
+
     def tell(self, step: int, error: BaseException) -> None:
         """Leave word of a failure that no collective has told of, for ranks that wait for this one.
 

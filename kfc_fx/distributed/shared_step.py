@@ -19,21 +19,18 @@ class SharedStep:
 
     Attributes:
         attempt: what has failed in it.
-        divides: whether each rank refreshes the blocks that it owns, and not all.
+        has_statistics: whether statistics are due, which follows from the counters alone.
     """
 
     ranks: Ranks
     attempt: Attempt
-    divides: bool
+    has_statistics: bool
 
     def summed(self, sums: Sums, spec: UpdateSpec) -> Sums:
         """The statistics of all ranks."""
         return summed_over_ranks(sums, spec, self.ranks, self.attempt)
 
     def refreshed(self, engine: UpdateEngine, options: OptionNumbers) -> list[str]:
-        """Refresh an engine's factors; returns the blocks for which that failed."""
-        if self.divides:
-            return refreshed_by_owners(engine, options, self.ranks, self.attempt)
-        with self.attempt.local():
-            return engine.refresh(options)
-        return []
+        """Refresh an engine's factors, each on its owner; returns the blocks for which that
+        failed."""
+        return refreshed_by_owners(engine, options, self.ranks, self.attempt)

@@ -71,13 +71,14 @@ class UpdateEngine:
         self._static: dict[UpdateSpec, StaticStep] = {}
         self.parameters = parameters
         self._plan = {block.name: block.as_dict() for block in self.blocks}
-        kept = fitting(spec, saved.blocks)
-        self.anew = [block.name for block in self.blocks if block.name not in kept]
+        kept = {} if spec.given_steps else fitting(spec, saved.blocks)
+        held = [] if spec.given_steps else self.blocks
+        self.anew = [block.name for block in held if block.name not in kept]
         """Blocks that ``saved`` has nothing for, or not what is kept of them now."""
         self.waiting = bool(self.anew) or saved.waiting
         """Whether there are blocks without statistics."""
         self.started = saved.started and not self.anew
-        self.state = stacked_state(spec, kept)
+        self.state = {} if spec.given_steps else stacked_state(spec, kept)
         """By stack and name."""
         in_blocks = {name for block in self.blocks for name in block.parameters}
         self.generic = {
@@ -97,6 +98,16 @@ class UpdateEngine:
     def blocks(self) -> list[Any]:
         """The blocks of all stacks."""
         return [block for stack in self.spec.stacks for block in stack.blocks]
+
+    @property
+    def held_stacks(self) -> tuple[StackSpec, ...]:
+        """Stacks of the blocks that there is state of: all."""
+        return self.spec.stacks
+
+    @property
+    def source(self) -> str:
+        """The text of :attr:`program`."""
+        return self.program.source
 
     @property
     def program(self) -> UpdateProgram:
@@ -193,6 +204,7 @@ class UpdateEngine:
         gradients: Mapping[str, Tensor],
         numbers: StepNumbers,
         scales_of: Callable[..., dict[str, Tensor]],
+        steps: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """One step; returns what it reports, ν and the clip scale.
 
@@ -201,11 +213,12 @@ class UpdateEngine:
             numbers: rates, momenta and options of this step.
             scales_of: called in the middle of a step that pauses, with v by parameter name and,
                 for the quadratic model, the momentum; returns ``nu``, or ``step_size`` and
-                ``momentum``.
+                ``momentum``. Where ranks share the blocks it is called with this one's part of ν.
+            steps: of the blocks by parameter name, where the spec has them from elsewhere.
         """
         spec = self._spec_of(gradients, numbers.momenta)
         program = self.program_for(spec)
-        inputs = self._inputs(spec, gradients, numbers)
+        inputs = replace(self._inputs(spec, gradients, numbers), steps=steps or {})
         if self._captures(spec):
             static = self._static_step(program, inputs)
             with record_function("kfc_fx::apply"):
@@ -288,7 +301,7 @@ class UpdateEngine:
         moments: dict[str, dict[str, Tensor]] = {}
         if spec.pauses:
             found = functions["precondition"](**arguments(program, "precondition", inputs))
-            views = [found[name] for name in ("views", "momenta") if name in found]
+            views = [found[name] for name in ("views", "momenta", "nu") if name in found]
             inputs = inputs.scaled(found["v"], scales_of(*views))
             moments = found.get("state", {})
         with record_function("kfc_fx::apply"):
@@ -327,7 +340,7 @@ class UpdateEngine:
         self._start_generic(spec, gradients, numbers)
         self._start_average(spec)
         active: dict[str, Tensor] = {}
-        if spec.partial:
+        if spec.partial and not spec.given_steps:
             gradients, active = self._filled(gradients)
         own, momenta = spec.own_momenta, numbers.momenta
         kept = [scaling for scaling in spec.scalings if scaling in spec.momentum]

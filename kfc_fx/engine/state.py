@@ -38,6 +38,8 @@ class SavedState:
     """Blocks that have state and no place in the update, such as those of layers long frozen."""
     since: int = 0
     """Steps since parameters or groups were last changed."""
+    elsewhere: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Blocks whose state is on other ranks, and the names of what there is of it."""
 
     @classmethod
     def empty(cls) -> SavedState:
@@ -57,6 +59,7 @@ class SavedState:
             average=left(self.average, names),
             master_weights=left(self.master_weights, names),
             plan=left(self.plan, blocks),
+            elsewhere=left(self.elsewhere, blocks),
             parked=self.parked - set(blocks),
         )
 
@@ -76,6 +79,7 @@ class SavedState:
             generic=under(self.generic, names),
             average=under(self.average, names),
             master_weights=under(self.master_weights, names),
+            elsewhere=under(self.elsewhere, blocks),
             parked=frozenset(blocks.get(name, name) for name in self.parked),
         )
 

@@ -116,6 +116,8 @@ class StepInputs:
     generic_options: GenericNumbers
     clip: float | None
     average_decay: float
+    steps: Mapping[str, Tensor] = field(default_factory=dict)
+    """Of blocks by parameter name, where they come from elsewhere."""
     vectors: Mapping[str, Tensor] = field(default_factory=dict)
     """v by stack, where the step pauses after it has them."""
     nu: Tensor | None = None
@@ -166,6 +168,7 @@ def _named(spec: UpdateSpec, inputs: StepInputs) -> dict[str, Any]:
     return {
         "parameters": inputs.parameters,
         "gradients": inputs.gradients,
+        "steps": inputs.steps,
         "state": inputs.state,
         "generic": inputs.generic,
         "average": inputs.average,

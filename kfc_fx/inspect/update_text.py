@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from kfc_fx.codegen.spec import UpdateSpec
 from kfc_fx.codegen.text.source import UpdateProgram
+from kfc_fx.engine.engine import UpdateEngine
 from kfc_fx.errors import TargetError
 from kfc_fx.inspect.inspection import Inspection
 
@@ -90,6 +91,7 @@ def _step(
     torch.stack([output.float().square().mean() for output in floats]).sum().backward()
     if functions is not None:
         engine = optimizer._engine
+        assert isinstance(engine, UpdateEngine)  # of one process
         own = engine.program_for
 
         def printed(spec: UpdateSpec) -> UpdateProgram:

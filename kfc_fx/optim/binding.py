@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from kfc_fx.codegen.spec import UpdateSpec
 from kfc_fx.compilation import Compilation
+from kfc_fx.distributed.divided_engine import DividedEngine
+from kfc_fx.distributed.ranks import Ranks
 from kfc_fx.engine.engine import UpdateEngine
 from kfc_fx.engine.state import SavedState, fitting
 from kfc_fx.engine.step_inputs import Momenta
@@ -18,9 +20,12 @@ from kfc_fx.errors import OptionError, counted, warn
 from kfc_fx.optim.groups import Group, check_second_beta
 from kfc_fx.optim.options import KFCOptions
 from kfc_fx.optim.rates import LearningRates, learning_rates, momenta
+from kfc_fx.optim.states.state_dict import PLACES
 from kfc_fx.optim.update_spec import real_parameters, update_spec
 from kfc_fx.plan.coverage import NOT_USED
 from kfc_fx.plan.spec import BlockSpec, CurvaturePlan, block_name
+
+Engine = UpdateEngine | DividedEngine
 
 SETTLED = 10
 """Steps for which parameters that were frozen keep their place in the update. Halves of a model
@@ -37,9 +42,14 @@ class Binding:
         self,
         compilation: Compilation,
         options: KFCOptions,
+        ranks: Ranks,
         outside: Mapping[str, Tensor] | None = None,
     ) -> None:
         """``outside``: parameters of no compiled model by name, generic ones beside the model's."""
+        self._ranks = ranks
+        self._owners: dict[str, int] = {}
+        self._consolidated: dict[str, dict[str, Tensor]] = {}
+        """State of other ranks' blocks as it is after the last step, where somebody has asked."""
         self._outside = dict(outside or {})
         self._compilation = compilation
         self._tree: tuple[list[nn.Module], list[object]] | None = None
@@ -50,7 +60,7 @@ class Binding:
         """Parameter to name."""
         self.follow()
         self._options = options
-        self._engine: UpdateEngine | None = None
+        self._engine: Engine | None = None
         self._key: object = None
         self._revision: object = -1
         self._agreed: tuple[CurvaturePlan, int] | None = None
@@ -64,6 +74,8 @@ class Binding:
         self._parked: dict[str, dict[str, Tensor]] = {}
         """State by name of blocks that are not in the engine now."""
         self._parked_plan: dict[str, dict[str, Any]] = {}
+        self._parked_elsewhere: dict[str, tuple[str, ...]] = {}
+        """Blocks that are parked on other ranks, and the names of what there is of them."""
         self._rates: tuple[object, LearningRates] = (None, LearningRates({}, {}))
         self._momenta: tuple[object, Momenta] = (None, Momenta({}, {}))
 
@@ -89,6 +101,8 @@ class Binding:
         self.names |= {parameter: name for name, parameter in self._outside.items()}
         if renamed:
             self.take_over(_renamed(self.held(), renamed, gone))
+            blocks = {block_name(old): block_name(new) for old, new in renamed.items()}
+            self._owners = {blocks.get(name, name): rank for name, rank in self._owners.items()}
         self._key = None
         return bool(before)
 
@@ -112,7 +126,7 @@ class Binding:
             self._real = own
         return self._real
 
-    def engine(self, groups: Sequence[Group]) -> UpdateEngine:
+    def engine(self, groups: Sequence[Group]) -> Engine:
         """The engine for the plan, devices and groups as they are now.
 
         Raises:
@@ -126,6 +140,7 @@ class Binding:
                 (tuple(map(id, g["params"])), g["weight_decay"] > 0, g["betas"][0] > 0)
                 for g in groups
             ),
+            self.divided and self._ranks.count,
         )
         if self._key != key:
             self._since = self._loaded.since if self._engine is None else 0
@@ -143,7 +158,8 @@ class Binding:
                 self._blocks_beside(plan, parameters, by_name),
                 self._generic_beside(parameters, by_name),
             )
-            if self._engine is None or self._engine.spec != spec:
+            fits = isinstance(self._engine, DividedEngine) == self.divided
+            if self._engine is None or self._engine.spec != spec or not fits:
                 self._engine = self._built(spec, parameters, groups)
             self._key, self._revision = key, revision
         self._engine.take_parameters(parameters)  # the real views of complex ones are new
@@ -163,9 +179,20 @@ class Binding:
         plan, changes = self._agreed
         return plan, ("agreed", changes)
 
+    @property
+    def divided(self) -> bool:
+        """Whether each rank has the state of the blocks that it owns alone."""
+        return self._ranks.several and self._options.distribute == "update"
+
+    def consolidate(self, rank: int) -> None:
+        """Bring the state of all ranks' blocks to one rank, for as long as it is that."""
+        everywhere = self._ranks.gather_objects_on(rank, _on_cpu(self.held().blocks))
+        self._consolidated = {name: own for blocks in everywhere for name, own in blocks.items()}
+
     def note_step(self) -> None:
         """Count a step that was taken."""
         self._since += 1
+        self._consolidated = {}
 
     def _blocks_beside(
         self, plan: CurvaturePlan, parameters: Mapping[str, Tensor], groups: Mapping[str, Group]
@@ -200,38 +227,48 @@ class Binding:
 
     def _built(
         self, spec: UpdateSpec, parameters: Mapping[str, Tensor], groups: Sequence[Group]
-    ) -> UpdateEngine:
+    ) -> Engine:
         """The engine of a spec, with the state that there is."""
         compiled, graph = self._options.compile_update, self._options.cuda_graph
         _check_one_device(spec, parameters, compiled=compiled)
         saved = self.held()
-        engine = UpdateEngine(
-            spec,
-            saved,
-            parameters,
-            compiled=compiled,
-            captured=_captures(spec, parameters, graph),
-            momenta=momenta(spec, self._options, self.by_name(groups)),
-        )
+        own = momenta(spec, self._options, self.by_name(groups))
+        engine: Engine
+        if self.divided:
+            _refuse_graph(graph)
+            engine = DividedEngine(
+                spec, saved, parameters, self._ranks, self._owners, compiled=compiled, momenta=own
+            )
+            _refuse_lost([name for name in engine.anew if name in saved.plan])
+            self._owners |= engine.owners
+        else:
+            captured = _captures(spec, parameters, graph)
+            engine = UpdateEngine(
+                spec, saved, parameters, compiled=compiled, captured=captured, momenta=own
+            )
         if self._resumes:
             self._check_loaded(engine.anew)
         self._tell_of_lost_blocks(spec)
-        own = {block.name for block in engine.blocks}
+        in_place = {block.name for block in engine.blocks}
         self._parked = {
             name: {key: value.clone() for key, value in saved.blocks[name].items()}
             for name in saved.blocks
-            if name not in own
+            if name not in in_place
         }
-        self._parked_plan = {n: b for n, b in saved.plan.items() if n in self._parked}
+        self._parked_elsewhere = {
+            name: own for name, own in saved.elsewhere.items() if name not in in_place
+        }
+        parked = {*self._parked, *self._parked_elsewhere}
+        self._parked_plan = {n: b for n, b in saved.plan.items() if n in parked}
         self._loaded, self._resumes = SavedState.empty(), False
         return engine
 
     @property
-    def current(self) -> UpdateEngine | None:
+    def current(self) -> Engine | None:
         """The engine of the last step, if there was one."""
         return self._engine
 
-    def learning_rates(self, engine: UpdateEngine, groups: Sequence[Group]) -> LearningRates:
+    def learning_rates(self, engine: Engine, groups: Sequence[Group]) -> LearningRates:
         """The rates of a step, rebuilt only when one has changed."""
         key = (id(engine), self._changes, tuple(float(group["lr"]) for group in groups))
         if self._rates[0] != key:
@@ -239,7 +276,7 @@ class Binding:
             self._rates = (key, learning_rates(engine.spec, self.by_name(groups), ratio))
         return self._rates[1]
 
-    def momenta(self, engine: UpdateEngine, groups: Sequence[Group]) -> Momenta:
+    def momenta(self, engine: Engine, groups: Sequence[Group]) -> Momenta:
         """The momenta of a step, rebuilt only when one has changed.
 
         Raises:
@@ -267,11 +304,14 @@ class Binding:
         are frozen or not called, in the tensors that it is in; before there is an engine, the state
         that it will start from."""
         state = self._loaded if self._engine is None else self._engine.held()
+        elsewhere = {**self._parked_elsewhere, **state.elsewhere}
+        parked = frozenset({*self._parked, *self._parked_elsewhere})
         return replace(
             state,
-            blocks=ChainMap(self._parked, cast(Any, state.blocks)),
+            blocks=ChainMap(self._parked, cast(Any, state.blocks), self._consolidated),
+            elsewhere={n: own for n, own in elsewhere.items() if n not in self._consolidated},
             plan={**self._parked_plan, **state.plan},
-            parked=frozenset(self._parked) if self._engine else state.parked,
+            parked=parked if self._engine else state.parked,
             since=self._since if self._engine else state.since,
         )
 
@@ -285,11 +325,13 @@ class Binding:
     def take_over(self, state: SavedState) -> None:
         """Start the next engine from ``state``, which need not be whole."""
         self._engine, self._loaded, self._key = None, state, None
-        self._parked, self._parked_plan = {}, {}
+        self._parked, self._parked_plan, self._consolidated = {}, {}, {}
+        self._parked_elsewhere = {}
 
     def load(self, state: SavedState) -> None:
         """Start the next engine from ``state``, which the user has loaded."""
         self.take_over(state)
+        self._owners = {}
         self._resumes = True
 
     def check_fits(self, state: SavedState) -> None:
@@ -387,6 +429,30 @@ def _check_one_device(
         raise OptionError(
             "compile_update needs all parameters on one device, and these are on "
             f"{', '.join(sorted(devices))}; leave it out, or make a KFC for each device"
+        )
+
+
+def _on_cpu(blocks: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    return {
+        block: {name: value.detach().cpu().clone() for name, value in blocks[block].items()}
+        for block in blocks
+    }
+
+
+def _refuse_lost(blocks: Sequence[str]) -> None:
+    if blocks:
+        raise OptionError(
+            f"there is no state of {counted(len(blocks), 'block')} that this rank owns "
+            f"({_shown(blocks)}). {PLACES}, on all ranks; or load what "
+            "opt.consolidate_state_dict() has made whole"
+        )
+
+
+def _refuse_graph(wanted: bool | None) -> None:
+    if wanted:
+        raise OptionError(
+            "cuda_graph=True: a step that is divided among ranks has a collective in its middle; "
+            "use distribute='refresh', or leave it out"
         )
 
 

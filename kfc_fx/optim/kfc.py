@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from kfc_fx.distributed.ranks import Attempt, Ranks
 from kfc_fx.distributed.shared_step import SharedStep
-from kfc_fx.engine.engine import UpdateEngine
 from kfc_fx.engine.factors import Factors
-from kfc_fx.errors import OptionError, StepError
+from kfc_fx.errors import OptionError, StepError, counted
 from kfc_fx.optim.adoption import adamw_entries
 from kfc_fx.optim.averages import averages_swapped_in
+from kfc_fx.optim.binding import Engine
 from kfc_fx.optim.diagnostics import Diagnostics, joined
 from kfc_fx.optim.generic import Generic
 from kfc_fx.optim.groups import (
@@ -39,6 +39,7 @@ from kfc_fx.optim.scalings.scaling import Scaling
 from kfc_fx.optim.scalings.table import scaling_of
 from kfc_fx.optim.schedule import Schedule
 from kfc_fx.optim.shown import shown
+from kfc_fx.optim.states.callers import is_asked_for_parts
 from kfc_fx.optim.states.copies import Given, restored
 from kfc_fx.optim.states.live import ParameterStates
 from kfc_fx.optim.states.state_dict import RUN, packed, unpacked
@@ -88,7 +89,9 @@ class KFC(torch.optim.Optimizer):
             with averaged gradients, as by ``DistributedDataParallel``: None for all of
             ``torch.distributed``, once it is initialised; False for this one alone.
         distribute: what they share among them. ``"refresh"``: each refreshes the bases or inverses
-            of the blocks that it owns, and all get them. ``"none"``: each computes everything.
+            of the blocks that it owns, and all get them. ``"update"``: each holds the state of the
+            blocks that it owns and computes their steps, which all get. ``"none"``: each computes
+            everything.
         compare_every: steps after which they compare parameters, gradients and options, beside the
             steps with statistics, where they always do.
         foreach, fused, capturable, differentiable: None or False; torch's own optimizers have them.
@@ -229,7 +232,7 @@ class KFC(torch.optim.Optimizer):
 
     def _take(
         self,
-        stepping: Sequence[tuple[ModelStep, UpdateEngine, dict[str, Tensor]]],
+        stepping: Sequence[tuple[ModelStep, Engine, dict[str, Tensor]]],
         shared: SharedStep | None,
     ) -> None:
         """The step of all models that have gradients: whole, or not at all where it raises."""
@@ -243,9 +246,9 @@ class KFC(torch.optim.Optimizer):
             for own, engine, _ in stepping:
                 own.use_statistics(engine, shared)
             for own, engine, gradients in stepping:
-                own.apply(engine, gradients, self.param_groups)
+                own.apply(engine, gradients, self.param_groups, shared)
 
-    def _with_gradients(self) -> list[tuple[ModelStep, UpdateEngine, dict[str, Tensor]]]:
+    def _with_gradients(self) -> list[tuple[ModelStep, Engine, dict[str, Tensor]]]:
         """The models that have gradients, their engines, and these."""
         for own in self._models:
             own.check_owner(self.param_groups)
@@ -296,7 +299,37 @@ class KFC(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """Parameter groups and the state by parameter, as of any ``torch.optim`` optimizer, in
-        copies. What is of no parameter, counters for one, is a text in each group."""
+        copies. What is of no parameter, counters for one, is a text in each group.
+
+        With ``distribute="update"`` it is whole on a rank that :meth:`consolidate_state_dict` has
+        brought it to. ``torch.distributed.checkpoint`` takes each rank's part.
+
+        Raises:
+            StepError: the state of some blocks is on other ranks.
+        """
+        elsewhere = [name for own in self._models for name in own.binding.held().elsewhere]
+        if elsewhere and not is_asked_for_parts():
+            raise StepError(
+                f"the state of {counted(len(elsewhere), 'block')} is on other ranks: call "
+                "opt.consolidate_state_dict(to=0) on all ranks before opt.state_dict() on rank 0, "
+                "or save by torch.distributed.checkpoint"
+            )
+        return self._state_dict()
+
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Bring the whole state to one rank, whose next :meth:`state_dict` has it until a step is
+        taken. All ranks call it together, as that of torch's ``ZeroRedundancyOptimizer``; without
+        ``distribute="update"`` every rank has the whole, and nothing is done.
+
+        Args:
+            to: number of the rank in the process group.
+        """
+        for own in self._models:
+            if own.binding.divided:
+                own.binding.consolidate(to)
+
+    def _state_dict(self) -> dict[str, Any]:
+        """As much of the state as there is on this rank."""
         own_state_dict = super().state_dict
 
         def pack() -> dict[str, Any]:
@@ -344,12 +377,12 @@ class KFC(torch.optim.Optimizer):
     def __deepcopy__(self, memo: dict[int, Any]) -> KFC:
         """Together with its models: ``copy.deepcopy((net, opt))`` trains on as the originals do."""
         memo[id(self._ranks.given)] = self._ranks.given  # a process group is no value
-        copied = restored(type(self), copy.deepcopy(self._given(), memo), self.state_dict())
+        copied = restored(type(self), copy.deepcopy(self._given(), memo), self._state_dict())
         memo[id(self)] = copied
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return restored, (type(self), self._given(), self.state_dict())
+        return restored, (type(self), self._given(), self._state_dict())
 
     def _given(self) -> Given:
         models = [own.compilation.model for own in self._models]
@@ -372,18 +405,20 @@ class KFC(torch.optim.Optimizer):
     @property
     def factors(self) -> Mapping[str, Factors]:
         """Factors by block name: ``opt.factors["conv1"].omega`` and ``.gamma``. Of several models
-        the names begin with the number of the model: ``"0.conv1"``."""
+        the names begin with the number of the model: ``"0.conv1"``. With ``distribute="update"``
+        they are those of the blocks that this rank owns."""
         found: dict[str, Factors] = {}
         for index, own in enumerate(self._models):
             engine = own.engine(self.param_groups)
             prefix = f"{index}." if len(self._models) > 1 else ""
-            found |= {prefix + block.name: engine.factors(block.name) for block in engine.blocks}
+            names = [block.name for stack in engine.held_stacks for block in stack.blocks]
+            found |= {prefix + name: engine.factors(name) for name in names}
         return found
 
     @property
     def update_source(self) -> str:
         """Source of the generated update, of one model after the other."""
-        return "\n\n".join(o.engine(self.param_groups).program.source for o in self._models)
+        return "\n\n".join(o.engine(self.param_groups).source for o in self._models)
 
     def save_report(self, path: str | Path, *, loss: float | Tensor | None = None) -> None:
         """Add to a report of the run: step, loss, rates, time by part; spectra of all factors.
@@ -429,7 +464,7 @@ class KFC(torch.optim.Optimizer):
         self._models[0].initialize(batches, self.param_groups)
 
     @property
-    def _engine(self) -> UpdateEngine:
+    def _engine(self) -> Engine:
         """What runs the generated update of the first model."""
         return self._models[0].engine(self.param_groups)
 

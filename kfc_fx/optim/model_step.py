@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kfc_fx.compilation import Compilation
+from kfc_fx.distributed.divided_engine import DividedEngine
 from kfc_fx.distributed.ranks import Ranks
 from kfc_fx.distributed.shared_step import SharedStep
 from kfc_fx.engine.engine import UpdateEngine
@@ -19,7 +20,7 @@ from kfc_fx.engine.screening import screen
 from kfc_fx.engine.state import SavedState
 from kfc_fx.engine.step_inputs import OptionNumbers, StepNumbers
 from kfc_fx.errors import StatisticsError, StepError, warn
-from kfc_fx.optim.binding import Binding
+from kfc_fx.optim.binding import Binding, Engine
 from kfc_fx.optim.diagnostics import Diagnostics
 from kfc_fx.optim.exact_fisher import ExactFisher
 from kfc_fx.optim.gradients import all_finite, named_gradients, relative_distance
@@ -69,7 +70,7 @@ class ModelStep:
         compilation.names.refresh_if_changed()
         self.compilation, self._options, self.number = compilation, options, number
         self._ranks = ranks
-        self.binding = Binding(compilation, options, outside)
+        self.binding = Binding(compilation, options, ranks, outside)
         self.collector = compilation.attach(request_of(compilation, options), ())
         statistics = options.statistics
         self.schedule = Schedule(statistics.every, statistics.refresh_every, options.first_steps)
@@ -92,7 +93,7 @@ class ModelStep:
         """Take the statistics of these groups' parameters from now on."""
         self.compilation.assign(self.collector, self.binding.of_model(groups))
 
-    def engine(self, groups: Groups) -> UpdateEngine:
+    def engine(self, groups: Groups) -> Engine:
         """What runs the generated update: its spec, its state and its programs."""
         return self.binding.engine(groups)
 
@@ -141,7 +142,7 @@ class ModelStep:
         self.binding.follow()
         names = {name: p for p, name in self.binding.names.items()}
         own = {names[name]: name for name in self.binding.by_name(groups)}
-        return Place(own, self.binding.parameters)
+        return Place(own, self.binding.parameters, self.binding.divided)
 
     def load(self, state: SavedState, record: Mapping[str, Any]) -> None:
         """Continue from what :meth:`entries` and :meth:`record` gave."""
@@ -239,17 +240,16 @@ class ModelStep:
         return gradients
 
     def counts(self) -> dict[str, int]:
-        """How many steps, statistics and refreshes there were."""
-        own = self._diagnostics
+        """How many steps, statistics and refreshes there were, and whether blocks wait for some."""
+        own, engine = self._diagnostics, self.binding.current
         return {
             "steps": own.steps,
             "statistics": own.statistics_steps,
             "refreshes": own.refreshes,
+            "blocks without statistics": int(engine is not None and engine.waiting),
         }
 
-    def may_step(
-        self, engine: UpdateEngine, gradients: Mapping[str, Tensor], groups: Groups
-    ) -> bool:
+    def may_step(self, engine: Engine, gradients: Mapping[str, Tensor], groups: Groups) -> bool:
         """Whether gradients are finite, as far as the step does not look itself."""
         momenta = self.binding.momenta(engine, groups)
         if self.is_without_likelihood:
@@ -267,9 +267,7 @@ class ModelStep:
         return self.collector.likelihood is None and self.collector.missing == UNDECIDED
 
     @contextmanager
-    def step_size_noted(
-        self, engine: UpdateEngine, gradients: Mapping[str, Tensor]
-    ) -> Iterator[None]:
+    def step_size_noted(self, engine: Engine, gradients: Mapping[str, Tensor]) -> Iterator[None]:
         """Keep how far the step in the body goes, where a refresh waits for the device anyway. The
         parameters are put back as they were if that fails, or the body does."""
         if not self.schedule.refresh_due(self._diagnostics.steps):
@@ -282,22 +280,22 @@ class ModelStep:
             self._diagnostics.note_step(relative_distance(before, own))
 
     @contextmanager
-    def transaction(self, engine: UpdateEngine) -> Iterator[None]:
+    def transaction(self, engine: Engine) -> Iterator[None]:
         """Put state and counters back as they were if the body raises."""
         self._note_gradient_time()
         with engine.transaction(), self._diagnostics.transaction():
             yield
 
-    def use_statistics(self, engine: UpdateEngine, shared: SharedStep | None = None) -> None:
+    def use_statistics(self, engine: Engine, shared: SharedStep | None = None) -> None:
         """Statistics into factors, and factors into inverses or bases, where they are due.
 
         Args:
-            shared: the step of all ranks, where there are several and statistics are due.
+            shared: the step of all ranks, where there are several.
         """
         step, diagnostics = self._diagnostics.steps, self._diagnostics
         sums = self.collector.sums
         sums.drop_lost()
-        if shared is not None:
+        if shared is not None and shared.has_statistics:
             with diagnostics.timed("statistics"):
                 sums = shared.summed(sums, engine.spec)
         with shared.attempt.local() if shared else nullcontext():
@@ -308,17 +306,30 @@ class ModelStep:
         if due and not waiting:  # else there is nothing to make a basis of for some blocks
             options = self._option_numbers(engine)
             with diagnostics.timed("refresh"):
-                failed = shared.refreshed(engine, options) if shared else engine.refresh(options)
+                failed = self._refreshed(engine, options, shared)
             diagnostics.count("inverse_failures", failed, UNDECOMPOSED)
             diagnostics.refreshes += 1
-        if shared is not None:
+        if shared is not None and not isinstance(engine, DividedEngine):
             shared.attempt.raise_own()
 
-    def _accumulate(self, engine: UpdateEngine, sums: Sums, step: int) -> None:
+    def _refreshed(
+        self, engine: Engine, options: OptionNumbers, shared: SharedStep | None
+    ) -> list[str]:
+        """Refresh; returns the blocks for which that failed."""
+        if shared is None:
+            return engine.refresh(options)
+        divides = shared.has_statistics and self._options.distribute == "refresh"
+        if divides and isinstance(engine, UpdateEngine):
+            return shared.refreshed(engine, options)
+        with shared.attempt.local():
+            return engine.refresh(options)
+        return []
+
+    def _accumulate(self, engine: Engine, sums: Sums, step: int) -> None:
         diagnostics = self._diagnostics
         if sums.blocks:
             rate = averaging_rate(diagnostics.statistics_steps, self._options.statistics.decay)
-            screened = screen(sums, engine.spec.stacks, rate)
+            screened = screen(sums, engine.held_stacks, rate)
             diagnostics.count("dropped_statistics", screened.dropped, DROPPED)
             with diagnostics.timed("statistics"):
                 engine.accumulate(screened)
@@ -326,11 +337,22 @@ class ModelStep:
         if self.collector.armed and (not sums.blocks or self.collector.missing):
             self._note_missed(step, some=bool(sums.blocks))
 
-    def apply(self, engine: UpdateEngine, gradients: Mapping[str, Tensor], groups: Groups) -> None:
+    def apply(
+        self,
+        engine: Engine,
+        gradients: Mapping[str, Tensor],
+        groups: Groups,
+        shared: SharedStep | None,
+    ) -> None:
         """Gradients into parameters."""
         with self._diagnostics.timed("update"):
-            scales_of = partial(self.exact.scales, gradients)
-            report = engine.apply(gradients, self._numbers(engine, groups), scales_of)
+            numbers = self._numbers(engine, groups)
+            if isinstance(engine, DividedEngine):
+                assert shared is not None
+                report = engine.apply(gradients, numbers, shared.attempt)
+            else:
+                scales_of = partial(self.exact.scales, gradients)
+                report = engine.apply(gradients, numbers, scales_of)
         self._diagnostics.last_nu = report.get("nu")
         self._diagnostics.last_clip_scale = report.get("clip_scale")
         self._diagnostics.steps += 1
@@ -344,7 +366,7 @@ class ModelStep:
 
     # -- of a step ---------------------------------------------------------------------------
 
-    def _settle(self, engine: UpdateEngine) -> int:
+    def _settle(self, engine: Engine) -> int:
         """Count the steps that the device did not take as skipped; returns how many."""
         skipped = engine.take_skipped()
         self._diagnostics.steps -= skipped
@@ -400,7 +422,7 @@ class ModelStep:
             self._warned.add(reason)
             warn(text)
 
-    def _numbers(self, engine: UpdateEngine, groups: Groups) -> StepNumbers:
+    def _numbers(self, engine: Engine, groups: Groups) -> StepNumbers:
         options = self._options
         rates = self.binding.learning_rates(engine, groups)
         shrink: dict[str, float] = {}
@@ -424,5 +446,5 @@ class ModelStep:
             average_decay=decay,
         )
 
-    def _option_numbers(self, engine: UpdateEngine) -> OptionNumbers:
+    def _option_numbers(self, engine: Engine) -> OptionNumbers:
         return option_numbers(engine.spec, self._options, self.exact.inverse_damping)

@@ -19,7 +19,7 @@ from kfc_fx.optim.statistics import Statistics
 SHARED = ("clip", "clip_by", "clip_samples", "quadratic_model", "adapt_damping")
 """Options on which all scalings that step by a vector agree: ν and the quadratic model are of the
 step of all their blocks together."""
-Distribute = Literal["refresh", "none"]
+Distribute = Literal["refresh", "update", "none"]
 """What of a step the ranks share among them."""
 STATISTICS = Check(lambda value: isinstance(value, Statistics), "a kfc_fx.Statistics(...)")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from kfc_fx.engine.engine import UpdateEngine
 from kfc_fx.errors import counted
+from kfc_fx.optim.binding import Engine
 from kfc_fx.optim.groups import Group
 from kfc_fx.optim.options import KFCOptions
 
@@ -14,7 +14,7 @@ from kfc_fx.optim.options import KFCOptions
 def shown(
     options: KFCOptions,
     groups: Sequence[Group],
-    engines: Sequence[UpdateEngine | None],
+    engines: Sequence[Engine | None],
     likelihoods: Sequence[str],
 ) -> str:
     """Scaling, blocks, generic parameters, intervals and rates.
@@ -41,7 +41,7 @@ def _patterns_line(chosen: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value!r}" for name, value in chosen.items())
 
 
-def _blocks_line(engines: Sequence[UpdateEngine]) -> str:
+def _blocks_line(engines: Sequence[Engine]) -> str:
     if not engines:
         return "known after the first step"
     counts: dict[str, int] = {}
@@ -50,7 +50,7 @@ def _blocks_line(engines: Sequence[UpdateEngine]) -> str:
     return ", ".join(f"{count} by {name}" for name, count in counts.items())
 
 
-def _generic_line(engines: Sequence[UpdateEngine]) -> str:
+def _generic_line(engines: Sequence[Engine]) -> str:
     if not engines:
         return ""
     count = sum(len(engine.spec.generic) for engine in engines)

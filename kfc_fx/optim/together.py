@@ -82,11 +82,10 @@ class Together:
             return True, None
         has_statistics = any(own.collector.armed for own in self._models)
         every = self._given.compare_every
-        if not (has_statistics or (every is not None and self._steps % every == 0)):
-            return True, None
-        can_step = self.agree(attempt, groups)
-        divides = self._given.distribute == "refresh"
-        return can_step, SharedStep(self._ranks, attempt, divides) if has_statistics else None
+        shared = SharedStep(self._ranks, attempt, has_statistics)
+        if has_statistics or (every is not None and self._steps % every == 0):
+            return self.agree(attempt, groups), shared
+        return True, shared
 
     @property
     def _steps(self) -> int:

@@ -101,7 +101,7 @@ def everywhere(value: Any) -> list[Any]:
 
 def factors_and_first_steps_are_those_of_one_process() -> None:
     for scaling in SCALINGS:
-        for distribute in ("refresh", "none"):
+        for distribute in ("refresh", "update", "none"):
             inner = kfc_fx.compile(net(double=True))
             opt = kfc_fx.KFC(inner, scaling=scaling, statistics=WHOLE, distribute=distribute)
             ddp = DDP(inner)
@@ -117,8 +117,13 @@ def factors_and_first_steps_are_those_of_one_process() -> None:
 
 
 def compare_factors(opt: kfc_fx.KFC, its: kfc_fx.KFC) -> None:
-    assert opt.factors.keys() == its.factors.keys() > {"conv", "down"}
+    everybodys = [name for names in everywhere(list(opt.factors)) for name in names]
+    assert set(everybodys) == its.factors.keys() > {"conv", "down"}
+    times = 1 if opt.options.distribute == "update" else dist.get_world_size()
+    assert len(everybodys) == times * len(its.factors)
     for name, expected in its.factors.items():
+        if name not in opt.factors:
+            continue
         kept = ("omega",) if opt.options.scaling.name == "spectral" else ("omega", "gamma")
         for factor in kept:
             one, other = getattr(opt.factors[name], factor), getattr(expected, factor)
@@ -159,7 +164,7 @@ def inverse_stays_with_one_process() -> None:
 
 def replicas_are_equal_to_the_bit() -> None:
     for scaling in SCALINGS:
-        for distribute in ("refresh", "none"):
+        for distribute in ("refresh", "update", "none"):
             for fisher in ("empirical", "sampled"):
                 statistics = kfc_fx.Statistics(fisher=fisher, every=3, refresh_every=6)
                 ddp, opt = made(scaling, statistics=statistics, distribute=distribute)
@@ -170,18 +175,26 @@ def replicas_are_equal_to_the_bit() -> None:
 
 def blocks_of_several_scalings_dtypes_and_options_stay_equal() -> None:
     blocks = {"down": "spectral", "head": kfc_fx.Eigen()}
-    ddp, opt = made("adam", blocks=blocks, average=5.0, weight_decay=0.1, generic="sgd")
-    for step in range(8):
-        step_of(ddp, opt, *own_batch(step))
-        assert_replicas_equal(ddp)
-    with opt.averaged():
-        assert_replicas_equal(ddp)
-    inner = kfc_fx.compile(net().bfloat16())
-    opt, ddp = kfc_fx.KFC(inner, master_weights=True, statistics=WHOLE), DDP(inner)
-    for step in range(5):
-        x, y = own_batch(step)
-        step_of(ddp, opt, x.bfloat16(), y)
-        assert_replicas_equal(ddp)
+    options = {"blocks": blocks, "average": 5.0, "weight_decay": 0.1, "generic": "sgd"}
+    found = {}
+    for distribute in ("none", "update", "refresh"):
+        ddp, opt = made("adam", distribute=distribute, **options)
+        for step in range(8):
+            step_of(ddp, opt, *own_batch(step))
+            assert_replicas_equal(ddp)
+        with opt.averaged():
+            assert_replicas_equal(ddp)
+            found[distribute] = [p.detach().clone() for p in ddp.parameters()]
+    for distribute in ("update", "refresh"):
+        torch.testing.assert_close(found[distribute], found["none"], rtol=1e-3, atol=1e-4)
+    for distribute in ("update", "refresh"):
+        inner = kfc_fx.compile(net().bfloat16())
+        opt = kfc_fx.KFC(inner, master_weights=True, statistics=WHOLE, distribute=distribute)
+        ddp = DDP(inner)
+        for step in range(5):
+            x, y = own_batch(step)
+            step_of(ddp, opt, x.bfloat16(), y)
+            assert_replicas_equal(ddp)
 
 
 def accumulation_with_no_sync_counts_all_micro_batches() -> None:
@@ -307,7 +320,7 @@ def an_expert_that_joins_between_statistics_waits_for_the_next() -> None:
 
 
 def a_statistic_that_is_not_finite_on_one_rank_is_dropped_on_all() -> None:
-    for distribute in ("refresh", "none"):
+    for distribute in ("refresh", "update", "none"):
         ddp, opt = made(distribute=distribute)
         with told() as caught:
             for step in range(5):
@@ -354,42 +367,132 @@ def a_rank_without_statistics_goes_on_with_those_of_the_others() -> None:
         assert len(set(everywhere(opt.diagnostics.statistics_steps))) == 1
 
 
+BREAKS = [
+    *(("refresh", "adam", place) for place in ("refreshed_blocks", "accumulate")),
+    *(("none", "adam", place) for place in ("check_owner", "_fill")),
+    *(("update", "adam", place) for place in ("accumulate", "refresh", "check_owner", "_fill")),
+    *(("update", "inverse", place) for place in ("accumulate", "refresh", "apply")),
+    *(("update", "adam", "apply"), ("update", "inverse", "after")),
+]
+"""How the step is divided, its scaling, and what fails in it."""
+
+
 def an_error_on_one_rank_takes_the_step_back_on_all() -> None:
-    for place in ("refreshed_blocks", "accumulate", "check_owner", "_fill"):
-        ddp, opt = made()
+    for distribute, scaling, place in BREAKS:
+        ddp, opt = made(scaling, distribute=distribute)
         step_of(ddp, opt, *own_batch(0))
-        before = copy.deepcopy(opt.state_dict()["state"]), [p.clone() for p in ddp.parameters()]
+        before = copy.deepcopy(opt._state_dict()["state"]), [p.clone() for p in ddp.parameters()]
         raised = ""
         with broken(opt, place) if dist.get_rank() == 1 else contextlib.nullcontext():
             try:
                 step_of(ddp, opt, *own_batch(1))
             except (ArithmeticError, kfc_fx.StepError) as error:
                 raised = f"{type(error).__name__}: {error}"
+        what = f"{distribute} {scaling} {place}"
         if dist.get_rank() == 1:
-            assert raised == "ArithmeticError: on purpose", raised
+            assert raised == "ArithmeticError: on purpose", (what, raised)
         else:
-            assert "taken back on all: rank 1: ArithmeticError: on purpose" in raised, raised
-        after = opt.state_dict()["state"], [p.clone() for p in ddp.parameters()]
+            expected = "taken back on all: rank 1: ArithmeticError: on purpose"
+            assert expected in raised, (what, raised)
+        after = opt._state_dict()["state"], [p.clone() for p in ddp.parameters()]
         torch.testing.assert_close(after, before, rtol=0, atol=0)
         for step in range(1, 4):
             step_of(ddp, opt, *own_batch(step))
-            assert_replicas_equal(ddp, f"{place} step {step}")
+            assert_replicas_equal(ddp, f"{what} step {step}")
 
 
 @contextlib.contextmanager
 def broken(opt: kfc_fx.KFC, place: str) -> Iterator[None]:
+    """Let a part of the step of this rank fail."""
+
     def fail(*_: Any, **__: Any) -> Any:
+        if place == "after":
+            method(*_, **__)
         raise ArithmeticError("on purpose")
 
     own = opt._models[0]
+    engine = own.engine(opt.param_groups)
     targets = {"check_owner": own, "_fill": kfc_fx.distributed.statistics}
-    target = targets.get(place) or own.engine(opt.param_groups)
-    before = getattr(target, place)
-    setattr(target, place, fail)
+    target = targets.get(place, engine)
+    if place in ("apply", "after"):
+        target = engine._own  # what computes the steps of this rank's blocks
+    name = "apply" if place == "after" else place
+    method = getattr(target, name)
+    setattr(target, name, fail)
     try:
         yield
     finally:
-        setattr(target, place, before)
+        setattr(target, name, method)
+
+
+def the_state_of_all_blocks_is_brought_to_one_rank() -> None:
+    ddp, opt = made("eigen", distribute="update")
+    for step in range(4):
+        step_of(ddp, opt, *own_batch(step))
+    names = everywhere(sorted(opt.factors))
+    assert sorted(name for own in names for name in own) == ["conv", "down", "head", "norm"]
+    expect(opt.state_dict, "is on other ranks: call opt.consolidate_state_dict(to=0) on all ranks")
+    opt.consolidate_state_dict(to=1)
+    if dist.get_rank() == 1:
+        alone = kfc_fx.compile(net())
+        alone.load_state_dict(ddp.module.state_dict())
+        its = kfc_fx.KFC(alone, scaling="eigen", statistics=WHOLE, process_group=False)
+        its.load_state_dict(opt.state_dict())
+        alone.kfc.trace(own_batch(0)[0])
+        for name, factors in opt.factors.items():
+            torch.testing.assert_close(its.factors[name].omega, factors.omega, rtol=0, atol=0)
+        assert all(factors.gamma.any() for factors in its.factors.values())
+        assert its.diagnostics.steps == 4
+    else:
+        expect(opt.state_dict, "is on other ranks")
+    step_of(ddp, opt, *own_batch(4))
+    expect(opt.state_dict, "is on other ranks")  # what was brought together is of before
+
+
+def a_state_that_lacks_blocks_is_refused() -> None:
+    ddp, opt = made("adam", distribute="update")
+    for step in range(2):
+        step_of(ddp, opt, *own_batch(step))
+    everybodys = everywhere(opt._state_dict())
+    other, again = made("adam", distribute="update")
+    again.load_state_dict(everybodys[0])  # on all ranks
+    found = ""
+    try:
+        step_of(other, again, *own_batch(2))
+    except kfc_fx.KfcError as error:
+        found = str(error)
+    assert "there is no state of" in found, found
+
+
+def averaged_by_hand(model: nn.Module, opt: kfc_fx.KFC, x: Tensor, y: Tensor) -> None:
+    opt.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
+    opt.step()
+
+
+def layers_that_join_keep_the_owners_of_the_others() -> None:
+    inner = kfc_fx.compile(net())
+    opt = kfc_fx.KFC(inner, statistics=WHOLE, distribute="update")
+    inner.down.requires_grad_(False)
+    for step in range(3):
+        averaged_by_hand(inner, opt, *own_batch(step))
+    owners = dict(opt._engine.owners)
+    inner.down.requires_grad_(True)
+    for step in range(3, 7):
+        averaged_by_hand(inner, opt, *own_batch(step))
+        assert_replicas_equal(inner, f"step {step}")
+    assert owners.items() < opt._engine.owners.items()
+    inner.conv.requires_grad_(False)
+    for step in range(7, 24):
+        averaged_by_hand(inner, opt, *own_batch(step))
+    inner.conv.requires_grad_(True)
+    for step in range(24, 28):
+        averaged_by_hand(inner, opt, *own_batch(step))
+        assert_replicas_equal(inner, f"step {step}")
 
 
 def other_options_are_named() -> None:
@@ -586,6 +689,9 @@ SCENARIOS = [
     a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all,
     a_rank_without_statistics_goes_on_with_those_of_the_others,
     an_error_on_one_rank_takes_the_step_back_on_all,
+    the_state_of_all_blocks_is_brought_to_one_rank,
+    a_state_that_lacks_blocks_is_refused,
+    layers_that_join_keep_the_owners_of_the_others,
     other_options_are_named,
     another_model_or_parameters_of_its_own_are_named,
     gradients_that_nobody_averages_are_named,

@@ -31,11 +31,16 @@ def run_ranks(module: str, ranks: int, *arguments: str, seconds: int = 400) -> s
     return result.stdout
 
 
+def start() -> None:
+    """Join the other processes."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))
+
+
 def run_scenarios(scenarios: Sequence[Scenario]) -> None:
     """Run each on all ranks, and name those that fail."""
-    torch.set_num_threads(1)
     chosen = [each for each in scenarios if not sys.argv[1:] or each.__name__ in sys.argv[1:]]
-    dist.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))
+    start()
     for scenario in chosen:
         torch._dynamo.reset()
         try:

@@ -17,17 +17,23 @@ BOUND_TEXT = ", scaled by sqrt(clip / ν) where ν = vᵀ(F + γ)v > clip"
 CLIP_TEXTS: dict[Clip, str] = {
     "none": "",
     "factors": BOUND_TEXT,
+    "shared": BOUND_TEXT,
     "exact": BOUND_TEXT,
     "model": ", scaled by the step size that the quadratic model is least at",
 }
 CLIP_ARGUMENTS: dict[Clip, tuple[str, ...]] = {
     "none": (),
     "factors": ("clip",),
+    "shared": ("v", "nu", "clip"),
     "exact": ("v", "nu", "clip"),
     "model": ("v", "step_size"),
 }
 ORTHOGONAL_TEXT = """What is scaled of a matrix moves towards its polar factor by the share
 ``orthogonalize``, its norm stays. """
+GIVEN_SUMMARY = "The steps of all layers, which come from their owners, into the parameters."
+SHARED_SUMMARY = """The vectors v of layers that step by one, before they are scaled.
+
+Returns v by stack, and their part of ν = vᵀ(F + γ)v{state}."""
 PRECONDITION_SUMMARY = """The vectors v of layers that step by one, before they are scaled.
 
 Returns v by stack and by parameter{momenta}{state}."""
@@ -48,6 +54,15 @@ def _precondition_graph(spec: UpdateSpec) -> UpdateGraph:
     names += ["active"] * spec.partial
     update = UpdateGraph("precondition")
     context = Context(update, spec, {name: update.argument(name) for name in names})
+    if spec.clip == "shared":
+        shared, nu = _vectors_with_nu(context)
+        result: dict[str, object] = {"v": shared, "nu": nu}
+        if context.result:
+            result["state"] = context.result
+        update.summary = SHARED_SUMMARY.format(
+            state=", and new state by stack" * bool(context.result)
+        )
+        return update.finish(result)
     found = list(_directions(context))
     vectors = {stack.key: update.let(f"v_{stack.key}", v) for stack, v in found}
     views = [context.of_stack("split", s, _views, matrix=vectors[s.key]) for s, _ in found]
@@ -72,9 +87,12 @@ def _views(local: StackContext) -> object:
 
 
 def _apply_graph(spec: UpdateSpec) -> UpdateGraph:
-    update = UpdateGraph("apply", "\n\n".join(_summary(spec, s) for s in spec.scalings))
+    texts = [GIVEN_SUMMARY] if spec.given_steps else [_summary(spec, s) for s in spec.scalings]
+    update = UpdateGraph("apply", "\n\n".join(texts))
     names = dict.fromkeys(_arguments(spec))
     context = Context(update, spec, {name: update.argument(name) for name in names})
+    if spec.given_steps:
+        return _finish(context, [context.arguments["steps"]])
     vectors = _vectors(context)
     steps: list[Value] = []
     for scaling in spec.scalings:
@@ -119,7 +137,7 @@ def _vectors(context: Context) -> dict[str, Value]:
         vectors, arguments["nu"] = _vectors_with_nu(context)
     else:
         vectors = {stack.key: v for stack, v in _directions(context)}
-    if spec.clip in ("factors", "exact"):
+    if spec.clip in ("factors", "shared", "exact"):
         ratio = arguments["clip"] / arguments["nu"].clamp(min=1e-30)
         scale = update.let("clip_scale", ratio.sqrt().clamp(max=1), remark="ν may be zero")
         arguments["clip_scale"] = scale
@@ -193,18 +211,23 @@ def _options(spec: UpdateSpec, scalings: Sequence[ScalingSpec]) -> list[str]:
 
 def _arguments(spec: UpdateSpec) -> list[str]:
     """Names of the arguments of ``apply``; some may come twice."""
+    computed, generic = not spec.given_steps, bool(spec.generic)
     # Where v is computed before the pause, so are the options that it takes.
     before = _by_vector(spec) if spec.pauses else []
     wanted = [
-        (True, ["parameters", "gradients", "state", "lr"]),
-        (True, _momenta(spec)),
-        (True, _options(spec, [s for s in spec.scalings if s not in before])),
-        (True, CLIP_ARGUMENTS[spec.clip]),
-        (spec.partial, ["active"]),
+        (True, ["parameters"]),
+        (computed or generic, ["gradients"]),
+        (computed, ["state"]),
+        (not computed, ["steps"]),
+        (computed or generic, ["lr"]),
+        (computed, _momenta(spec)),
+        (computed, _options(spec, [s for s in spec.scalings if s not in before])),
+        (computed, CLIP_ARGUMENTS[spec.clip]),
+        (computed and spec.partial, ["active"]),
         (spec.weight_decay, ["shrink"]),
         (spec.average, ["average", "average_decay"]),
         (bool(spec.master_weights), ["master_weights"]),
-        (bool(spec.generic), generic_arguments(spec)),
+        (generic, generic_arguments(spec)),
     ]
     return [name for is_taken, names in wanted if is_taken for name in names]
 

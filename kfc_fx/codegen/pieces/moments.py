@@ -59,6 +59,6 @@ def vector(local: StackContext, v: Value, gradient: Value) -> object:
     """The vector v of a stack; where the clip takes ν from the factors, v and its part of
     ν = vᵀ(F + γ)v = −Σ lr ⟨∇, v⟩, since (F + γ) v = −lr ∇."""
     v = local.let("v", v)
-    if local.spec.clip != "factors":
+    if not local.spec.takes_nu_from_factors:
         return v
     return v, -(local.arguments["lr"] * gradient * v).sum()

@@ -44,7 +44,7 @@ def refresh(local: StackContext, made: Made) -> tuple[dict[str, Value], list[Val
 def directions(context: Context, stacks: Sequence[StackSpec]) -> Iterator[Value]:
     """v of each stack, and its part of ν where that is asked."""
     gradients: Value = None
-    if context.spec.clip == "factors":
+    if context.spec.takes_nu_from_factors:
         found = [context.of_stack("gather", stack, stacked_gradient) for stack in stacks]
         gradients = context.update.named_list("gradients_of_stacks", found)
     turned = [

@@ -45,7 +45,8 @@ def parameter_entries(
         average: whether parameters are averaged.
         master_weights: whether parameters in half precision have copies in float32.
     """
-    plan = {name: block for name, block in state.plan.items() if name in state.blocks}
+    there = {*state.blocks, *state.elsewhere}
+    plan = {name: block for name, block in state.plan.items() if name in there}
     weights = {block["weight"]: name for name, block in plan.items()}
     biases = {block["bias"] for block in plan.values()}
     known = {*weights, *biases, *state.generic, *state.average, *state.master_weights}
@@ -55,8 +56,10 @@ def parameter_entries(
         held: dict[str, Tensor] = {}
         waiting: dict[str, Tensor] = {}
         wide = torch.promote_types(parameter.dtype, torch.float32)
-        if block is not None:
+        if block is not None and block in state.blocks:
             held |= state.blocks[block]
+        elif block is not None:
+            pass  # its owner has it
         elif name in state.generic:
             held |= state.generic[name]
         elif name not in biases and parameter.requires_grad:
@@ -72,10 +75,11 @@ def parameter_entries(
                 held[key] = values[name]
             elif wanted:
                 waiting[key] = parameter.detach().to(kept, copy=True)
+        elsewhere = () if block is None else state.elsewhere.get(block, ())
         note = Note(
             model,
             name,
-            tuple(held),
+            tuple(sorted({*held, *elsewhere})),
             tuple(key for key, value in held.items() if not value.is_contiguous()),
             None if block is None else dict(plan[block]),
             block in state.parked,
@@ -97,13 +101,15 @@ def state_of(entries: Mapping[str, tuple[Note, Entry]]) -> SavedState:
     blocks: dict[str, Entry] = {}
     state = replace(SavedState.empty(), blocks=blocks)
     for name, (note, entry) in entries.items():
-        held = {key: _laid_out(entry[key], key in note.columns) for key in note.held}
+        there = [key for key in note.held if isinstance(entry.get(key), Tensor)]
+        held = {key: _laid_out(entry[key], key in note.columns) for key in there}
         for key, values in ((AVERAGE, state.average), (MASTER, state.master_weights)):
             if key in held:
                 values[name] = held.pop(key)
         if note.block is not None:
             block = _renamed(BlockSpec.from_dict(note.block), name, entries)
-            blocks[block.name] = held
+            if held:
+                blocks[block.name] = held
             state.plan[block.name] = block.as_dict()
             if note.parked:
                 parked.add(block.name)

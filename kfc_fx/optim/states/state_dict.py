@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kfc_fx.engine.state import SavedState
 from kfc_fx.errors import OptionError, counted, warn
-from kfc_fx.optim.states.entries import NOTE, Entry, state_of
+from kfc_fx.optim.states.entries import AVERAGE, MASTER, NOTE, Entry, state_of
 from kfc_fx.optim.states.live import FROZEN, OTHERS
 from kfc_fx.optim.states.note import Note
 
@@ -30,6 +30,8 @@ class Place:
     """Of its parameters that the optimizer has."""
     parameters: Mapping[str, Tensor]
     """These by name, complex ones as pairs of real numbers."""
+    divided: bool = False
+    """Whether the blocks' state is divided among ranks, so that only some of it need be there."""
 
 
 def packed(state_dict: dict[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -68,7 +70,8 @@ def unpacked(
         raise OptionError(
             f"this state_dict is of {len(records)} models, and the optimizer has {len(places)}"
         )
-    notes = list(_noted(state_dict))
+    divided = any(place.divided for place in places)
+    notes = list(_noted(state_dict, divided=divided))
     known = {(i, name) for i, place in enumerate(places) for name in place.names.values()}
     by_name = all((note.model, note.name) in known for _, note, _ in notes)
     found: list[dict[str, tuple[Note, Entry]]] = [{} for _ in places]
@@ -110,7 +113,7 @@ def _records(state_dict: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return records  # type: ignore[no-any-return]
 
 
-def _noted(state_dict: Mapping[str, Any]) -> Iterator[tuple[int, Note, Entry]]:
+def _noted(state_dict: Mapping[str, Any], *, divided: bool) -> Iterator[tuple[int, Note, Entry]]:
     """Every entry with its place in the groups and its note; of frozen parameters once or twice."""
     listed = [key for group in state_dict["param_groups"] for key in group["params"]]
     positions = {key: number for number, key in enumerate(listed)}
@@ -128,6 +131,9 @@ def _noted(state_dict: Mapping[str, Any]) -> Iterator[tuple[int, Note, Entry]]:
                     f"({type(error).__name__}: {error})"
                 ) from None
             missing = [name for name in note.held if not isinstance(given.get(name), Tensor)]
+            of_block = {*note.held} - {AVERAGE, MASTER}
+            if divided and note.block is not None and of_block <= {*missing}:
+                missing = [name for name in missing if name not in of_block]  # its owner has it
             if missing:
                 raise OptionError(
                     f"this state_dict is not whole: {missing[0]!r} of {note.name} is missing. "
