@@ -30,6 +30,25 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def refuse_tensor_parallel(model: nn.Module) -> None:
+    """Raise :class:`OptionError` for parameters that are distributed by something else than
+    ``fully_shard``, as by ``parallelize_module``: their modules compute with their parts."""
+    distributed = _loaded("torch.distributed.tensor", "DTensor")
+    if distributed is None:
+        return
+    fully_sharded = _loaded("torch.distributed.fsdp", "FSDPModule")
+    kinds = () if fully_sharded is None else (fully_sharded,)
+    roots = [path for path, module in model.named_modules() if isinstance(module, kinds)]
+    for name, parameter in model.named_parameters():
+        covered = any(not path or name.startswith(f"{path}.") for path in roots)
+        if isinstance(parameter, distributed) and not covered:
+            raise OptionError(
+                f"{name} is a DTensor that fully_shard has not made, as parallelize_module makes "
+                "them for tensor parallelism, which KFC does not train: use fully_shard or "
+                "DistributedDataParallel"
+            )
+
+
 def refuse_join() -> None:
     """Raise :class:`OptionError` within ``DistributedDataParallel.join``, in which ranks that have
     no batch left are to go on as if they had one."""

@@ -14,8 +14,10 @@ from kfc_fx.codegen.part import part_of
 from kfc_fx.codegen.scalings.rules import steps_by_vector
 from kfc_fx.codegen.spec import StackSpec, UpdateSpec
 from kfc_fx.distributed.owners import owners_of
-from kfc_fx.distributed.packing import Slot, size_of, views_of
+from kfc_fx.distributed.packing import Slot
 from kfc_fx.distributed.ranks import Attempt, Ranks
+from kfc_fx.distributed.shards import ShardedState, is_sharded, locals_of
+from kfc_fx.distributed.step_exchange import ReplicatedSteps, ShardedSteps, StepExchange
 from kfc_fx.engine.engine import UpdateEngine
 from kfc_fx.engine.factors import Factors
 from kfc_fx.engine.screening import ScreenedStatistics
@@ -68,24 +70,29 @@ class DividedEngine:
         part = replace(
             part, generic=(), weight_decay=False, average=False, master_weights=(), clip=clip
         )
-        self._layouts = _layouts(spec, self.owners, ranks.count)
-        self._longest = max(size_of(layout.values()) for layout in self._layouts)
+        layouts = _layouts(spec, self.owners, ranks.count)
         dtypes = [getattr(torch, stack.dtype) for stack in spec.stacks]
-        self._dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-        self._sent = torch.zeros(self._longest + 1, dtype=self._dtype, device=spec.stacks[0].device)
-        """The steps of this rank's blocks, and whether it has failed."""
-        steps = views_of(self._layouts[ranks.rank], self._sent)
+        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        device = torch.device(spec.stacks[0].device)
+        self.is_sharded = is_sharded(parameters.values())
+        """Whether parameters are, so that gradients come to their owners by :meth:`receive`."""
+        self._exchange: StepExchange
+        if self.is_sharded:
+            self._exchange = ShardedSteps(layouts, parameters, ranks, dtype, device)
+            saved = ShardedState(parameters).local_state(saved)
+        else:
+            self._exchange = ReplicatedSteps(layouts, ranks, dtype, device)
         self._own: UpdateEngine | None = None
         self.anew: list[str] = []
         """Blocks of this rank that there is no state of, or not what is kept of them now."""
         if part.stacks:
             own_momenta = None if momenta is None else self._momenta_of(part, momenta)
+            steps = self._exchange.steps
             self._own = UpdateEngine(part, saved, steps, compiled=compiled, momenta=own_momenta)
             self._own.waiting, self._own.started = self.waiting, self.started
             self.anew = self._own.anew
-        self._rest = UpdateEngine(
-            replace(spec, given_steps=True), saved, parameters, compiled=compiled, momenta=momenta
-        )
+        rest, held = replace(spec, given_steps=True), locals_of(parameters)
+        self._rest = UpdateEngine(rest, saved, held, compiled=compiled, momenta=momenta)
         self._rates: tuple[object, dict[str, Tensor]] = (None, {})
 
     # -- what there is -----------------------------------------------------------------------
@@ -164,13 +171,22 @@ class DividedEngine:
         self._written_out, self.started = False, not self.waiting
         return failed
 
+    def receive(self, gradients: Mapping[str, Tensor], attempt: Attempt) -> bool:
+        """Bring gradients to their owners, where parameters are sharded; returns whether all are
+        finite, on all ranks.
+
+        Raises:
+            StepError: something has failed on another rank.
+        """
+        return self._exchange.receive(gradients, attempt)
+
     def apply(
         self, gradients: Mapping[str, Tensor], numbers: StepNumbers, attempt: Attempt
     ) -> dict[str, Tensor]:
         """One step of all ranks; returns what it reports, ν and the clip scale.
 
         Args:
-            gradients: by name, the same on all ranks.
+            gradients: by name: whole and the same on all ranks, or this rank's shards.
             numbers: of the whole update.
             attempt: what has failed in this step so far.
 
@@ -178,7 +194,7 @@ class DividedEngine:
             StepError: something has failed on another rank.
         """
         report, steps = self._steps(gradients, numbers, attempt)
-        self._rest.apply(gradients, numbers, _no_scales, steps=steps)
+        self._rest.apply(locals_of(gradients), numbers, _no_scales, steps=steps)
         return report
 
     def _steps(
@@ -194,31 +210,27 @@ class DividedEngine:
             found.append(total)
             if stopped:
                 raise _StopsHereError
-            return {"nu": total}
+            return {"nu": total.to(part)}
 
         report: dict[str, Tensor] = {}
-        self._sent.zero_()
         with attempt.local():
             attempt.raise_own()
+            own = self._exchange.owned(gradients)
             if self._own:
-                own = {n: gradients[n] for n in self._layouts[self._ranks.rank] if n in gradients}
+                torch._foreach_zero_(list(self._exchange.steps.values()))
                 with suppress(_StopsHereError):
                     report = self._own.apply(own, self._numbers_of(numbers), whole)
         if self._has_nu and not found:
-            total, stopped = self._added(self._sent.new_zeros(()), failed=attempt.failed)
+            zero = torch.zeros((), device=self.spec.stacks[0].device)
+            total, stopped = self._added(zero, failed=attempt.failed)
             report = {"nu": total}
         if stopped:
             attempt.vote()
-        self._sent[-1] = float(attempt.failed)
-        gathered = self._ranks.gather(self._sent)
-        attempt.settle(gathered[:, -1].nonzero()[:, 0].tolist())
-        steps: dict[str, Tensor] = {}
-        for layout, part in zip(self._layouts, gathered, strict=True):
-            steps |= views_of(layout, part)
-        return report, steps
+        return report, self._exchange.send(attempt)
 
     def _added(self, part: Tensor, *, failed: bool) -> tuple[Tensor, bool]:
         """ν of all ranks, and whether one has failed."""
+        part = part.double()  # as every rank has it, whatever the dtype of its blocks
         flag = torch.full_like(part, float(failed))
         total = self._ranks.add(torch.stack([part, flag]))
         return total[0], bool(total[1])
@@ -269,7 +281,7 @@ class DividedEngine:
 
     def take_parameters(self, parameters: Mapping[str, Tensor]) -> None:
         """Update these tensors from now on, by the same names."""
-        self._rest.take_parameters(parameters)
+        self._rest.take_parameters(locals_of(parameters))
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

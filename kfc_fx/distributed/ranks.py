@@ -73,6 +73,13 @@ class Ranks:
         return dist.get_rank(self._group) if self._is_grouped else 0
 
     @property
+    def members(self) -> tuple[int, ...]:
+        """They as numbers among all processes."""
+        if not self._is_grouped:
+            return (dist.get_rank() if dist.is_available() and dist.is_initialized() else 0,)
+        return tuple(dist.get_process_group_ranks(self._group or dist.group.WORLD))
+
+    @property
     def device(self) -> torch.device:
         """Where tensors are that collectives take."""
         if dist.get_backend(self._group) == "nccl":
@@ -93,8 +100,7 @@ class Ranks:
         if self._broken:
             raise StepError(self._broken)
         if self._own is None:
-            members = dist.get_process_group_ranks(self._group or dist.group.WORLD)
-            made = dist.new_group(members, use_local_synchronization=True)
+            made = dist.new_group(list(self.members), use_local_synchronization=True)
             self._own = cast(dist.ProcessGroup, made)
         return self._own
 
@@ -113,6 +119,18 @@ class Ranks:
         group = self._collectives
         self._wait(dist.all_gather_into_tensor(found, moved, group=group, async_op=True))
         return found.unflatten(0, (self.count, -1)).to(buffer.device)
+
+    def exchange(self, buffer: Tensor, sizes: list[int], expected: list[int]) -> Tensor:
+        """What all ranks have for this one, in their order, for what this one has for each.
+
+        Args:
+            sizes: how much of the buffer is for each rank; ``expected``: how much comes from each.
+        """
+        moved = buffer.to(self.device)
+        found = moved.new_empty(sum(expected))
+        group = self._collectives
+        self._wait(dist.all_to_all_single(found, moved, expected, sizes, group, async_op=True))
+        return found.to(buffer.device)
 
     def gather_objects(self, own: Any) -> list[Any]:
         """Plain data of all ranks, in their order."""

@@ -22,14 +22,16 @@ def averages_swapped_in(bindings: Sequence[Binding]) -> Iterator[None]:
     held = [own for own in bindings if own.average]
     if not held:
         raise StepError("no averaged parameters: make KFC with average=τ and take a step first")
-    kept = [{name: own.parameters[name].detach().clone() for name in own.average} for own in held]
+    kept = [
+        {name: own.local_parameters[name].detach().clone() for name in own.average} for own in held
+    ]
     try:
         for own in held:
-            _copy_into(own.parameters, own.average)
+            _copy_into(own.local_parameters, own.average)
         yield
     finally:
         for own, values in zip(held, kept, strict=True):
-            _copy_into(own.parameters, values)
+            _copy_into(own.local_parameters, values)
 
 
 def _copy_into(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

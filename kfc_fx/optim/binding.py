@@ -13,6 +13,7 @@ from kfc_fx.codegen.spec import UpdateSpec
 from kfc_fx.compilation import Compilation
 from kfc_fx.distributed.divided_engine import DividedEngine
 from kfc_fx.distributed.ranks import Ranks
+from kfc_fx.distributed.shards import ShardedState, is_sharded, locals_of
 from kfc_fx.engine.engine import UpdateEngine
 from kfc_fx.engine.state import SavedState, fitting
 from kfc_fx.engine.step_inputs import Momenta
@@ -50,6 +51,8 @@ class Binding:
         self._owners: dict[str, int] = {}
         self._consolidated: dict[str, dict[str, Tensor]] = {}
         """State of other ranks' blocks as it is after the last step, where somebody has asked."""
+        self._whole: SavedState | None = None
+        """The same of sharded parameters, whole."""
         self._outside = dict(outside or {})
         self._compilation = compilation
         self._tree: tuple[list[nn.Module], list[object]] | None = None
@@ -126,6 +129,11 @@ class Binding:
             self._real = own
         return self._real
 
+    @property
+    def local_parameters(self) -> dict[str, Tensor]:
+        """The same; of those that are sharded this rank's part."""
+        return locals_of(self.parameters)
+
     def engine(self, groups: Sequence[Group]) -> Engine:
         """The engine for the plan, devices and groups as they are now.
 
@@ -182,17 +190,26 @@ class Binding:
     @property
     def divided(self) -> bool:
         """Whether each rank has the state of the blocks that it owns alone."""
-        return self._ranks.several and self._options.distribute == "update"
+        divides = self._ranks.several and self._options.distribute == "update"
+        return divides or is_sharded(self._held.values())
 
     def consolidate(self, rank: int) -> None:
-        """Bring the state of all ranks' blocks to one rank, for as long as it is that."""
-        everywhere = self._ranks.gather_objects_on(rank, _on_cpu(self.held().blocks))
-        self._consolidated = {name: own for blocks in everywhere for name, own in blocks.items()}
+        """Bring the state of all ranks' blocks, and that of sharded parameters, to one rank, for as
+        long as it is that."""
+        self._consolidated, self._whole = {}, None
+        held, shapes = self.held(), ShardedState(self.parameters)
+        everywhere = self._ranks.gather_objects_on(rank, _on_cpu(held.blocks))
+        whole = shapes.whole_state(held)
+        if self._ranks.rank == rank:
+            self._consolidated = {
+                name: own for blocks in everywhere for name, own in blocks.items()
+            }
+            self._whole = whole
 
     def note_step(self) -> None:
         """Count a step that was taken."""
         self._since += 1
-        self._consolidated = {}
+        self._consolidated, self._whole = {}, None
 
     def _blocks_beside(
         self, plan: CurvaturePlan, parameters: Mapping[str, Tensor], groups: Mapping[str, Group]
@@ -303,7 +320,7 @@ class Binding:
         """State of the engine, and of blocks that are not in it now, such as those of layers that
         are frozen or not called, in the tensors that it is in; before there is an engine, the state
         that it will start from."""
-        state = self._loaded if self._engine is None else self._engine.held()
+        state = self._whole or (self._loaded if self._engine is None else self._engine.held())
         elsewhere = {**self._parked_elsewhere, **state.elsewhere}
         parked = frozenset({*self._parked, *self._parked_elsewhere})
         return replace(
@@ -316,6 +333,11 @@ class Binding:
         )
 
     @property
+    def is_consolidated(self) -> bool:
+        """Whether this rank has the whole state."""
+        return self._whole is not None
+
+    @property
     def has_state(self) -> bool:
         """Whether there is an engine, or a state that one will start from."""
         return self._engine is not None or bool(
@@ -325,7 +347,7 @@ class Binding:
     def take_over(self, state: SavedState) -> None:
         """Start the next engine from ``state``, which need not be whole."""
         self._engine, self._loaded, self._key = None, state, None
-        self._parked, self._parked_plan, self._consolidated = {}, {}, {}
+        self._parked, self._parked_plan, self._consolidated, self._whole = {}, {}, {}, None
         self._parked_elsewhere = {}
 
     def load(self, state: SavedState) -> None:

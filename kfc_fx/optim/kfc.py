@@ -205,7 +205,8 @@ class KFC(torch.optim.Optimizer):
         with self._together.telling(attempt):
             agreed, shared = self._together.begun(attempt, groups)
             stepping = self._with_gradients()
-            if not (agreed and all(own.may_step(e, given, groups) for own, e, given in stepping)):
+            finite = all(own.may_step(e, given, groups, shared) for own, e, given in stepping)
+            if not (agreed and finite):
                 for own, *_ in stepping:
                     own.skip()
                 return loss

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfc_fx.capture.wrappers import refuse_tensor_parallel
 from kfc_fx.compilation import Compilation
 from kfc_fx.distributed.divided_engine import DividedEngine
 from kfc_fx.distributed.ranks import Ranks
+from kfc_fx.distributed.shards import ShardedState
 from kfc_fx.distributed.shared_step import SharedStep
 from kfc_fx.engine.engine import UpdateEngine
 from kfc_fx.engine.screening import screen
@@ -67,6 +69,7 @@ class ModelStep:
         ranks: Ranks,
     ) -> None:
         check_model(compilation, options)
+        refuse_tensor_parallel(compilation.model)
         compilation.names.refresh_if_changed()
         self.compilation, self._options, self.number = compilation, options, number
         self._ranks = ranks
@@ -121,6 +124,7 @@ class ModelStep:
             steps=self._diagnostics.steps,
             average=options.average is not None,
             master_weights=options.master_weights,
+            whole=_as_it_is if binding.is_consolidated else ShardedState(binding.parameters).whole,
         )
 
     def record(self, groups: Groups) -> dict[str, Any]:
@@ -249,9 +253,20 @@ class ModelStep:
             "blocks without statistics": int(engine is not None and engine.waiting),
         }
 
-    def may_step(self, engine: Engine, gradients: Mapping[str, Tensor], groups: Groups) -> bool:
-        """Whether gradients are finite, as far as the step does not look itself."""
+    def may_step(
+        self,
+        engine: Engine,
+        gradients: Mapping[str, Tensor],
+        groups: Groups,
+        shared: SharedStep | None,
+    ) -> bool:
+        """Whether gradients are finite, as far as the step does not look itself. Those of sharded
+        parameters come to the owners of their blocks here."""
         momenta = self.binding.momenta(engine, groups)
+        if isinstance(engine, DividedEngine) and engine.is_sharded:
+            assert shared is not None
+            finite = engine.receive(gradients, shared.attempt)
+            return finite and not self.is_without_likelihood
         if self.is_without_likelihood:
             return False
         return engine.guards(gradients, momenta) or all_finite(gradients.values())
@@ -448,3 +463,7 @@ class ModelStep:
 
     def _option_numbers(self, engine: Engine) -> OptionNumbers:
         return option_numbers(engine.spec, self._options, self.exact.inverse_damping)
+
+
+def _as_it_is(_: str, value: Tensor) -> Tensor:
+    return value

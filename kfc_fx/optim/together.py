@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from kfc_fx.capture.wrappers import refuse_tensor_parallel
 from kfc_fx.distributed.agreement import (
     Compared,
     Standing,
@@ -20,8 +20,9 @@ from kfc_fx.distributed.agreement import (
 )
 from kfc_fx.distributed.plans import PlanText, merged_plan
 from kfc_fx.distributed.ranks import Attempt, Ranks
+from kfc_fx.distributed.shards import is_sharded
 from kfc_fx.distributed.shared_step import SharedStep
-from kfc_fx.errors import OptionError, warn
+from kfc_fx.errors import warn
 from kfc_fx.optim.groups import Group
 from kfc_fx.optim.model_step import ModelStep
 from kfc_fx.optim.options import KFCOptions, by_name
@@ -78,7 +79,7 @@ class Together:
         Raises:
             StepError: see :meth:`agree`.
         """
-        if not self._ranks.several:
+        if not (self._ranks.several or any(own.binding.divided for own in self._models)):
             return True, None
         has_statistics = any(own.collector.armed for own in self._models)
         every = self._given.compare_every
@@ -101,7 +102,7 @@ class Together:
         with attempt.local():
             for own in self._models:
                 own.check_owner(groups)
-                _refuse_sharded(own)
+                refuse_tensor_parallel(own.compilation.model)
             texts = [PlanText.of(self._plan(own)) for own in self._models]
             standing = self._standing(groups, texts)
         agreement = agreed(self._ranks, attempt, standing, NAMES)
@@ -138,6 +139,7 @@ class Together:
             for own in self._models
             for name, gradient in own.gradients(groups).items()
         }
+        values, slopes = _not_sharded(parameters), _not_sharded(gradients)
         counts = self._counts()
         options = self._all_options(groups, parameters)
         compared = (
@@ -150,12 +152,12 @@ class Together:
                 "A step was taken on some ranks alone: load a checkpoint on all",
             ),
             Compared(
-                *("parameters", digest_of_tensors(parameters), lambda: _each(parameters)),
+                *("parameters", digest_of_tensors(values), lambda: _each(values)),
                 "Begin with the same values, as by wrapping the model in "
                 "DistributedDataParallel; or pass process_group=False to train each rank alone",
             ),
             Compared(
-                *("gradients", digest_of_tensors(gradients), lambda: _each(gradients)),
+                *("gradients", digest_of_tensors(slopes), lambda: _each(slopes)),
                 "Wrap the model in DistributedDataParallel, which averages them; or pass "
                 "process_group=False to train each rank alone",
             ),
@@ -233,6 +235,11 @@ class Together:
             own.compilation.note_gradients(unused & gradients.keys())
 
 
+def _not_sharded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those that all ranks have alike."""
+    return {name: tensor for name, tensor in tensors.items() if not is_sharded([tensor])}
+
+
 def _each(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: f"{digest_of_tensors({name: t}):x}" for name, t in tensors.items()}
 
@@ -244,12 +251,3 @@ def _same(one: CurvaturePlan, other: CurvaturePlan) -> bool:
 def _shown(value: object) -> str:
     """As text, without addresses, which differ between processes."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
-
-
-def _refuse_sharded(own: ModelStep) -> None:
-    sharded = [n for n, p in own.binding.parameters.items() if isinstance(p, DTensor)]
-    if sharded:
-        raise OptionError(
-            f"{sharded[0]} is sharded over ranks, as by fully_shard, and KFC does not train "
-            "sharded parameters yet: use DistributedDataParallel"
-        )

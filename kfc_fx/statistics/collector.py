@@ -224,5 +224,9 @@ class Collector:
 
     def _add(self, taken: BlockSums, record: ForwardRecord, examples: int, seconds: float) -> None:
         self._sums.add(taken, record.rows, examples)
-        self._sums.follow({name: record.weights[name] for name in taken if name in record.weights})
+        trained = set(self.trained())  # not what stands in for a sharded weight in a forward pass
+        weights = {name: record.weights[name] for name in taken if name in record.weights}
+        self._sums.follow(
+            {name: weight for name, weight in weights.items() if id(weight) in trained}
+        )
         self._seconds += seconds

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +33,7 @@ def parameter_entries(
     steps: int,
     average: bool,
     master_weights: bool,
+    whole: Callable[[str, Tensor], Tensor] = lambda _, value: value,
 ) -> Entries:
     """The entries of one model, in the tensors of the running optimizer. What waits for a first
     step is there too, in its size, so that a checkpoint has a place for it.
@@ -44,6 +45,7 @@ def parameter_entries(
         steps: how many were taken.
         average: whether parameters are averaged.
         master_weights: whether parameters in half precision have copies in float32.
+        whole: what is shaped like a parameter, by its name, as a checkpoint has it.
     """
     there = {*state.blocks, *state.elsewhere}
     plan = {name: block for name, block in state.plan.items() if name in there}
@@ -61,7 +63,7 @@ def parameter_entries(
         elif block is not None:
             pass  # its owner has it
         elif name in state.generic:
-            held |= state.generic[name]
+            held |= {key: whole(name, value) for key, value in state.generic[name].items()}
         elif name not in biases and parameter.requires_grad:
             zeros = torch.zeros_like(parameter, dtype=wide, requires_grad=False)
             waiting |= dict.fromkeys(MOMENTS, zeros)
@@ -72,7 +74,7 @@ def parameter_entries(
             (AVERAGE, state.average, average),
         ):
             if name in values:
-                held[key] = values[name]
+                held[key] = whole(name, values[name])
             elif wanted:
                 waiting[key] = parameter.detach().to(kept, copy=True)
         elsewhere = () if block is None else state.elsewhere.get(block, ())
