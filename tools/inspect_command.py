@@ -21,11 +21,13 @@ from kfc_fx.inspect.summary_view import summary_view
 from kfc_fx.inspect.target import Subject, load_checkpoint, parse_arguments, resolve_target
 from kfc_fx.inspect.update_text import prove_update
 from kfc_fx.inspect.update_view import proof_view, update_view, whole_update
+from kfc_fx.inspect.world import WAYS, Machine, Way, world_document
+from kfc_fx.inspect.world_view import world_view
 from kfc_fx.optim.scalings.table import SCALINGS
 from kfc_fx.tools.failures import CommandError, one_line_failures, unknown_name, writable
 from kfc_fx.tools.terminal import show, show_json, show_text
 
-VIEWS = ("summary", "plan", "graph", "update", "passes", "dot", "json", "html", "run")
+VIEWS = ("summary", "plan", "graph", "update", "passes", "dot", "json", "html", "run", "world")
 CODE_VIEWS = ("graph", "update", "passes", "dot")
 """Views of code, which need no counting of its work."""
 DIFFERENT_EXIT_CODE = 1
@@ -43,6 +45,16 @@ class ViewOptions:
     as_json: bool
     save: Path | None
     report: Path | None
+    world: WorldOptions | None
+
+
+@dataclass(frozen=True)
+class WorldOptions:
+    """Ranks that are thought of, and their machine."""
+
+    ranks: int
+    way: Way
+    machine: Machine
 
 
 def inspect(
@@ -67,7 +79,8 @@ def inspect(
         bool, typer.Option("--eval", help="Put the model into evaluation mode.")
     ] = False,
     view: Annotated[
-        str, typer.Option(help="summary, plan, graph, update, passes, dot, json, html or run.")
+        str,
+        typer.Option(help=f"{', '.join(VIEWS[:-1])} or {VIEWS[-1]}."),
     ] = "summary",
     stage: Annotated[
         str, typer.Option(help="Of the graph: captured, canonical, probes, emissions or emitting.")
@@ -91,6 +104,28 @@ def inspect(
             "with --save FILE.png."
         ),
     ] = None,
+    world: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Ranks: who would own what, hold, send and compute how much; no process is made.",
+        ),
+    ] = None,
+    distribute: Annotated[
+        str, typer.Option(help="With --world: refresh, update or none.")
+    ] = "refresh",
+    shard: Annotated[
+        bool, typer.Option("--shard", help="With --world: parameters are sharded by fully_shard.")
+    ] = False,
+    tflops: Annotated[
+        float, typer.Option(min=1e-3, help="With --world: 10^12 operations a second of a device.")
+    ] = Machine.tflops,
+    memory: Annotated[
+        float, typer.Option(min=1e-3, help="With --world: 10^9 bytes a second of its memory.")
+    ] = Machine.memory,
+    network: Annotated[
+        float, typer.Option(min=1e-3, help="With --world: 10^9 bytes a second that a rank sends.")
+    ] = Machine.network,
     scaling: Annotated[str, typer.Option(help=f"KFC's scaling: {', '.join(SCALINGS)}.")] = "adam",
     input_factor: Annotated[str, typer.Option(help="auto, dense or separable.")] = "auto",
     weight_sharing: Annotated[
@@ -113,7 +148,14 @@ def inspect(
     code that will run.
     """
     with one_line_failures(debug=debug):
-        options = ViewOptions(view, stage, diff, part, run, as_json, save, report)
+        thought_of = None
+        if world is not None:
+            if distribute not in WAYS[:3]:
+                raise unknown_name("way to distribute", distribute, WAYS[:3])
+            way: Way = "shard" if shard else distribute  # type: ignore[assignment]
+            thought_of = WorldOptions(world, way, Machine(tflops, memory, network))
+            view = "world" if view == "summary" else view
+        options = ViewOptions(view, stage, diff, part, run, as_json, save, report, thought_of)
         _check_names(options, capture, scaling)
         subject = resolve_target(target, parse_arguments(model_arg or []))
         if checkpoint is not None:
@@ -153,6 +195,8 @@ def _check_names(options: ViewOptions, capture: str, scaling: str) -> None:
     }
     if options.view == "run" and options.report is None:
         raise CommandError("--view run needs --report FILE, which opt.save_report writes")
+    if options.view == "world" and options.world is None:
+        raise CommandError("--view world needs --world RANKS")
     for flag, (given, view) in wanted.items():
         if given and options.view != view:
             raise CommandError(f"{flag} belongs to --view {view}; the view is {options.view}")
@@ -186,6 +230,11 @@ def _show(inspection: Inspection, options: ViewOptions) -> bool:
     document = build(inspection)
     if options.report is not None:
         document["run"] = read_report(options.report)
+    if options.world is not None:
+        if inspection.spec is None:
+            raise CommandError("--world: no layer has a block, so that there is nothing to share")
+        own = options.world
+        document["world"] = world_document(inspection, own.ranks, own.way, own.machine)
     if options.view == "run" and options.save is not None and options.save.suffix == ".png":
         save_plots(document["run"], writable("--save", options.save))
         return True
@@ -216,6 +265,7 @@ def _text_view(document: Mapping[str, Any], options: ViewOptions) -> Any:
         "plan": plan_view,
         "passes": passes_view,
         "run": run_view,
+        "world": world_view,
     }
     return views[options.view](document)
 
@@ -241,6 +291,7 @@ def _part_of(document: Mapping[str, Any], options: ViewOptions) -> dict[str, Any
         "dot": ("graphs",),
         "passes": ("graphs",),
         "update": ("update",),
+        "world": ("world",),
     }.get(options.view)
     if keys is None:
         return dict(document)

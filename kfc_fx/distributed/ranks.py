@@ -116,9 +116,25 @@ class Ranks:
         """Buffers ``[n]`` of all ranks, ``[ranks, n]``."""
         moved = buffer.to(self.device)
         found = moved.new_empty(self.count * len(moved))
-        group = self._collectives
-        self._wait(dist.all_gather_into_tensor(found, moved, group=group, async_op=True))
+        self._wait(_all_gather(found, moved, group=self._collectives, async_op=True))
         return found.unflatten(0, (self.count, -1)).to(buffer.device)
+
+    def gather_parts(self, own: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """Buffers of other sizes from each rank, by what sends less: all padded to the longest, or
+        their sum in one buffer, where each has a place of its own.
+
+        Args:
+            own: of this rank, ``[sizes[rank]]``.
+        """
+        longest, total = max(sizes), sum(sizes)
+        if pads(sizes):
+            padded = own.new_zeros(longest)
+            padded[: len(own)] = own
+            parts = self.gather(padded)
+            return [part[:size] for part, size in zip(parts, sizes, strict=True)]
+        whole = own.new_zeros(total)
+        whole.split(list(sizes))[self.rank].copy_(own)
+        return list(self.add(whole).split(list(sizes)))
 
     def exchange(self, buffer: Tensor, sizes: list[int], expected: list[int]) -> Tensor:
         """What all ranks have for this one, in their order, for what this one has for each.
@@ -193,6 +209,17 @@ class Ranks:
     def _store(self) -> Any:
         c10d: Any = dist.distributed_c10d
         return c10d.PrefixStore(f"kfc_fx/{self._serial}", c10d._get_default_store())
+
+
+def _all_gather(found: Tensor, own: Tensor, **options: Any) -> Any:
+    """Under its newer name, where torch has that: the older one warns then."""
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    return getattr(dist, name)(found, own, **options)
+
+
+def pads(sizes: Sequence[int]) -> bool:
+    """Whether parts of these sizes are gathered as equal ones: a sum sends everything twice."""
+    return len(sizes) * max(sizes) <= 2 * sum(sizes)
 
 
 class Attempt:

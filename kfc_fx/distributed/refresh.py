@@ -47,20 +47,21 @@ def refreshed_by_owners(
     dtype = torch.float32
     for stack in spec.stacks:
         dtype = torch.promote_types(dtype, getattr(torch, stack.dtype))
-    longest = max(size_of(layout.values()) for layout in layouts)
-    buffer = torch.zeros(longest + len(names) + 1, dtype=dtype, device=spec.stacks[0].device)
+    sizes = [size_of(layout.values()) + len(names) + 1 for layout in layouts]
+    numbers = sizes[ranks.rank] - len(names) - 1
+    buffer = torch.zeros(sizes[ranks.rank], dtype=dtype, device=spec.stacks[0].device)
     with attempt.local():
         attempt.raise_own()
         found, failed = engine.refreshed_blocks(own, options)
         packed(layouts[ranks.rank], _flat(found), buffer)
         flags = torch.tensor([name in failed for name in names] + [False])
-        buffer[longest:] = flags.to(buffer)
+        buffer[numbers:] = flags.to(buffer)
     buffer[-1] = float(attempt.failed)
-    gathered = ranks.gather(buffer)
-    flags = gathered[:, longest:].cpu().bool()
+    parts = ranks.gather_parts(buffer, sizes)
+    flags = torch.stack([part[-len(names) - 1 :] for part in parts]).cpu().bool()
     attempt.settle(flags[:, -1].nonzero()[:, 0].tolist())
     blocks: dict[str, dict[str, Tensor]] = {}
-    for layout, part in zip(layouts, gathered, strict=True):
+    for layout, part in zip(layouts, parts, strict=True):
         for key, value in unpacked(layout, part).items():
             name, _, entry = key.rpartition(".")
             blocks.setdefault(name, {})[entry] = value

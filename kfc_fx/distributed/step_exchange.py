@@ -48,8 +48,8 @@ class ReplicatedSteps:
         self, layouts: Layouts, ranks: Ranks, dtype: torch.dtype, device: torch.device
     ) -> None:
         self._layouts, self._ranks = layouts, ranks
-        longest = max(size_of(layout.values()) for layout in layouts)
-        self._sent = torch.zeros(longest + 1, dtype=dtype, device=device)
+        self._sizes = [size_of(layout.values()) + 1 for layout in layouts]
+        self._sent = torch.zeros(self._sizes[ranks.rank], dtype=dtype, device=device)
         self.steps = views_of(layouts[ranks.rank], self._sent)
 
     def receive(self, gradients: Mapping[str, Tensor], attempt: Attempt) -> bool:
@@ -63,10 +63,10 @@ class ReplicatedSteps:
     def send(self, attempt: Attempt) -> dict[str, Tensor]:
         """See :class:`StepExchange`."""
         self._sent[-1] = float(attempt.failed)
-        gathered = self._ranks.gather(self._sent)
-        attempt.settle(gathered[:, -1].nonzero()[:, 0].tolist())
+        parts = self._ranks.gather_parts(self._sent, self._sizes)
+        attempt.settle(torch.stack([part[-1] for part in parts]).nonzero()[:, 0].tolist())
         found: dict[str, Tensor] = {}
-        for layout, part in zip(self._layouts, gathered, strict=True):
+        for layout, part in zip(self._layouts, parts, strict=True):
             found |= views_of(layout, part)
         return found
 

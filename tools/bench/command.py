@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from kfc_fx.tools.bench.distributed import distributed
 from kfc_fx.tools.bench.kernels import kernels
 from kfc_fx.tools.bench.memory import memory
 from kfc_fx.tools.bench.step import step
@@ -12,7 +13,7 @@ from kfc_fx.tools.losses.command import losses
 from kfc_fx.tools.race.command import train
 
 app = typer.Typer(
-    help="Measure kernels, steps, runs and memory, what losses tell, and what faults leave.",
+    help="Measure kernels, steps, runs, memory, processes, losses, and what faults leave.",
     no_args_is_help=True,
 )
 app.command()(kernels)
@@ -21,3 +22,4 @@ app.command()(train)
 app.command()(memory)
 app.command()(losses)
 app.command()(faults)
+app.command()(distributed)
