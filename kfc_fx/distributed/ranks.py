@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -100,9 +101,18 @@ class Ranks:
         if self._broken:
             raise StepError(self._broken)
         if self._own is None:
-            made = dist.new_group(list(self.members), use_local_synchronization=True)
+            made = dist.new_group(
+                list(self.members), timeout=self._patience, use_local_synchronization=True
+            )
             self._own = cast(dist.ProcessGroup, made)
         return self._own
+
+    @property
+    def _patience(self) -> timedelta:
+        """For how long the user's group waits, which a new group would not know."""
+        group: Any = self._group or dist.group.WORLD
+        found: timedelta = group._get_backend(self.device).options._timeout
+        return found
 
     # -- collectives -------------------------------------------------------------------------
 
