@@ -49,6 +49,16 @@ def refuse_tensor_parallel(model: nn.Module) -> None:
             )
 
 
+def reshard(model: nn.Module) -> None:
+    """Let every module that ``fully_shard`` has sharded hold its shards: after a forward pass
+    without a backward pass the root still holds whole parameters. No rank waits for another."""
+    fully_sharded = _loaded("torch.distributed.fsdp", "FSDPModule")
+    if fully_sharded is not None:
+        for module in model.modules():
+            if isinstance(module, fully_sharded):
+                module.reshard()
+
+
 def refuse_join() -> None:
     """Raise :class:`OptionError` within ``DistributedDataParallel.join``, in which ranks that have
     no batch left are to go on as if they had one."""

@@ -22,7 +22,7 @@ from kfc_fx.capture.regions import is_run_again
 from kfc_fx.capture.replicas import refuse_replicas
 from kfc_fx.capture.symbolic import symbolic_graph
 from kfc_fx.capture.transforms import is_transformed
-from kfc_fx.capture.wrappers import refuse_join
+from kfc_fx.capture.wrappers import refuse_join, reshard
 from kfc_fx.compilation.armed_pass import ArmedPass
 from kfc_fx.compilation.captured_graph import BoundGraph, CapturedGraph
 from kfc_fx.compilation.loss_functions import likelihood_of_graphs
@@ -287,6 +287,7 @@ class Compilation:
                 function(*args, **kwargs)
         finally:
             self._tracing = False
+            reshard(self.model)
         self.emitting_graphs()
         return self.plan
 

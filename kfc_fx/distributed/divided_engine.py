@@ -60,7 +60,7 @@ class DividedEngine:
         self.owners = owners_of(spec, ranks.count, tuple(sorted(owners.items())))
         """The rank that owns each block."""
         self._plan = {block.name: block.as_dict() for block in self.blocks}
-        joined = [name for name in self._plan if name not in saved.plan]
+        joined = [block.name for block in self.blocks if not _is_known(block, saved)]
         self.waiting = bool(joined) or saved.waiting
         """Whether there are blocks without statistics, on any rank."""
         self.started = saved.started and not joined
@@ -295,6 +295,12 @@ class DividedEngine:
         except BaseException:
             self.started, self.waiting, self._written_out = before
             raise
+
+
+def _is_known(block: BlockSpec, saved: SavedState) -> bool:
+    """Whether some rank has the state of a block, and not of one of another size in its place."""
+    known = saved.plan.get(block.name)
+    return known is not None and tuple(known["weight_shape"]) == block.weight_shape
 
 
 def _layouts(spec: UpdateSpec, owners: Mapping[str, int], ranks: int) -> list[dict[str, Slot]]:

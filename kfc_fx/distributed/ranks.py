@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,6 @@ from kfc_fx.errors import OptionError, StepError
 PATIENCE = 2.0
 """Seconds for which ranks are waited for before somebody asks whether one has failed."""
 POLL = 5e-5
-_SERIAL = itertools.count()
 
 
 class Ranks:
@@ -39,7 +37,6 @@ class Ranks:
     def __init__(self, given: Any = None) -> None:
         self._given = given
         self._own: dist.ProcessGroup | None = None
-        self._serial = next(_SERIAL)
         self._told: set[int] = set()
         self._broken = ""
         if given is None or given is False:
@@ -176,9 +173,23 @@ class Ranks:
         Args:
             step: how many steps this rank had taken.
         """
+        if self._own is None or self._broken:
+            return  # nobody waits for this rank yet, or any more
         self._told.add(step)
         text = json.dumps([step, f"{type(error).__name__}: {error}"])
         self._store.set(f"failed/{self.rank}", text)
+
+    def note_agreement(self) -> None:
+        """All ranks have compared and are alike: what has failed before is over."""
+        if self._told:
+            self._told.clear()
+            self._store.delete_key(f"failed/{self.rank}")
+
+    def begin_anew(self) -> None:
+        """Another state was loaded, on all ranks: they meet in a new group, in which no collective
+        of before is waited for."""
+        self._own, self._broken = None, ""
+        self._told.clear()
 
     def _wait(self, work: Any) -> None:
         """Wait for the other ranks, as long as none has failed.
@@ -191,7 +202,7 @@ class Ranks:
             now = time.monotonic()
             if now - started > PATIENCE and now - looked > PATIENCE / 4:
                 looked = now
-                self._look_for_failures()
+                self._look_for_failures(now - started)
             time.sleep(POLL if now - started < PATIENCE else 100 * POLL)
         try:
             work.wait()
@@ -202,23 +213,41 @@ class Ranks:
             )
             raise StepError(self._broken) from error
 
-    def _look_for_failures(self) -> None:
+    def _look_for_failures(self, waited: float) -> None:
         for rank in range(self.count):
-            key = f"failed/{rank}"
-            if rank == self.rank or not self._store.check([key]):
+            if rank == self.rank:
                 continue
-            step, text = json.loads(self._store.get(key))
-            if step not in self._told:  # else it was the same on all
-                self._broken = (
+            found = self._told_by(rank)
+            if found is not None and found[0] not in self._told:  # else it was the same on both
+                step, text = found
+                self._stop(
                     f"rank {rank} has failed after {step} steps while the others went on, so that "
-                    f"the replicas differ: {text}. Load a checkpoint on all ranks"
+                    f"the replicas differ: {text}"
                 )
-                raise StepError(self._broken)
+            alone = self._told and (found is None or found[0] not in self._told)
+            if alone and waited > 5 * PATIENCE:
+                self._stop(
+                    f"this rank, {self.rank}, has failed after {max(self._told)} steps while rank "
+                    f"{rank} went on, so that the replicas differ"
+                )
+
+    def _told_by(self, rank: int) -> tuple[int, str] | None:
+        """The last failure that a rank has left word of: after how many steps, and what."""
+        key = f"failed/{rank}"
+        if not self._store.check([key]):
+            return None
+        step, text = json.loads(self._store.get(key))
+        return step, text
+
+    def _stop(self, why: str) -> None:
+        self._broken = f"{why}. Load a checkpoint on all ranks"
+        raise StepError(self._broken)
 
     @property
     def _store(self) -> Any:
         c10d: Any = dist.distributed_c10d
-        return c10d.PrefixStore(f"kfc_fx/{self._serial}", c10d._get_default_store())
+        name = self._collectives.group_name  # the same on all ranks
+        return c10d.PrefixStore(f"kfc_fx/{name}", c10d._get_default_store())
 
 
 def _all_gather(found: Tensor, own: Tensor, **options: Any) -> Any:

@@ -84,14 +84,15 @@ class UpdateEngine:
         self.generic = {
             name: {key: self._placed(name, value, wide=True) for key, value in entry.items()}
             for name, entry in saved.generic.items()
-            if name in parameters and name not in in_blocks
+            if name not in in_blocks and all(self._fits(name, value) for value in entry.values())
         }
         self.average = {
             name: self._placed(name, value, wide=name in spec.master_weights)
             for name, value in saved.average.items()
-            if name in parameters
+            if self._fits(name, value)
         }
-        self._master_weights = MasterWeights(parameters, saved.master_weights)
+        copies = {n: copy for n, copy in saved.master_weights.items() if self._fits(n, copy)}
+        self._master_weights = MasterWeights(parameters, copies)
         self._programs: dict[UpdateSpec, UpdateProgram] = {}
 
     @property
@@ -378,6 +379,10 @@ class UpdateEngine:
         held = {g.name for g in generic} | {p for b in self.blocks for p in b.parameters}
         master_weights = tuple(name for name in self.spec.master_weights if name in held)
         return replace(self.spec, generic=generic, partial=partial, master_weights=master_weights)
+
+    def _fits(self, name: str, value: Tensor) -> bool:
+        """Whether a value is of a parameter of this size, and not of one that was replaced."""
+        return name in self.parameters and self.parameters[name].shape == value.shape
 
     def _placed(self, name: str, value: Tensor, *, wide: bool) -> Tensor:
         """A state tensor on its parameter's device, in its dtype or, ``wide``, at least float32."""

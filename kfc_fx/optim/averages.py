@@ -27,10 +27,12 @@ def averages_swapped_in(bindings: Sequence[Binding]) -> Iterator[None]:
     ]
     try:
         for own in held:
+            own.reshard()
             _copy_into(own.local_parameters, own.average)
         yield
     finally:
         for own, values in zip(held, kept, strict=True):
+            own.reshard()
             _copy_into(own.local_parameters, values)
 
 

@@ -9,11 +9,12 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from kfc_fx.capture.wrappers import reshard
 from kfc_fx.codegen.spec import UpdateSpec
 from kfc_fx.compilation import Compilation
 from kfc_fx.distributed.divided_engine import DividedEngine
 from kfc_fx.distributed.ranks import Ranks
-from kfc_fx.distributed.shards import ShardedState, is_sharded, locals_of
+from kfc_fx.distributed.shards import ShardedState, is_distributed, is_sharded, locals_of
 from kfc_fx.engine.engine import UpdateEngine
 from kfc_fx.engine.state import SavedState, fitting
 from kfc_fx.engine.step_inputs import Momenta
@@ -91,6 +92,11 @@ class Binding:
         self._tree = (modules, _signature(modules))
         held: dict[str, Tensor] = dict(self._compilation.model.named_parameters())
         before = self._held
+        # in a forward pass, and after one without a backward pass, others stand in for the shards
+        held = {
+            name: before[name] if is_distributed(before.get(name)) and not is_distributed(p) else p
+            for name, p in held.items()
+        }
         same = held.keys() == before.keys() and all(held[name] is before[name] for name in held)
         if same and self.names:
             return False
@@ -128,6 +134,10 @@ class Binding:
                 return own  # views, of where the parameters are now
             self._real = own
         return self._real
+
+    def reshard(self) -> None:
+        """Let a model that is sharded hold its shards, so that what is written to them counts."""
+        reshard(self._compilation.model)
 
     @property
     def local_parameters(self) -> dict[str, Tensor]:
@@ -188,15 +198,40 @@ class Binding:
         return plan, ("agreed", changes)
 
     @property
+    def owners(self) -> dict[str, int]:
+        """Blocks that have an owner among the ranks, and its number."""
+        return self._owners
+
+    def take_owners(self, owners: Mapping[str, int]) -> None:
+        """Let blocks have the owners that they have in another optimizer."""
+        self._owners = dict(owners)
+
+    def signature(self, groups: Sequence[Group]) -> object:
+        """What the ranks have to agree on anew where it changes: names, shapes, what is trained."""
+        shapes = tuple((n, tuple(p.shape), p.requires_grad) for n, p in self._held.items())
+        members = tuple(tuple(self.names.get(p) for p in group["params"]) for group in groups)
+        return shapes, members
+
+    @property
     def divided(self) -> bool:
         """Whether each rank has the state of the blocks that it owns alone."""
         divides = self._ranks.several and self._options.distribute == "update"
         return divides or is_sharded(self._held.values())
 
+    def forget_consolidated(self) -> None:
+        """Have this rank's part alone again."""
+        self._consolidated, self._whole = {}, None
+
+    def gather_blocks(self) -> None:
+        """Bring the state of all ranks' blocks to all ranks, for as long as it is that."""
+        self.forget_consolidated()
+        everywhere = self._ranks.gather_objects(_on_cpu(self.held().blocks))
+        self._consolidated = {name: own for blocks in everywhere for name, own in blocks.items()}
+
     def consolidate(self, rank: int) -> None:
         """Bring the state of all ranks' blocks, and that of sharded parameters, to one rank, for as
         long as it is that."""
-        self._consolidated, self._whole = {}, None
+        self.forget_consolidated()
         held, shapes = self.held(), ShardedState(self.parameters)
         everywhere = self._ranks.gather_objects_on(rank, _on_cpu(held.blocks))
         whole = shapes.whole_state(held)
@@ -256,7 +291,8 @@ class Binding:
             engine = DividedEngine(
                 spec, saved, parameters, self._ranks, self._owners, compiled=compiled, momenta=own
             )
-            _refuse_lost([name for name in engine.anew if name in saved.plan])
+            held = saved.blocks.keys()
+            _refuse_lost([n for n in engine.anew if n in saved.plan and n not in held])
             self._owners |= engine.owners
         else:
             captured = _captures(spec, parameters, graph)
@@ -353,7 +389,6 @@ class Binding:
     def load(self, state: SavedState) -> None:
         """Start the next engine from ``state``, which the user has loaded."""
         self.take_over(state)
-        self._owners = {}
         self._resumes = True
 
     def check_fits(self, state: SavedState) -> None:

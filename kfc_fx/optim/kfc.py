@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kfc_fx.distributed.ranks import Attempt, Ranks
+from kfc_fx.distributed.shards import local_of
 from kfc_fx.distributed.shared_step import SharedStep
 from kfc_fx.engine.factors import Factors
 from kfc_fx.errors import OptionError, StepError, counted
@@ -39,7 +40,7 @@ from kfc_fx.optim.scalings.scaling import Scaling
 from kfc_fx.optim.scalings.table import scaling_of
 from kfc_fx.optim.schedule import Schedule
 from kfc_fx.optim.shown import shown
-from kfc_fx.optim.states.callers import is_asked_for_parts
+from kfc_fx.optim.states.callers import asked_by_checkpoint
 from kfc_fx.optim.states.copies import Given, restored
 from kfc_fx.optim.states.live import ParameterStates
 from kfc_fx.optim.states.state_dict import RUN, packed, unpacked
@@ -228,7 +229,7 @@ class KFC(torch.optim.Optimizer):
             return False
         if any(own.collector.sums.blocks for own in self._models):
             return False
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        gradients = [local_of(p.grad) for p in self._parameters if p.grad is not None]
         return bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)
 
     def _take(
@@ -293,6 +294,7 @@ class KFC(torch.optim.Optimizer):
     def _restart(self) -> None:
         for own in self._models:
             own.restart()
+        self._together.begin_anew()
 
     @property
     def _parameters(self) -> list[Tensor]:
@@ -308,8 +310,13 @@ class KFC(torch.optim.Optimizer):
         Raises:
             StepError: the state of some blocks is on other ranks.
         """
+        asked = asked_by_checkpoint()
+        for own in self._models if asked is not None else ():
+            own.binding.forget_consolidated()
+            if asked == "whole" and own.binding.divided:
+                own.binding.gather_blocks()
         elsewhere = [name for own in self._models for name in own.binding.held().elsewhere]
-        if elsewhere and not is_asked_for_parts():
+        if elsewhere and asked is None:
             raise StepError(
                 f"the state of {counted(len(elsewhere), 'block')} is on other ranks: call "
                 "opt.consolidate_state_dict(to=0) on all ranks before opt.state_dict() on rank 0, "
@@ -347,7 +354,13 @@ class KFC(torch.optim.Optimizer):
                 parameters; it is not whole; or it is of another scaling, which shows at the first
                 step where the plan is not known yet.
         """
+        if asked_by_checkpoint() == "from rank 0" and any(o.binding.divided for o in self._models):
+            raise OptionError(
+                "broadcast_from_rank0 brings no blocks to the ranks that own them: load the whole "
+                "state on every rank, without it, or use torch.distributed.checkpoint.load"
+            )
         loaded_with_hooks(self, state_dict, self._load)
+        self._together.begin_anew()
 
     def _load(self, state_dict: Mapping[str, Any]) -> None:
         places = [own.place(self.param_groups) for own in self._models]
@@ -380,6 +393,8 @@ class KFC(torch.optim.Optimizer):
         memo[id(self._ranks.given)] = self._ranks.given  # a process group is no value
         copied = restored(type(self), copy.deepcopy(self._given(), memo), self._state_dict())
         memo[id(self)] = copied
+        for own, its in zip(self._models, copied._models, strict=True):
+            its.binding.take_owners(own.binding.owners)
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -462,7 +477,17 @@ class KFC(torch.optim.Optimizer):
         """
         if len(self._models) > 1:
             raise OptionError("initialize is for an optimizer of one model; make one for each")
-        self._models[0].initialize(batches, self.param_groups)
+        own, attempt = self._models[0], Attempt(self._ranks)
+        if not self._ranks.several:
+            own.collect(batches)
+            own.initialize(self.param_groups, None)
+            return
+        with attempt.local():
+            own.collect(batches)
+        own.collector.arm(number=own.counts()["statistics"])
+        with self._together.telling(attempt):
+            self._together.agree(attempt, self.param_groups)
+            own.initialize(self.param_groups, SharedStep(self._ranks, attempt, True))
 
     @property
     def _engine(self) -> Engine:

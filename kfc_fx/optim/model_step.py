@@ -104,7 +104,9 @@ class ModelStep:
     def diagnostics(self) -> Diagnostics:
         """Counters, timings and last values; reading it may wait for the device."""
         engine = self.binding.current
-        if engine is not None and self._settle(engine):
+        if engine is None or self._ranks.several:
+            return self._diagnostics  # of several ranks one alone may look
+        if self._settle(engine):
             self.arm()
         return self._diagnostics
 
@@ -189,16 +191,26 @@ class ModelStep:
         due = self.schedule.statistics_due(self._diagnostics.steps)
         self.collector.arm(due or waiting, self._diagnostics.statistics_steps)
 
-    def initialize(self, batches: Iterable[Any], groups: Groups) -> None:
-        """See :meth:`kfc_fx.KFC.initialize`."""
+    def collect(self, batches: Iterable[Any]) -> None:
+        """Take the statistics of some batches.
+
+        Raises:
+            StatisticsError: there was none.
+        """
         self.collector.take()
         for batch in batches:
             args, kwargs = inputs_of(batch)
             self.compilation.collect_statistics(self.collector, *args, **kwargs)
         if not self.collector.sums.blocks:
             raise StatisticsError("initialize got no batch with statistics; pass at least one")
-        with torch.no_grad():
-            self.use_statistics(self.engine(groups))
+
+    def initialize(self, groups: Groups, shared: SharedStep | None) -> None:
+        """Make factors of what was collected, on all ranks together."""
+        engine = self.engine(groups)
+        with torch.no_grad(), self.transaction(engine):
+            self.use_statistics(engine, shared)
+            if shared is not None:
+                shared.attempt.vote()
         self.collector.take()
         self.arm()
 
@@ -244,13 +256,12 @@ class ModelStep:
         return gradients
 
     def counts(self) -> dict[str, int]:
-        """How many steps, statistics and refreshes there were, and whether blocks wait for some."""
-        own, engine = self._diagnostics, self.binding.current
+        """How many steps, statistics and refreshes there were."""
+        own = self._diagnostics
         return {
             "steps": own.steps,
             "statistics": own.statistics_steps,
             "refreshes": own.refreshes,
-            "blocks without statistics": int(engine is not None and engine.waiting),
         }
 
     def may_step(
@@ -318,14 +329,16 @@ class ModelStep:
         waiting = engine.waiting and not sums.blocks
         at_once = engine.spec.factors_in_basis and bool(sums.blocks)
         due = not engine.started or at_once or self.schedule.refresh_due(step)
+        settled = isinstance(engine, DividedEngine)  # by the collective that brings the steps
         if due and not waiting:  # else there is nothing to make a basis of for some blocks
             options = self._option_numbers(engine)
             with diagnostics.timed("refresh"):
                 failed = self._refreshed(engine, options, shared)
             diagnostics.count("inverse_failures", failed, UNDECOMPOSED)
             diagnostics.refreshes += 1
-        if shared is not None and not isinstance(engine, DividedEngine):
-            shared.attempt.raise_own()
+            settled = settled or self._options.distribute == "refresh"
+        if shared is not None and shared.has_statistics and not settled:
+            shared.attempt.vote()  # the others would take the step
 
     def _refreshed(
         self, engine: Engine, options: OptionNumbers, shared: SharedStep | None

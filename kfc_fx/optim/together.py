@@ -58,7 +58,8 @@ class Together:
         self._merged: dict[int, tuple[CurvaturePlan, CurvaturePlan]] = {}
         """By number of the model: its plan here, and that of all ranks, where they differ."""
         self._digest: int | None = None
-        """Of the plans that the ranks have taken last."""
+        """Of the plans that the ranks have taken last; None before the first comparison."""
+        self._signature: object = None
 
     @contextmanager
     def telling(self, attempt: Attempt) -> Iterator[None]:
@@ -84,9 +85,18 @@ class Together:
         has_statistics = any(own.collector.armed for own in self._models)
         every = self._given.compare_every
         shared = SharedStep(self._ranks, attempt, has_statistics)
-        if has_statistics or (every is not None and self._steps % every == 0):
+        for own in self._models:
+            own.binding.follow()
+        changed = self._signature != [own.binding.signature(groups) for own in self._models]
+        due = has_statistics or self._digest is None or changed
+        if due or (every is not None and self._steps % every == 0):
             return self.agree(attempt, groups), shared
         return True, shared
+
+    def begin_anew(self) -> None:
+        """Compare before the next step: another state was loaded. What has failed is over."""
+        self._digest, self._signature = None, None
+        self._ranks.begin_anew()
 
     @property
     def _steps(self) -> int:
@@ -117,6 +127,8 @@ class Together:
             attempt.vote()
             plans = [PlanText.of(self._plan(own)).digest for own in self._models]
             self._digest = digest(json.dumps(plans))
+        self._signature = [own.binding.signature(groups) for own in self._models]
+        self._ranks.note_agreement()
         unknown = any(own.collector.likelihood is None for own in self._models)
         return not (unknown and UNDECIDED in agreement.flagged)
 

@@ -369,7 +369,7 @@ def a_rank_without_statistics_goes_on_with_those_of_the_others() -> None:
 
 BREAKS = [
     *(("refresh", "adam", place) for place in ("refreshed_blocks", "accumulate")),
-    *(("none", "adam", place) for place in ("check_owner", "_fill")),
+    *(("none", "adam", place) for place in ("check_owner", "_fill", "accumulate", "refresh")),
     *(("update", "adam", place) for place in ("accumulate", "refresh", "check_owner", "_fill")),
     *(("update", "inverse", place) for place in ("accumulate", "refresh", "apply")),
     *(("update", "adam", "apply"), ("update", "inverse", "after")),
@@ -672,7 +672,146 @@ def a_copy_trains_on_as_the_original() -> None:
     )
 
 
+def factors_from_batches_are_of_all_ranks() -> None:
+    for distribute in ("refresh", "update", "none"):
+        inner = kfc_fx.compile(net(), likelihood="categorical")
+        opt = kfc_fx.KFC(inner, statistics=WHOLE, distribute=distribute, scaling="inverse")
+        ddp = DDP(inner)
+        opt.initialize([own_batch(0)[0], own_batch(1)[0]])
+        own = {name: float(f.omega.sum()) for name, f in opt.factors.items()}
+        if distribute != "update":
+            assert everywhere(own).count(own) == dist.get_world_size()
+        alone = kfc_fx.compile(net(), likelihood="categorical")
+        its = kfc_fx.KFC(alone, statistics=WHOLE, process_group=False, scaling="inverse")
+        its.initialize([joined_batch(0)[0], joined_batch(1)[0]])
+        for name in opt.factors.keys() - {"norm"}:  # whose Ω depends on the targets that are drawn
+            expected = its.factors[name].omega
+            torch.testing.assert_close(opt.factors[name].omega, expected, rtol=1e-4, atol=1e-6)
+        for step in range(3):
+            step_of(ddp, opt, *own_batch(step))
+            assert_replicas_equal(ddp, distribute)
+    inner = kfc_fx.compile(net(), likelihood="categorical")
+    opt = kfc_fx.KFC(inner, statistics=WHOLE)
+    batches = [own_batch(0)[0]] if dist.get_rank() == 0 else []
+    expect(lambda: opt.initialize(batches), "initialize got no batch")
+
+
+def looking_on_one_rank_changes_nothing() -> None:
+    for distribute in ("refresh", "update"):
+        ddp, opt = made(distribute=distribute, statistics=kfc_fx.Statistics(every=4, samples=None))
+        ddp.module.kfc.trace(own_batch(0)[0])
+        for step in range(14):
+            if dist.get_rank() == 0:
+                with torch.no_grad():
+                    ddp.module(batch(0, 7, 5)[0])
+                seen = repr(opt), len(opt.state), opt.factors.keys(), opt.update_source
+                assert all(seen)
+                assert opt.diagnostics.as_dict()["steps"] == step
+                if distribute == "refresh":
+                    opt.state_dict()
+            step_of(ddp, opt, *own_batch(step))
+            assert_replicas_equal(ddp, f"{distribute} step {step}")
+
+
+def a_layer_that_is_replaced_between_statistics_trains() -> None:
+    for distribute in ("refresh", "update"):
+        inner = kfc_fx.compile(net())
+        statistics = kfc_fx.Statistics(every=30, refresh_every=30, samples=None)
+        opt = kfc_fx.KFC(inner, statistics=statistics, distribute=distribute)
+        for step in range(11):
+            averaged_by_hand(inner, opt, *own_batch(step))
+        assert not opt._models[0].collector.armed
+        torch.manual_seed(8)
+        inner.head = nn.Linear(16, 5)
+        inner.shift = nn.Parameter(torch.zeros(5))
+        opt.add_param_group({"params": [*inner.head.parameters(), inner.shift]})
+        before = inner.head.weight.detach().clone()
+        for step in range(11, 15):
+            averaged_by_hand(inner, opt, *own_batch(step))
+            assert_replicas_equal(inner, f"{distribute} step {step}")
+        assert not torch.equal(before, inner.head.weight)
+
+
+def a_layer_that_is_trained_again_keeps_its_block() -> None:
+    inner = kfc_fx.compile(net())
+    statistics = kfc_fx.Statistics(every=60, refresh_every=60, samples=None)
+    opt = kfc_fx.KFC(inner, statistics=statistics)
+    for step in range(10):
+        averaged_by_hand(inner, opt, *own_batch(step))
+    inner.down.requires_grad_(False)
+    for step in range(10, 24):
+        averaged_by_hand(inner, opt, *own_batch(step))
+    inner.down.requires_grad_(True)
+    while opt._models[0].schedule.statistics_due(opt.diagnostics.steps):
+        averaged_by_hand(inner, opt, *own_batch(24))
+    averaged_by_hand(inner, opt, *own_batch(25))
+    assert "down" in {block.name for block in opt._engine.blocks}
+
+
+def a_run_goes_on_after_a_checkpoint_is_loaded_on_all() -> None:
+    ddp, opt = made()
+    for step in range(3):
+        step_of(ddp, opt, *own_batch(step))
+    saved = copy.deepcopy((ddp.module.state_dict(), opt.state_dict()))
+    opt._ranks._broken = "rank 1 has failed"
+    expect(lambda: step_of(ddp, opt, *own_batch(3)), "rank 1 has failed")
+    ddp.module.load_state_dict(saved[0])
+    opt.load_state_dict(saved[1])
+    for step in range(3, 6):
+        step_of(ddp, opt, *own_batch(step))
+        assert_replicas_equal(ddp)
+
+
+def checkpoints_of_one_rank_alone_are_found() -> None:
+    ddp, opt = made(statistics=kfc_fx.Statistics(every=8, samples=None))
+    for step in range(11):
+        step_of(ddp, opt, *own_batch(step))
+    if dist.get_rank() == 1:
+        state = opt.state_dict()
+        state["param_groups"][0]["lr"] = 0.02
+    else:
+        state = opt.state_dict()
+    opt.load_state_dict(state)
+    expect(lambda: step_of(ddp, opt, *own_batch(11)), "lr of group 0 is 0.01 on rank 0 and 0.02")
+
+
+def a_whole_state_comes_from_all_owners() -> None:
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    ddp, opt = made("adam", distribute="update")
+    for step in range(4):
+        step_of(ddp, opt, *own_batch(step))
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = everywhere(get_optimizer_state_dict(ddp, opt, options=whole))[0]
+    weights = ("conv.weight", "down.weight", "head.weight")
+    assert all("q_omega" in state["state"][name] for name in weights), state["state"].keys()
+    other, again = made("adam", distribute="update")
+    other.module.load_state_dict(ddp.module.state_dict())
+    set_optimizer_state_dict(other, again, state)
+    for step in range(4, 7):
+        step_of(ddp, opt, *own_batch(step))
+        step_of(other, again, *own_batch(step))
+    assert all(map(torch.equal, ddp.parameters(), other.parameters()))
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    own = state if dist.get_rank() == 0 else {}
+    expect(
+        lambda: set_optimizer_state_dict(other, again, own, options=options),
+        "broadcast_from_rank0 brings no blocks",
+    )
+
+
 SCENARIOS = [
+    factors_from_batches_are_of_all_ranks,
+    looking_on_one_rank_changes_nothing,
+    a_layer_that_is_replaced_between_statistics_trains,
+    a_layer_that_is_trained_again_keeps_its_block,
+    a_run_goes_on_after_a_checkpoint_is_loaded_on_all,
+    checkpoints_of_one_rank_alone_are_found,
+    a_whole_state_comes_from_all_owners,
     factors_and_first_steps_are_those_of_one_process,
     uneven_batches_count_by_their_examples,
     inverse_stays_with_one_process,

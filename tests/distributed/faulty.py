@@ -76,8 +76,8 @@ def late(*_: object) -> None:
     model, opt = made("refresh")
     step_of(model, opt, *own_batch(0))
     if dist.get_rank() == 1:
-        time.sleep(30)
-        return
+        time.sleep(15)
+        os._exit(0)
     opt.zero_grad()
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)

@@ -271,7 +271,35 @@ def a_whole_state_is_loaded_by_any_number_of_processes() -> None:
     assert all(map(torch.equal, whole(model), whole(other)))
 
 
+def passes_without_gradients_between_steps_change_nothing() -> None:
+    for parts in ("all", "root"):
+        found = []
+        for looks in (False, True):
+            model = net()
+            mesh = mesh_of("fsdp")
+            for module in [*(model.body if parts == "all" else ()), model]:
+                fully_shard(module, mesh=mesh)
+            kfc_fx.compile(model)
+            opt = kfc_fx.KFC(model, statistics=WHOLE, average=4.0)
+            for step in range(6):
+                step_of(model, opt, *own_batch(step))
+                if looks:
+                    with torch.no_grad():
+                        plain = model(joined_batch(0)[0])
+                    assert len(opt.state) == 14
+                    with opt.averaged(), torch.no_grad():
+                        assert not torch.equal(plain, model(joined_batch(0)[0]))
+                    with torch.no_grad():
+                        assert torch.equal(plain, model(joined_batch(0)[0]))
+            for module in model.modules():
+                if hasattr(module, "reshard"):
+                    module.reshard()
+            found.append(whole(model))
+        assert all(map(torch.equal, *found)), parts
+
+
 SCENARIOS = [
+    passes_without_gradients_between_steps_change_nothing,
     steps_are_those_of_one_process,
     decay_averages_and_groups_are_those_of_one_process,
     policies_and_resharding_train,

@@ -285,3 +285,30 @@ def test_a_replaced_parameter_in_half_precision_is_not_overwritten():
     net[2].weight = new
     step()
     torch.testing.assert_close(new.detach(), torch.full_like(new, 0.25), rtol=0.05, atol=0.01)
+
+
+def test_a_generic_parameter_of_another_size_begins_anew():
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.shift = nn.Linear(6, 3), nn.Parameter(torch.zeros(3))
+
+        def forward(self, x):
+            return self.head(x) + torch.tanh(self.shift)
+
+    net = kfc_fx.compile(Shifted())
+    opt = kfc_fx.KFC(net, average=4.0)
+    x = torch.randn(8, 6)
+
+    def step():
+        opt.zero_grad()
+        F.cross_entropy(net(x), torch.arange(8) % 3).backward()
+        opt.step()
+
+    step()
+    net.head, net.shift = nn.Linear(6, 5), nn.Parameter(torch.zeros(5))
+    opt.add_param_group({"params": [*net.head.parameters(), net.shift]})
+    for _ in range(2):
+        step()
+    assert net.shift.any()
+    assert opt.state[net.shift]["m"].shape == (5,)

@@ -17,6 +17,8 @@ from kfc_fx.plan.spec import BlockSpec, block_name
 
 STEP, NOTE, AVERAGE, MASTER = "step", "note", "average", "master_weight"
 MOMENTS = ("m", "v")
+SHAPED = (AVERAGE, MASTER)
+"""What every rank has of a block's weight, whoever owns the block."""
 
 Entry = dict[str, Any]
 
@@ -112,6 +114,8 @@ def state_of(entries: Mapping[str, tuple[Note, Entry]]) -> SavedState:
             block = _renamed(BlockSpec.from_dict(note.block), name, entries)
             if held:
                 blocks[block.name] = held
+            else:  # its owner has it
+                state.elsewhere[block.name] = tuple(key for key in note.held if key not in SHAPED)
             state.plan[block.name] = block.as_dict()
             if note.parked:
                 parked.add(block.name)

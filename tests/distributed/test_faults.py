@@ -1,0 +1,60 @@
+"""Processes that die, come late or fail alone: the others go on from a checkpoint, or say why not."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.distributed.launch import ROOT, run_ranks
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="torch without distributed"
+)
+FAULTY = "tests.distributed.faulty"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The end of a run that nothing happens to."""
+    return _ended("never", tmp_path_factory.mktemp("never"))
+
+
+def _ended(kill_at, folder):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [*command, "--max-restarts=1", "-m", FAULTY, "restart", str(folder), kill_at],
+        cwd=ROOT, capture_output=True, text=True, timeout=240, check=False,
+        env={**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},  # else gloo never restarts
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:]
+    return re.search(r"ended after 12 steps: (\S+), from (\d+), by 2", result.stdout).groups()
+
+
+@pytest.mark.parametrize(("kill_at", "checkpoint"), [("step", "6"), ("save", "3")])
+def test_a_killed_process_is_restarted_from_the_last_whole_checkpoint(
+    kill_at, checkpoint, undisturbed, tmp_path
+):
+    total, resumed = _ended(kill_at, tmp_path)
+    assert undisturbed == (total, "0")
+    assert resumed == checkpoint
+
+
+def test_a_slow_rank_is_waited_for(tmp_path):
+    assert run_ranks(FAULTY, 2, "slow", str(tmp_path)) == "3 steps\n"
+
+
+def test_a_rank_that_does_not_come_ends_the_others_at_the_time_out_of_their_group(tmp_path):
+    printed = run_ranks(FAULTY, 2, "late", str(tmp_path), any_end=True)
+    found = re.search(r"after (\d+) s: rank 0 has waited \d+ s for the other ranks", printed)
+    assert 7 <= int(found.group(1)) < 20
+
+
+def test_a_rank_that_has_failed_alone_ends_the_others_with_its_message(tmp_path):
+    printed = run_ranks(FAULTY, 2, "alone", str(tmp_path), any_end=True)
+    found = re.search(r"after (\d+) s: rank 1 has failed after 11 steps .*TypeError", printed)
+    assert int(found.group(1)) < 20
