@@ -158,6 +158,11 @@ class DividedEngine:
             self._own.accumulate(statistics)
         self.waiting, self._written_out = False, True
 
+    @property
+    def can_refresh(self) -> bool:
+        """Whether there may be statistics that a refresh would make something new of."""
+        return True
+
     def refresh(self, options: OptionNumbers) -> list[str]:
         """Factors of this rank's blocks into inverses, bases or whitening matrices; returns the
         blocks for which that failed."""

@@ -105,11 +105,11 @@ class Ranks:
         return self._own
 
     @property
-    def _patience(self) -> timedelta:
-        """For how long the user's group waits, which a new group would not know."""
+    def _patience(self) -> timedelta | None:
+        """For how long the user's group waits, which a new group would not know; None for a backend
+        that has no such time."""
         group: Any = self._group or dist.group.WORLD
-        found: timedelta = group._get_backend(self.device).options._timeout
-        return found
+        return getattr(group._get_backend(self.device).options, "_timeout", None)
 
     # -- collectives -------------------------------------------------------------------------
 

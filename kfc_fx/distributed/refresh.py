@@ -33,13 +33,11 @@ def refreshed_by_owners(
     engine: UpdateEngine, options: OptionNumbers, ranks: Ranks, attempt: Attempt
 ) -> list[str]:
     """Refresh an engine's factors, each on its owner, by one collective; returns the blocks for
-    which that failed.
+    which that failed. An engine on which something has failed need not be able to.
 
     Raises:
         StepError: something has failed on another rank.
     """
-    if not (attempt.failed or engine.can_refresh):
-        return []
     spec = engine.spec
     layouts, names = refresh_layouts(spec, ranks.count), [block.name for block in engine.blocks]
     owners = owners_of(spec, ranks.count)

@@ -324,13 +324,14 @@ class ModelStep:
         if shared is not None and shared.has_statistics:
             with diagnostics.timed("statistics"):
                 sums = shared.summed(sums, engine.spec)
+        can_refresh = bool(sums.blocks) or engine.can_refresh  # alike on all ranks, unlike later
         with shared.attempt.local() if shared else nullcontext():
             self._accumulate(engine, sums, step)
         waiting = engine.waiting and not sums.blocks
         at_once = engine.spec.factors_in_basis and bool(sums.blocks)
         due = not engine.started or at_once or self.schedule.refresh_due(step)
         settled = isinstance(engine, DividedEngine)  # by the collective that brings the steps
-        if due and not waiting:  # else there is nothing to make a basis of for some blocks
+        if due and not waiting and can_refresh:  # else there is nothing to make bases of
             options = self._option_numbers(engine)
             with diagnostics.timed("refresh"):
                 failed = self._refreshed(engine, options, shared)

@@ -22,12 +22,10 @@ from tests.distributed.launch import start
 
 STEPS = 6
 CASES = [
-    ("adam", "refresh", "torch"),
     ("eigen", "refresh", "nested"),
     ("adam", "update", "torch"),
     ("adam", "update", "flat async"),
-    ("eigen", "update", "nested"),
-    ("inverse", "update", "flat"),
+    ("inverse", "update", "nested"),
 ]
 """Scaling, what is divided, and how it is saved."""
 

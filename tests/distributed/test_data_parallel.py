@@ -12,7 +12,6 @@ FEW = [
     "factors_and_first_steps_are_those_of_one_process",
     "uneven_batches_count_by_their_examples",
     "an_expert_that_one_rank_does_not_use_is_a_block_on_all",
-    "an_error_on_one_rank_takes_the_step_back_on_all",
 ]
 """What is run by three ranks too."""
 

@@ -190,17 +190,17 @@ def _compiled() -> int:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, caption="each: a step / a step with statistics, of one rank")
+    table = Table(box=box.SIMPLE_HEAD, caption="a step/a step with statistics, of one rank")
     for name in ("way", "calls", "MB", "gradient MB", "state M", "seconds", "waits", "compiled"):
         table.add_column(name, justify="left" if name == "way" else "right")
     for row in rows:
         table.add_row(
             row["way"],
-            f"{row['step_calls']} / {row['due_calls']}",
-            f"{row['step_bytes'] / 1e6:.1f} / {row['due_bytes'] / 1e6:.1f}",
+            f"{row['step_calls']}/{row['due_calls']}",
+            f"{row['step_bytes'] / 1e6:.1f}/{row['due_bytes'] / 1e6:.1f}",
             f"{row['gradient_bytes'] / 1e6:.1f}",
             f"{row['state_numbers'] / 1e6:.1f}",
-            f"{row['step_seconds']:.2f} / {row['due_seconds']:.2f}",
+            f"{row['step_seconds']:.2f}/{row['due_seconds']:.2f}",
             f"{100 * row['waiting_share']:.1f}%",
             str(row["graphs"]),
         )
