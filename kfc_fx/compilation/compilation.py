@@ -287,6 +287,8 @@ class Compilation:
                 function(*args, **kwargs)
         finally:
             self._tracing = False
+            if not self.collectors:
+                self._entries.remove()  # nobody trains it yet
             reshard(self.model)
         self.emitting_graphs()
         return self.plan

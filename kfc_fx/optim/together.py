@@ -31,8 +31,8 @@ from kfc_fx.plan.spec import CurvaturePlan
 
 COMPARED = ("options", "counts", "parameters", "gradients")
 EXCHANGED = ("plan", "likelihood")
-UNDECIDED = "without likelihood"
-FLAGS = (UNDECIDED,)
+UNDECIDED, NEW_PLAN = "without likelihood", "with a new plan"
+FLAGS = (UNDECIDED, NEW_PLAN)
 NAMES = (COMPARED, EXCHANGED, FLAGS)
 
 NOTHING = CurvaturePlan((), (), ())
@@ -74,8 +74,8 @@ class Together:
     def begun(self, attempt: Attempt, groups: Groups) -> tuple[bool, SharedStep | None]:
         """Begin a step: whether it can be taken, and what the ranks share of it.
 
-        Whether they compare, and share something, follows from the counters alone, which all ranks
-        have alike.
+        Whether they compare, and share something, follows from what all ranks have alike: counters,
+        and the parameters of model and groups.
 
         Raises:
             StepError: see :meth:`agree`.
@@ -119,9 +119,8 @@ class Together:
         assert texts is not None
         if "likelihood" in agreement.differing:
             self._take_likelihoods()
-        found = digest(json.dumps([text.digest for text in texts]))
         differs = "plan" in agreement.differing
-        if differs or found != self._digest:
+        if differs or NEW_PLAN in agreement.flagged:
             with attempt.local():
                 self._take_plans(texts, groups, differs=differs)
             attempt.vote()
@@ -152,6 +151,8 @@ class Together:
             for name, gradient in own.gradients(groups).items()
         }
         values, slopes = _not_sharded(parameters), _not_sharded(gradients)
+        parts = sorted(gradients.keys() - slopes.keys())  # sharded: they are there on all, or none
+        slope_digest = digest(f"{digest_of_tensors(slopes)} {parts}")
         counts = self._counts()
         options = self._all_options(groups, parameters)
         compared = (
@@ -169,19 +170,20 @@ class Together:
                 "DistributedDataParallel; or pass process_group=False to train each rank alone",
             ),
             Compared(
-                *("gradients", digest_of_tensors(slopes), lambda: _each(slopes)),
+                *("gradients", slope_digest, lambda: _each(slopes) | dict.fromkeys(parts, "there")),
                 "Wrap the model in DistributedDataParallel, which averages them; or pass "
                 "process_group=False to train each rank alone",
             ),
         )
         likelihoods = [own.collector.choice.state() for own in self._models]
+        plan = digest(json.dumps([text.digest for text in texts]))
         return Standing(
             compared,
+            {"plan": plan, "likelihood": digest(json.dumps(likelihoods))},
             {
-                "plan": digest(json.dumps([text.digest for text in texts])),
-                "likelihood": digest(json.dumps(likelihoods)),
+                UNDECIDED: any(own.is_without_likelihood for own in self._models),
+                NEW_PLAN: plan != self._digest,
             },
-            {UNDECIDED: any(own.is_without_likelihood for own in self._models)},
         )
 
     def _counts(self) -> dict[str, object]:

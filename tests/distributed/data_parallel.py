@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -672,6 +673,15 @@ def a_copy_trains_on_as_the_original() -> None:
     )
 
 
+def a_slow_rank_is_waited_for() -> None:
+    ddp, opt = made()
+    for step in range(2):
+        if dist.get_rank() == 1:
+            time.sleep(3)  # longer than a rank waits before it asks what is wrong
+        step_of(ddp, opt, *own_batch(step))
+        assert_replicas_equal(ddp)
+
+
 def factors_from_batches_are_of_all_ranks() -> None:
     for distribute in ("refresh", "update", "none"):
         inner = kfc_fx.compile(net(), likelihood="categorical")
@@ -805,6 +815,7 @@ def a_whole_state_comes_from_all_owners() -> None:
 
 
 SCENARIOS = [
+    a_slow_rank_is_waited_for,
     factors_from_batches_are_of_all_ranks,
     looking_on_one_rank_changes_nothing,
     a_layer_that_is_replaced_between_statistics_trains,

@@ -89,17 +89,6 @@ def late(*_: object) -> None:
     os._exit(0)
 
 
-def slow(*_: object) -> None:
-    """A rank that takes its time: the others wait."""
-    model, opt = made("refresh")
-    for step in range(3):
-        if dist.get_rank() == 1:
-            time.sleep(3)
-        step_of(model, opt, *own_batch(step))
-    if dist.get_rank() == 0:
-        print(f"{opt.diagnostics.steps} steps")
-
-
 def alone(*_: object) -> None:
     """A step without statistics that fails on one rank alone, where nobody waits for it."""
     statistics = kfc_fx.Statistics(every=4, refresh_every=4, samples=None)
@@ -135,7 +124,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60 if action != "late" else 8))
-    {"restart": restart, "late": late, "slow": slow, "alone": alone}[action](Path(folder), *rest)
+    {"restart": restart, "late": late, "alone": alone}[action](Path(folder), *rest)
     dist.destroy_process_group()
 
 

@@ -137,30 +137,31 @@ def decay_averages_and_groups_are_those_of_one_process() -> None:
 
 def policies_and_resharding_train() -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for options in (
-        {"reshard_after_forward": True},
-        {"reshard_after_forward": False},
-        {"mp_policy": policy},
+    for options, fisher, again in (
+        ({"reshard_after_forward": True}, "empirical", False),
+        ({"reshard_after_forward": True}, "sampled", True),
+        ({"reshard_after_forward": False}, "sampled", False),
+        ({"reshard_after_forward": False}, "empirical", True),
+        ({"mp_policy": policy}, "empirical", True),
+        ({"mp_policy": policy}, "sampled", False),
     ):
-        for fisher in ("empirical", "sampled"):
-            for again in (False, True):
-                model = kfc_fx.compile(sharded(**options))
-                model.again = again
-                statistics = kfc_fx.Statistics(fisher=fisher, every=2)
-                opt = kfc_fx.KFC(model, statistics=statistics)
-                losses = []
-                for _ in range(12):
-                    x, y = own_batch(0)
-                    opt.zero_grad()
-                    loss = F.cross_entropy(model(x).float(), y)
-                    loss.backward()
-                    opt.step()
-                    losses.append(float(loss.detach()))
-                assert losses[-1] < 0.8 * losses[0], (options, fisher, again, losses)
-                assert opt.diagnostics.missed_statistics == 0
-                assert all(factors.omega.any() for factors in opt.factors.values())
-                same = everywhere([float(p.double().sum()) for p in whole(model)])
-                assert all(each == same[0] for each in same)
+        model = kfc_fx.compile(sharded(**options))
+        model.again = again
+        statistics = kfc_fx.Statistics(fisher=fisher, every=2)
+        opt = kfc_fx.KFC(model, statistics=statistics)
+        losses = []
+        for _ in range(12):
+            x, y = own_batch(0)
+            opt.zero_grad()
+            loss = F.cross_entropy(model(x).float(), y)
+            loss.backward()
+            opt.step()
+            losses.append(float(loss.detach()))
+        assert losses[-1] < 0.8 * losses[0], (options, fisher, again, losses)
+        assert opt.diagnostics.missed_statistics == 0
+        assert all(factors.omega.any() for factors in opt.factors.values())
+        same = everywhere([float(p.double().sum()) for p in whole(model)])
+        assert all(each == same[0] for each in same)
 
 
 def a_gradient_that_is_not_finite_in_one_shard_skips_the_step_on_all() -> None:

@@ -18,12 +18,6 @@ pytestmark = pytest.mark.skipif(
 FAULTY = "tests.distributed.faulty"
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """The end of a run that nothing happens to."""
-    return _ended("never", tmp_path_factory.mktemp("never"))
-
-
 def _ended(kill_at, folder):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     result = subprocess.run(
@@ -35,17 +29,14 @@ def _ended(kill_at, folder):
     return re.search(r"ended after 12 steps: (\S+), from (\d+), by 2", result.stdout).groups()
 
 
-@pytest.mark.parametrize(("kill_at", "checkpoint"), [("step", "6"), ("save", "3")])
-def test_a_killed_process_is_restarted_from_the_last_whole_checkpoint(
-    kill_at, checkpoint, undisturbed, tmp_path
-):
-    total, resumed = _ended(kill_at, tmp_path)
-    assert undisturbed == (total, "0")
-    assert resumed == checkpoint
-
-
-def test_a_slow_rank_is_waited_for(tmp_path):
-    assert run_ranks(FAULTY, 2, "slow", str(tmp_path)) == "3 steps\n"
+def test_a_killed_process_is_restarted_from_the_last_whole_checkpoint(tmp_path):
+    ends = {}
+    for kill_at in ("step", "save"):
+        folder = tmp_path / kill_at
+        folder.mkdir()
+        ends[kill_at] = _ended(kill_at, folder)
+    assert ends["step"] == (ends["save"][0], "6")  # from another place to the same end, bit for bit
+    assert ends["save"][1] == "3"
 
 
 def test_a_rank_that_does_not_come_ends_the_others_at_the_time_out_of_their_group(tmp_path):

@@ -1,4 +1,4 @@
-"""Training under ``fully_shard``: on two ranks, on three with uneven shards, on four with replicas."""
+"""Training under ``fully_shard``: on two ranks, and on four with replicas of the shards."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from tests.distributed.sharded import SCENARIOS
 FEW = [
     "steps_are_those_of_one_process",
     "decay_averages_and_groups_are_those_of_one_process",
-    "checkpoints_resume_bit_for_bit",
 ]
-"""What more than two ranks run too."""
+"""What four ranks run too."""
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch without distributed"
 )
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks(ranks):
     names = [scenario.__name__ for scenario in SCENARIOS] if ranks == 2 else FEW
     printed = run_ranks("tests.distributed.sharded", ranks, *names)
