@@ -71,17 +71,6 @@ def compile(
             "traces past it: pass the model, with backend='inductor' for compiled graphs"
         )
     inner = unwrapped(model)
-    if inner is not model:
-        compile(
-            inner,
-            likelihood=likelihood,
-            backend=backend,
-            strict=strict,
-            norm_layers=norm_layers,
-            weight_sharing=weight_sharing,
-            batch_dim=batch_dim,
-        )
-        return model
     options = CompileOptions.of(
         likelihood=likelihood,
         backend=backend,
@@ -90,24 +79,24 @@ def compile(
         weight_sharing=weight_sharing,
         batch_dim=batch_dim,
     )
-    known = compilation_of(model)
+    known = compilation_of(inner)
     if known is not None and known.options == options and known.runs:
         if not known.installed:
             known.install()
         return model
     if known is not None:
         known.remove()
-    elif hasattr(model, "kfc") and not isinstance(model.kfc, Compilation):
+    elif hasattr(inner, "kfc") and not isinstance(inner.kfc, Compilation):
         raise OptionError(
-            f"the model has an attribute 'kfc' of its own, of type {type(model.kfc).__name__}, and "
+            f"the model has an attribute 'kfc' of its own, of type {type(inner.kfc).__name__}, and "
             "kfc_fx keeps what it knows there: rename it"
         )
-    if _compiled_by_torch(model):
+    if _compiled_by_torch(inner):
         warn(
             "model.compile() was called before kfc_fx.compile, which takes its place: the model "
             "runs by kfc_fx's backend now, and kfc_fx.uncompile puts torch's back"
         )
-    Compilation(model, options).install()
+    Compilation(inner, options).install()
     return model
 
 

@@ -234,7 +234,9 @@ def _show(inspection: Inspection, options: ViewOptions) -> bool:
         if inspection.spec is None:
             raise CommandError("--world: no layer has a block, so that there is nothing to share")
         own = options.world
-        document["world"] = world_document(inspection, own.ranks, own.way, own.machine)
+        document["world"] = world_document(
+            inspection, document["summary"], own.ranks, own.way, own.machine
+        )
     if options.view == "run" and options.save is not None and options.save.suffix == ".png":
         save_plots(document["run"], writable("--save", options.save))
         return True

@@ -21,7 +21,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     if sharded is not None and any(isinstance(module, sharded) for module in model.modules()):
         raise OptionError(
             "FullyShardedDataParallel makes flat parameters of several layers, which have no "
-            "Kronecker factors: use DistributedDataParallel"
+            "Kronecker factors: use fully_shard on the same modules, or DistributedDataParallel"
         )
     replicated = _loaded("torch.nn.parallel", "DistributedDataParallel")
     if replicated is not None and isinstance(model, replicated):

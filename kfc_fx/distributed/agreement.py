@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kfc_fx.distributed.ranks import Attempt, Ranks
+from kfc_fx.distributed.attempt import Attempt
+from kfc_fx.distributed.ranks import Ranks
 from kfc_fx.errors import StepError
 
 MOST_NAMED = 4

@@ -13,10 +13,12 @@ from torch import Tensor
 from kfc_fx.codegen.part import part_of
 from kfc_fx.codegen.scalings.rules import steps_by_vector
 from kfc_fx.codegen.spec import StackSpec, UpdateSpec
+from kfc_fx.distributed.attempt import Attempt
 from kfc_fx.distributed.owners import owners_of
 from kfc_fx.distributed.packing import Slot
-from kfc_fx.distributed.ranks import Attempt, Ranks
-from kfc_fx.distributed.shards import ShardedState, is_sharded, locals_of
+from kfc_fx.distributed.ranks import Ranks
+from kfc_fx.distributed.sharded_state import ShardedState
+from kfc_fx.distributed.shards import is_sharded, locals_of
 from kfc_fx.distributed.step_exchange import ReplicatedSteps, ShardedSteps, StepExchange
 from kfc_fx.engine.engine import UpdateEngine
 from kfc_fx.engine.factors import Factors

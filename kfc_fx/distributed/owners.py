@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from math import prod
 from types import MappingProxyType
@@ -65,11 +65,15 @@ def refresh_cost(stack: StackSpec, block: BlockSpec) -> int:
     return sides + block.groups * block.rows * block.columns * widths
 
 
-def imbalance(spec: UpdateSpec, ranks: int) -> float:
-    """Refresh work of the busiest rank over that of the mean one."""
-    owners = owners_of(spec, ranks)
+def busiest_share(
+    spec: UpdateSpec,
+    owners: Mapping[str, int],
+    ranks: int,
+    cost: Callable[[StackSpec, BlockSpec], int] = refresh_cost,
+) -> float:
+    """The share of some work on blocks that the busiest rank has: 1/ranks, were it even."""
     load = [0] * ranks
     for stack in spec.stacks:
         for block in stack.blocks:
-            load[owners[block.name]] += refresh_cost(stack, block)
-    return max(load) * ranks / max(sum(load), 1)
+            load[owners[block.name]] += cost(stack, block)
+    return max(load) / max(sum(load), 1)

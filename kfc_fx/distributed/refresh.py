@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from kfc_fx.codegen.spec import UpdateSpec
+from kfc_fx.distributed.attempt import Attempt
 from kfc_fx.distributed.owners import owners_of
 from kfc_fx.distributed.packing import Slot, packed, size_of, unpacked
-from kfc_fx.distributed.ranks import Attempt, Ranks
+from kfc_fx.distributed.ranks import Ranks
 from kfc_fx.engine.engine import UpdateEngine
 from kfc_fx.engine.state import refreshed_entries
 from kfc_fx.engine.step_inputs import OptionNumbers

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kfc_fx.codegen.spec import UpdateSpec
-from kfc_fx.distributed.ranks import Attempt, Ranks
+from kfc_fx.distributed.attempt import Attempt
+from kfc_fx.distributed.ranks import Ranks
 from kfc_fx.distributed.refresh import refreshed_by_owners
 from kfc_fx.distributed.statistics import summed_over_ranks
 from kfc_fx.engine.engine import UpdateEngine

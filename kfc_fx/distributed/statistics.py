@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kfc_fx.codegen.spec import UpdateSpec
+from kfc_fx.distributed.attempt import Attempt
 from kfc_fx.distributed.packing import (
     DIGITS,
     Slot,
@@ -18,7 +19,7 @@ from kfc_fx.distributed.packing import (
     size_of,
     unpacked,
 )
-from kfc_fx.distributed.ranks import Attempt, Ranks
+from kfc_fx.distributed.ranks import Ranks
 from kfc_fx.plan.spec import BlockSpec
 from kfc_fx.statistics.sums import Sums
 

@@ -8,8 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kfc_fx.distributed.attempt import Attempt
 from kfc_fx.distributed.packing import Slot, size_of, views_of
-from kfc_fx.distributed.ranks import Attempt, Ranks
+from kfc_fx.distributed.ranks import Ranks
 from kfc_fx.distributed.shards import Shards, locals_of
 
 Layouts = Sequence[Mapping[str, Slot]]

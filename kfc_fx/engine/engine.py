@@ -39,6 +39,7 @@ from kfc_fx.engine.step_inputs import (
     momenta_by_stack,
     refresh_arguments,
 )
+from kfc_fx.errors import StepError
 
 MOST_STATIC = 2
 """Sets of parameters with gradients whose steps are recorded; each has buffers of its own."""
@@ -168,6 +169,11 @@ class UpdateEngine:
         found = self._refreshed(self.program_for(spec), state, options)
         made = {key: state[key] | dict(entries) for key, (entries, _) in found.items()}
         names = {stack.key: refreshed_entries(spec, stack) for stack in spec.stacks}
+        for key, (entries, _) in found.items():
+            if unknown := set(entries) - set(names[key]):
+                raise StepError(
+                    f"a refresh of {key} changes {sorted(unknown)}, which no rank sends"
+                )
         kept = {key: {name: made[key][name] for name in own} for key, own in names.items()}
         by_block = state_by_block(spec, kept)
         failed = failed_blocks(spec, {key: flags for key, (_, flags) in found.items()})

@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 
 from kfc_fx.codegen.spec import StackSpec, UpdateSpec
-from kfc_fx.distributed.owners import owners_of, refresh_cost
+from kfc_fx.distributed.owners import busiest_share, owners_of, refresh_cost
 from kfc_fx.distributed.packing import size_of
 from kfc_fx.distributed.ranks import pads
 from kfc_fx.distributed.refresh import refresh_layouts
 from kfc_fx.distributed.statistics import statistics_layout
-from kfc_fx.engine.state import state_entries
 from kfc_fx.inspect.inspection import Inspection
+from kfc_fx.inspect.update_costs import state_bytes
 from kfc_fx.plan.spec import BlockSpec
 
 Way = Literal["none", "refresh", "update", "shard"]
@@ -69,23 +69,28 @@ class World:
     """Expected mean step, in steps of SGD on as many ranks."""
 
 
-def world_of(inspection: Inspection, ranks: int, way: Way, machine: Machine) -> World:
+def world_of(
+    inspection: Inspection,
+    summary: Mapping[str, float],
+    ranks: int,
+    way: Way,
+    machine: Machine,
+) -> World:
     """What a number of ranks makes of the update of an inspected model, whose input is the batch of
     one rank.
 
-    Raises:
-        ValueError: nothing has a block.
+    Args:
+        inspection: of a model with blocks.
+        summary: of its document, the counted costs.
     """
     spec = inspection.spec
-    if spec is None:
-        raise ValueError("no layer has a block, so that there is nothing to share")
-    summary = _summary(inspection)
+    assert spec is not None
     parameters = inspection.parameters
     size = sum(p.numel() * p.element_size() for p in parameters.values())
     owners = owners_of(spec, ranks)
     around = (ranks - 1) / ranks
-    refresh_share, imbalance = _busiest(spec, owners, ranks, refresh_cost)
-    apply_share, _ = _busiest(spec, owners, ranks, _apply_cost)
+    refresh_share = busiest_share(spec, owners, ranks)
+    apply_share = busiest_share(spec, owners, ranks, _apply_cost)
     state, whole_state = _state(inspection, spec, owners, ranks, way)
     gradient_sent = around * size * (3 if way == "shard" else 2)
     due_sent = 2 * around * statistics_layout(spec).bytes
@@ -117,13 +122,13 @@ def world_of(inspection: Inspection, ranks: int, way: Way, machine: Machine) -> 
         step_sent=step_sent,
         due_sent=due_sent,
         traffic=mean_sent / gradient_sent if gradient_sent else 1.0,
-        imbalance=imbalance if way != "none" else 1.0,
+        imbalance=refresh_share * ranks if way != "none" else 1.0,
         mean_step=kfc / sgd,
     )
 
 
 def world_document(
-    inspection: Inspection, ranks: int, way: Way, machine: Machine
+    inspection: Inspection, summary: Mapping[str, float], ranks: int, way: Way, machine: Machine
 ) -> dict[str, Any]:
     """As plain data: this number of ranks and some others, and who owns what of this one."""
     counts = sorted({1, 8, 64, 512, ranks})
@@ -136,29 +141,21 @@ def world_document(
     for rank in range(ranks):
         names = [name for name in blocks if owners[name] == rank]
         cost = sum(refresh_cost(*blocks[name]) for name in names)
-        held = sum(_state_numbers(spec, *blocks[name]) for name in names)
+        held = sum(_state_bytes(spec, *blocks[name]) for name in names)
         owned.append(
-            {"rank": rank, "blocks": names, "refresh_share": cost / total, "state_numbers": held}
+            {"rank": rank, "blocks": names, "refresh_share": cost / total, "state_bytes": held}
         )
     return {
         "way": way,
         "ranks": ranks,
         "machine": asdict(machine),
-        "worlds": [asdict(world_of(inspection, count, way, machine)) for count in counts],
+        "worlds": [asdict(world_of(inspection, summary, n, way, machine)) for n in counts],
         "owners": owned,
     }
 
 
-def _summary(inspection: Inspection) -> Mapping[str, float]:
-    from kfc_fx.inspect.document import build_document
-
-    summary: Mapping[str, float] = build_document(inspection)["summary"]
-    return summary
-
-
-def _state_numbers(spec: UpdateSpec, stack: StackSpec, block: BlockSpec) -> int:
-    entries = state_entries(spec, stack).values()
-    return sum(torch.Size(e.shape).numel() // stack.depth * block.groups for e in entries)
+def _state_bytes(spec: UpdateSpec, stack: StackSpec, block: BlockSpec) -> int:
+    return sum(state_bytes(spec, stack).values()) // stack.depth * block.groups
 
 
 def _state(
@@ -167,9 +164,8 @@ def _state(
     """Bytes of state on the rank that has most, and in one process."""
     load, moments = [0] * ranks, 0
     for stack in spec.stacks:
-        size = getattr(torch, stack.dtype).itemsize
         for block in stack.blocks:
-            load[owners[block.name]] += size * _state_numbers(spec, stack, block)
+            load[owners[block.name]] += _state_bytes(spec, stack, block)
     parameters = inspection.parameters
     kept = 2 if spec.generic_rule == "adamw" else 1
     for generic in spec.generic:
@@ -201,13 +197,3 @@ def _gathered(sizes: Sequence[int]) -> float:
 def _apply_cost(stack: StackSpec, block: BlockSpec) -> int:
     widths = sum(shape[-1] for shape in stack.basis_shapes.values())
     return block.groups * block.rows * block.columns * (1 + widths)
-
-
-def _busiest(spec: UpdateSpec, owners: Mapping[str, int], ranks: int, cost: Any) -> Sequence[float]:
-    """The busiest rank's share of some work, and that over the mean one's."""
-    load = [0] * ranks
-    for stack in spec.stacks:
-        for block in stack.blocks:
-            load[owners[block.name]] += cost(stack, block)
-    share = max(load) / max(sum(load), 1)
-    return share, share * ranks

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from kfc_fx.inspect.quantities import bytes_text, count_text
+from kfc_fx.inspect.quantities import bytes_text
 from kfc_fx.inspect.summary_view import plain_table
 
 TITLES = {
@@ -52,7 +52,7 @@ def world_view(document: Mapping[str, Any]) -> RenderableType:
             str(own["rank"]),
             str(len(names)),
             f"{100 * own['refresh_share']:.1f}%",
-            count_text(own["state_numbers"]),
+            bytes_text(own["state_bytes"]),
             Text(", ".join(names[:MOST_NAMED]) + more),
         )
     return Group(

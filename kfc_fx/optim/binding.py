@@ -14,11 +14,12 @@ from kfc_fx.codegen.spec import UpdateSpec
 from kfc_fx.compilation import Compilation
 from kfc_fx.distributed.divided_engine import DividedEngine
 from kfc_fx.distributed.ranks import Ranks
-from kfc_fx.distributed.shards import ShardedState, is_distributed, is_sharded, locals_of
-from kfc_fx.engine.engine import UpdateEngine
+from kfc_fx.distributed.sharded_state import ShardedState
+from kfc_fx.distributed.shards import is_distributed, is_sharded, locals_of
 from kfc_fx.engine.state import SavedState, fitting
 from kfc_fx.engine.step_inputs import Momenta
 from kfc_fx.errors import OptionError, counted, warn
+from kfc_fx.optim.engines import Engine, built_engine
 from kfc_fx.optim.groups import Group, check_second_beta
 from kfc_fx.optim.options import KFCOptions
 from kfc_fx.optim.rates import LearningRates, learning_rates, momenta
@@ -26,8 +27,6 @@ from kfc_fx.optim.states.state_dict import PLACES
 from kfc_fx.optim.update_spec import real_parameters, update_spec
 from kfc_fx.plan.coverage import NOT_USED
 from kfc_fx.plan.spec import BlockSpec, CurvaturePlan, block_name
-
-Engine = UpdateEngine | DividedEngine
 
 SETTLED = 10
 """Steps for which parameters that were frozen keep their place in the update. Halves of a model
@@ -281,24 +280,14 @@ class Binding:
         self, spec: UpdateSpec, parameters: Mapping[str, Tensor], groups: Sequence[Group]
     ) -> Engine:
         """The engine of a spec, with the state that there is."""
-        compiled, graph = self._options.compile_update, self._options.cuda_graph
-        _check_one_device(spec, parameters, compiled=compiled)
         saved = self.held()
         own = momenta(spec, self._options, self.by_name(groups))
-        engine: Engine
-        if self.divided:
-            _refuse_graph(graph)
-            engine = DividedEngine(
-                spec, saved, parameters, self._ranks, self._owners, compiled=compiled, momenta=own
-            )
+        ranks = self._ranks if self.divided else None
+        engine = built_engine(spec, saved, parameters, self._options, own, ranks, self._owners)
+        if isinstance(engine, DividedEngine):
             held = saved.blocks.keys()
             _refuse_lost([n for n in engine.anew if n in saved.plan and n not in held])
             self._owners |= engine.owners
-        else:
-            captured = _captures(spec, parameters, graph)
-            engine = UpdateEngine(
-                spec, saved, parameters, compiled=compiled, captured=captured, momenta=own
-            )
         if self._resumes:
             self._check_loaded(engine.anew)
         self._tell_of_lost_blocks(spec)
@@ -478,17 +467,6 @@ def _shown(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
 
 
-def _check_one_device(
-    spec: UpdateSpec, parameters: Mapping[str, Tensor], *, compiled: bool
-) -> None:
-    devices = {str(parameters[name].device) for name in spec.parameters}
-    if compiled and len(devices) > 1:
-        raise OptionError(
-            "compile_update needs all parameters on one device, and these are on "
-            f"{', '.join(sorted(devices))}; leave it out, or make a KFC for each device"
-        )
-
-
 def _on_cpu(blocks: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
     return {
         block: {name: value.detach().cpu().clone() for name, value in blocks[block].items()}
@@ -503,31 +481,3 @@ def _refuse_lost(blocks: Sequence[str]) -> None:
             f"({_shown(blocks)}). {PLACES}, on all ranks; or load what "
             "opt.consolidate_state_dict() has made whole"
         )
-
-
-def _refuse_graph(wanted: bool | None) -> None:
-    if wanted:
-        raise OptionError(
-            "cuda_graph=True: a step that is divided among ranks has a collective in its middle; "
-            "use distribute='refresh', or leave it out"
-        )
-
-
-def _captures(spec: UpdateSpec, parameters: Mapping[str, Tensor], wanted: bool | None) -> bool:
-    """Whether steps are replayed as a CUDA graph.
-
-    Raises:
-        OptionError: it is wanted, and cannot be.
-    """
-    kinds = {parameters[name].device for name in spec.parameters}
-    on_one_gpu = len(kinds) == 1 and next(iter(kinds)).type == "cuda"
-    possible = on_one_gpu and not spec.pauses
-    if wanted and not possible:
-        why = (
-            "the exact Fisher matrix is asked in the middle of a step (use clip_by='factors', and "
-            "no quadratic_model)"
-            if on_one_gpu
-            else f"the parameters are on {', '.join(sorted(map(str, kinds)))}, not on one GPU"
-        )
-        raise OptionError(f"cuda_graph=True: {why}")
-    return possible and wanted is not False

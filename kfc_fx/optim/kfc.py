@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfc_fx.distributed.ranks import Attempt, Ranks
+from kfc_fx.distributed.attempt import Attempt
+from kfc_fx.distributed.ranks import Ranks
 from kfc_fx.distributed.shards import local_of
 from kfc_fx.distributed.shared_step import SharedStep
 from kfc_fx.engine.factors import Factors
 from kfc_fx.errors import OptionError, StepError, counted
 from kfc_fx.optim.adoption import adamw_entries
 from kfc_fx.optim.averages import averages_swapped_in
-from kfc_fx.optim.binding import Engine
 from kfc_fx.optim.diagnostics import Diagnostics, joined
+from kfc_fx.optim.engines import Engine
 from kfc_fx.optim.generic import Generic
 from kfc_fx.optim.groups import (
     check_group,
@@ -477,17 +478,7 @@ class KFC(torch.optim.Optimizer):
         """
         if len(self._models) > 1:
             raise OptionError("initialize is for an optimizer of one model; make one for each")
-        own, attempt = self._models[0], Attempt(self._ranks)
-        if not self._ranks.several:
-            own.collect(batches)
-            own.initialize(self.param_groups, None)
-            return
-        with attempt.local():
-            own.collect(batches)
-        own.collector.arm(number=own.counts()["statistics"])
-        with self._together.telling(attempt):
-            self._together.agree(attempt, self.param_groups)
-            own.initialize(self.param_groups, SharedStep(self._ranks, attempt, True))
+        self._together.initialize(self._models[0], batches, self.param_groups)
 
     @property
     def _engine(self) -> Engine:

@@ -15,15 +15,16 @@ from kfc_fx.capture.wrappers import refuse_tensor_parallel
 from kfc_fx.compilation import Compilation
 from kfc_fx.distributed.divided_engine import DividedEngine
 from kfc_fx.distributed.ranks import Ranks
-from kfc_fx.distributed.shards import ShardedState
+from kfc_fx.distributed.sharded_state import ShardedState
 from kfc_fx.distributed.shared_step import SharedStep
 from kfc_fx.engine.engine import UpdateEngine
 from kfc_fx.engine.screening import screen
 from kfc_fx.engine.state import SavedState
 from kfc_fx.engine.step_inputs import OptionNumbers, StepNumbers
 from kfc_fx.errors import StatisticsError, StepError, warn
-from kfc_fx.optim.binding import Binding, Engine
+from kfc_fx.optim.binding import Binding
 from kfc_fx.optim.diagnostics import Diagnostics
+from kfc_fx.optim.engines import Engine
 from kfc_fx.optim.exact_fisher import ExactFisher
 from kfc_fx.optim.gradients import all_finite, named_gradients, relative_distance
 from kfc_fx.optim.groups import Group

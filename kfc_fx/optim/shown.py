@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kfc_fx.errors import counted
-from kfc_fx.optim.binding import Engine
+from kfc_fx.optim.engines import Engine
 from kfc_fx.optim.groups import Group
 from kfc_fx.optim.options import KFCOptions
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ from kfc_fx.distributed.agreement import (
     digest,
     digest_of_tensors,
 )
+from kfc_fx.distributed.attempt import Attempt
 from kfc_fx.distributed.plans import PlanText, merged_plan
-from kfc_fx.distributed.ranks import Attempt, Ranks
+from kfc_fx.distributed.ranks import Ranks
 from kfc_fx.distributed.shards import is_sharded
 from kfc_fx.distributed.shared_step import SharedStep
 from kfc_fx.errors import warn
@@ -93,6 +95,23 @@ class Together:
             return self.agree(attempt, groups), shared
         return True, shared
 
+    def initialize(self, own: ModelStep, batches: Iterable[Any], groups: Groups) -> None:
+        """Make the first factors of a model of some batches, of all ranks together.
+
+        Raises:
+            StatisticsError: there was no batch; on another rank it is a :class:`StepError`.
+        """
+        if not self._ranks.several:
+            own.collect(batches)
+            own.initialize(groups, None)
+            return
+        attempt = Attempt(self._ranks)
+        with attempt.local():
+            own.collect(batches)
+        with self.telling(attempt):
+            self.agree(attempt, groups)
+            own.initialize(groups, SharedStep(self._ranks, attempt, has_statistics=True))
+
     def begin_anew(self) -> None:
         """Compare before the next step: another state was loaded. What has failed is over."""
         self._digest, self._signature = None, None
@@ -117,12 +136,16 @@ class Together:
             standing = self._standing(groups, texts)
         agreement = agreed(self._ranks, attempt, standing, NAMES)
         assert texts is not None
-        if "likelihood" in agreement.differing:
-            self._take_likelihoods()
-        differs = "plan" in agreement.differing
-        if differs or NEW_PLAN in agreement.flagged:
+        if agreement.differing or NEW_PLAN in agreement.flagged:
+            if "likelihood" in agreement.differing:
+                states = [own.collector.choice.state() for own in self._models]
+                everybodys = self._ranks.gather_objects(states)
+                with attempt.local():
+                    self._take_likelihoods(everybodys)
+            differs = "plan" in agreement.differing
+            everywhere = self._ranks.gather_objects(texts) if differs else []
             with attempt.local():
-                self._take_plans(texts, groups, differs=differs)
+                self._take_plans(everywhere, groups)
             attempt.vote()
             plans = [PlanText.of(self._plan(own)).digest for own in self._models]
             self._digest = digest(json.dumps(plans))
@@ -155,24 +178,32 @@ class Together:
         slope_digest = digest(f"{digest_of_tensors(slopes)} {parts}")
         counts = self._counts()
         options = self._all_options(groups, parameters)
+        apart = "or pass process_group=False to train each rank alone"
         compared = (
             Compared(
-                *("options", digest(json.dumps(options)), lambda: options),
+                "options",
+                digest(json.dumps(options)),
+                lambda: options,
                 "Make the same KFC for the same model on all ranks",
             ),
             Compared(
-                *("counts", digest(json.dumps(counts)), lambda: counts),
+                "counts",
+                digest(json.dumps(counts)),
+                lambda: counts,
                 "A step was taken on some ranks alone: load a checkpoint on all",
             ),
             Compared(
-                *("parameters", digest_of_tensors(values), lambda: _each(values)),
+                "parameters",
+                digest_of_tensors(values),
+                lambda: _each(values),
                 "Begin with the same values, as by wrapping the model in "
-                "DistributedDataParallel; or pass process_group=False to train each rank alone",
+                f"DistributedDataParallel; {apart}",
             ),
             Compared(
-                *("gradients", slope_digest, lambda: _each(slopes) | dict.fromkeys(parts, "there")),
-                "Wrap the model in DistributedDataParallel, which averages them; or pass "
-                "process_group=False to train each rank alone",
+                "gradients",
+                slope_digest,
+                lambda: _each(slopes) | dict.fromkeys(parts, "there"),
+                f"Wrap the model in DistributedDataParallel, which averages them; {apart}",
             ),
         )
         likelihoods = [own.collector.choice.state() for own in self._models]
@@ -212,10 +243,13 @@ class Together:
 
     # -- what is made one --------------------------------------------------------------------
 
-    def _take_likelihoods(self) -> None:
+    def _take_likelihoods(self, everywhere: Sequence[Sequence[Mapping[str, object]]]) -> None:
         """Take what the first rank that knows has found; a rank that has found another gives no
-        statistics at this step."""
-        everywhere = self._ranks.gather_objects([o.collector.choice.state() for o in self._models])
+        statistics at this step.
+
+        Args:
+            everywhere: of each rank what it has found, by model.
+        """
         for number, own in enumerate(self._models):
             found: dict[str, object] = {}
             for states in everywhere:
@@ -223,19 +257,25 @@ class Together:
                     found.setdefault(path, state)
             before = own.collector.choice.state()
             if any(found[path] != state for path, state in before.items()):
+                here = "; ".join(own.collector.choice.lines)
                 own.collector.take()
+                own.collector.choice.restore(found)
                 warn(
                     "this rank has found another likelihood than a rank before it, whose it takes: "
-                    + "; ".join(own.collector.choice.lines)
-                    + " here. Pass likelihood= to kfc_fx.compile"
+                    f"{here} here. Pass likelihood= to kfc_fx.compile"
                 )
             own.collector.choice.restore(found)
 
-    def _take_plans(self, texts: Sequence[PlanText], groups: Groups, *, differs: bool) -> None:
-        everywhere = self._ranks.gather_objects(list(texts)) if differs else []
+    def _take_plans(self, everywhere: Sequence[Sequence[PlanText]], groups: Groups) -> None:
+        """Take one plan for each model, and build its engine.
+
+        Args:
+            everywhere: of each rank what it knows of the plans, by model; empty where all know the
+                same.
+        """
         for place, own in enumerate(self._models):
             plan, gradients = self._plan(own), own.gradients(groups)
-            if differs:
+            if everywhere:
                 here = own.compilation.plan if own.compilation.captured else plan
                 order = list(own.binding.parameters)
                 plan = merged_plan(plan, [each[place] for each in everywhere], order)

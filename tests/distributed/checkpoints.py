@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import kfc_fx
-from tests.distributed.data_parallel import DDP, net, step_of
 from tests.distributed.launch import start
+from tests.distributed.training import DDP, net, step_of
 
 STEPS = 6
 CASES = [

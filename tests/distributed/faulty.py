@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import kfc_fx
 from tests.distributed.checkpoints import examples
-from tests.distributed.data_parallel import DDP, net, own_batch, step_of
+from tests.distributed.training import DDP, net, own_batch, step_of
 
 STEPS = 12
 SAVED_EVERY = 3

@@ -11,8 +11,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchvision.models import resnet50
 
 import kfc_fx
-from kfc_fx.distributed.owners import imbalance, owners_of
-from kfc_fx.distributed.ranks import Attempt, Ranks
+from kfc_fx.distributed.attempt import Attempt
+from kfc_fx.distributed.owners import busiest_share, owners_of
+from kfc_fx.distributed.ranks import Ranks
 
 
 def main() -> None:
@@ -34,9 +35,10 @@ def main() -> None:
     numbers = sum(v.numel() for own in held.values() for v in own.values())
     parameters = sum(p.numel() for p in net.parameters())
     assert all(p.isfinite().all() for p in net.parameters())
-    own = [name for name, rank in owners_of(spec, ranks).items() if rank == 0]
+    owners = owners_of(spec, ranks)
+    own = [name for name, rank in owners.items() if rank == 0]
     assert distribute == "refresh" or sorted(held) == sorted(own)
-    print(f"{numbers / parameters:.4f} {imbalance(spec, ranks):.4f}")
+    print(f"{numbers / parameters:.4f} {ranks * busiest_share(spec, owners, ranks):.4f}")
 
 
 if __name__ == "__main__":

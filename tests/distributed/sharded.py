@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import kfc_fx
-from tests.distributed.data_parallel import (
+from tests.distributed.launch import run_scenarios
+from tests.distributed.training import (
     SCALINGS,
     WHOLE,
     everywhere,
@@ -31,7 +32,6 @@ from tests.distributed.data_parallel import (
     step_of,
     told,
 )
-from tests.distributed.launch import run_scenarios
 
 
 class Layer(nn.Module):
@@ -299,7 +299,35 @@ def passes_without_gradients_between_steps_change_nothing() -> None:
         assert all(map(torch.equal, *found)), parts
 
 
+def a_full_state_dict_has_the_blocks_of_all_owners() -> None:
+    model = kfc_fx.compile(sharded())
+    opt = kfc_fx.KFC(model, statistics=WHOLE)
+    for step in range(3):
+        step_of(model, opt, *own_batch(step))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    found = get_state_dict(model, opt, options=options)
+    weights, state = everywhere(found)[0]
+    for name in ("conv.weight", "body.0.linear.weight", "head.weight"):
+        assert "q_omega" in state["state"][name], state["state"][name].keys()
+        assert not isinstance(state["state"]["body.0.shift"]["m"], DTensor)
+    other = kfc_fx.compile(sharded())
+    again = kfc_fx.KFC(other, statistics=WHOLE)
+    other.kfc.trace(own_batch(0)[0])
+    set_state_dict(
+        other,
+        again,
+        model_state_dict=weights,
+        optim_state_dict=state,
+        options=StateDictOptions(full_state_dict=True),
+    )
+    for step in range(3, 6):
+        step_of(model, opt, *own_batch(step))
+        step_of(other, again, *own_batch(step))
+    assert all(map(torch.equal, whole(model), whole(other)))
+
+
 SCENARIOS = [
+    a_full_state_dict_has_the_blocks_of_all_owners,
     passes_without_gradients_between_steps_change_nothing,
     steps_are_those_of_one_process,
     decay_averages_and_groups_are_those_of_one_process,

@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.distributed.data_parallel import SCENARIOS
+from tests.distributed import changing_models, data_parallel, one_rank_differs
 from tests.distributed.launch import run_ranks
 
 FEW = [
     "factors_and_first_steps_are_those_of_one_process",
     "uneven_batches_count_by_their_examples",
-    "an_expert_that_one_rank_does_not_use_is_a_block_on_all",
 ]
 """What is run by three ranks too."""
 
@@ -20,13 +19,20 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("part", range(3))
-def test_two_ranks(part):
-    names = [scenario.__name__ for scenario in SCENARIOS][part::3]
-    printed = run_ranks("tests.distributed.data_parallel", 2, *names)
+@pytest.mark.parametrize("program", [data_parallel, one_rank_differs, changing_models])
+def test_two_ranks(program):
+    names = [scenario.__name__ for scenario in program.SCENARIOS]
+    printed = run_ranks(program.__name__, 2, *names)
     assert printed.split("passed: ")[1:] == [f"{name}\n" for name in names]
 
 
-def test_three_ranks():
-    printed = run_ranks("tests.distributed.data_parallel", 3, *FEW)
-    assert printed.split("passed: ")[1:] == [f"{name}\n" for name in FEW]
+@pytest.mark.parametrize(
+    ("program", "names"),
+    [
+        ("data_parallel", FEW),
+        ("one_rank_differs", ["an_expert_that_one_rank_does_not_use_is_a_block_on_all"]),
+    ],
+)
+def test_three_ranks(program, names):
+    printed = run_ranks(f"tests.distributed.{program}", 3, *names)
+    assert printed.split("passed: ")[1:] == [f"{name}\n" for name in names]

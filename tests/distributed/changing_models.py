@@ -1,0 +1,178 @@
+"""Run by torchrun: state whose blocks are on several ranks, and models that change."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import kfc_fx
+import kfc_fx.distributed.statistics
+from tests.distributed.launch import run_scenarios
+from tests.distributed.training import (
+    DDP,
+    WHOLE,
+    assert_replicas_equal,
+    averaged_by_hand,
+    everywhere,
+    expect,
+    made,
+    net,
+    own_batch,
+    step_of,
+)
+
+
+def the_state_of_all_blocks_is_brought_to_one_rank() -> None:
+    ddp, opt = made("eigen", distribute="update")
+    for step in range(4):
+        step_of(ddp, opt, *own_batch(step))
+    names = everywhere(sorted(opt.factors))
+    assert sorted(name for own in names for name in own) == ["conv", "down", "head", "norm"]
+    expect(opt.state_dict, "is on other ranks: call opt.consolidate_state_dict(to=0) on all ranks")
+    opt.consolidate_state_dict(to=1)
+    if dist.get_rank() == 1:
+        alone = kfc_fx.compile(net())
+        alone.load_state_dict(ddp.module.state_dict())
+        its = kfc_fx.KFC(alone, scaling="eigen", statistics=WHOLE, process_group=False)
+        its.load_state_dict(opt.state_dict())
+        alone.kfc.trace(own_batch(0)[0])
+        for name, factors in opt.factors.items():
+            torch.testing.assert_close(its.factors[name].omega, factors.omega, rtol=0, atol=0)
+        assert all(factors.gamma.any() for factors in its.factors.values())
+        assert its.diagnostics.steps == 4
+    else:
+        expect(opt.state_dict, "is on other ranks")
+    step_of(ddp, opt, *own_batch(4))
+    expect(opt.state_dict, "is on other ranks")  # what was brought together is of before
+
+
+def a_state_that_lacks_blocks_is_refused() -> None:
+    ddp, opt = made("adam", distribute="update")
+    for step in range(2):
+        step_of(ddp, opt, *own_batch(step))
+    everybodys = everywhere(opt._state_dict())
+    other, again = made("adam", distribute="update")
+    again.load_state_dict(everybodys[0])  # on all ranks
+    found = ""
+    try:
+        step_of(other, again, *own_batch(2))
+    except kfc_fx.KfcError as error:
+        found = str(error)
+    assert "there is no state of" in found, found
+
+
+def layers_that_join_keep_the_owners_of_the_others() -> None:
+    inner = kfc_fx.compile(net())
+    opt = kfc_fx.KFC(inner, statistics=WHOLE, distribute="update")
+    inner.down.requires_grad_(False)
+    for step in range(3):
+        averaged_by_hand(inner, opt, *own_batch(step))
+    owners = dict(opt._engine.owners)
+    inner.down.requires_grad_(True)
+    for step in range(3, 7):
+        averaged_by_hand(inner, opt, *own_batch(step))
+        assert_replicas_equal(inner, f"step {step}")
+    assert owners.items() < opt._engine.owners.items()
+    inner.conv.requires_grad_(False)
+    for step in range(7, 24):
+        averaged_by_hand(inner, opt, *own_batch(step))
+    inner.conv.requires_grad_(True)
+    for step in range(24, 28):
+        averaged_by_hand(inner, opt, *own_batch(step))
+        assert_replicas_equal(inner, f"step {step}")
+
+
+def a_copy_trains_on_as_the_original() -> None:
+    ddp, opt = made()
+    for step in range(3):
+        step_of(ddp, opt, *own_batch(step))
+    inner, its = copy.deepcopy((ddp.module, opt))
+    other = DDP(inner)
+    for step in range(3, 6):
+        step_of(ddp, opt, *own_batch(step))
+        step_of(other, its, *own_batch(step))
+    torch.testing.assert_close(
+        list(inner.parameters()), list(ddp.module.parameters()), rtol=0, atol=0
+    )
+
+
+def a_layer_that_is_replaced_between_statistics_trains() -> None:
+    for distribute in ("refresh", "update"):
+        inner = kfc_fx.compile(net())
+        statistics = kfc_fx.Statistics(every=30, refresh_every=30, samples=None)
+        opt = kfc_fx.KFC(inner, statistics=statistics, distribute=distribute)
+        for step in range(11):
+            averaged_by_hand(inner, opt, *own_batch(step))
+        assert not opt._models[0].collector.armed
+        torch.manual_seed(8)
+        inner.head = nn.Linear(16, 5)
+        inner.shift = nn.Parameter(torch.zeros(5))
+        opt.add_param_group({"params": [*inner.head.parameters(), inner.shift]})
+        before = inner.head.weight.detach().clone()
+        for step in range(11, 15):
+            averaged_by_hand(inner, opt, *own_batch(step))
+            assert_replicas_equal(inner, f"{distribute} step {step}")
+        assert not torch.equal(before, inner.head.weight)
+
+
+def a_layer_that_is_trained_again_keeps_its_block() -> None:
+    inner = kfc_fx.compile(net())
+    statistics = kfc_fx.Statistics(every=60, refresh_every=60, samples=None)
+    opt = kfc_fx.KFC(inner, statistics=statistics)
+    for step in range(10):
+        averaged_by_hand(inner, opt, *own_batch(step))
+    inner.down.requires_grad_(False)
+    for step in range(10, 24):
+        averaged_by_hand(inner, opt, *own_batch(step))
+    inner.down.requires_grad_(True)
+    while opt._models[0].schedule.statistics_due(opt.diagnostics.steps):
+        averaged_by_hand(inner, opt, *own_batch(24))
+    averaged_by_hand(inner, opt, *own_batch(25))
+    assert "down" in {block.name for block in opt._engine.blocks}
+
+
+def a_whole_state_comes_from_all_owners() -> None:
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    ddp, opt = made("adam", distribute="update")
+    for step in range(4):
+        step_of(ddp, opt, *own_batch(step))
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = everywhere(get_optimizer_state_dict(ddp, opt, options=whole))[0]
+    weights = ("conv.weight", "down.weight", "head.weight")
+    assert all("q_omega" in state["state"][name] for name in weights), state["state"].keys()
+    other, again = made("adam", distribute="update")
+    other.module.load_state_dict(ddp.module.state_dict())
+    set_optimizer_state_dict(other, again, state)
+    for step in range(4, 7):
+        step_of(ddp, opt, *own_batch(step))
+        step_of(other, again, *own_batch(step))
+    assert all(map(torch.equal, ddp.parameters(), other.parameters()))
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    own = state if dist.get_rank() == 0 else {}
+    expect(
+        lambda: set_optimizer_state_dict(other, again, own, options=options),
+        "broadcast_from_rank0 brings no blocks",
+    )
+
+
+SCENARIOS = [
+    a_layer_that_is_replaced_between_statistics_trains,
+    a_layer_that_is_trained_again_keeps_its_block,
+    a_whole_state_comes_from_all_owners,
+    the_state_of_all_blocks_is_brought_to_one_rank,
+    a_state_that_lacks_blocks_is_refused,
+    layers_that_join_keep_the_owners_of_the_others,
+    a_copy_trains_on_as_the_original,
+]
+
+
+if __name__ == "__main__":
+    run_scenarios(SCENARIOS)
