@@ -78,4 +78,4 @@ def _or_zeros(value: Tensor | None, count: int, shape: tuple[int, ...], stack: S
     dtype = getattr(torch, stack.dtype)
     if value is None:
         return torch.zeros((count, *shape[1:]), dtype=dtype, device=stack.device)
-    return value.to(dtype)
+    return value.to(stack.device, dtype)

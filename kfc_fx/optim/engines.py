@@ -39,21 +39,24 @@ def built_engine(
         OptionError: options do not go with where the parameters are, or with divided blocks.
     """
     compiled, graph = options.compile_update, options.cuda_graph
-    _check_one_device(spec, parameters, compiled=compiled)
+    check_one_device(spec, parameters, compiled=compiled)
     if ranks is not None:
         _refuse_graph(graph)
         return DividedEngine(
             spec, saved, parameters, ranks, owners, compiled=compiled, momenta=momenta
         )
-    captured = _captures(spec, parameters, graph)
+    captured = captures(spec, parameters, graph)
     return UpdateEngine(
         spec, saved, parameters, compiled=compiled, captured=captured, momenta=momenta
     )
 
 
-def _check_one_device(
-    spec: UpdateSpec, parameters: Mapping[str, Tensor], *, compiled: bool
-) -> None:
+def check_one_device(spec: UpdateSpec, parameters: Mapping[str, Tensor], *, compiled: bool) -> None:
+    """That a step to be compiled is on one device.
+
+    Raises:
+        OptionError: it is not.
+    """
     devices = {str(parameters[name].device) for name in spec.parameters}
     if compiled and len(devices) > 1:
         raise OptionError(
@@ -70,7 +73,7 @@ def _refuse_graph(wanted: bool | None) -> None:
         )
 
 
-def _captures(spec: UpdateSpec, parameters: Mapping[str, Tensor], wanted: bool | None) -> bool:
+def captures(spec: UpdateSpec, parameters: Mapping[str, Tensor], wanted: bool | None) -> bool:
     """Whether steps are replayed as a CUDA graph.
 
     Raises:

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import kfc_fx
-from kfc_fx.optim.binding import _check_one_device
+from kfc_fx.optim.engines import check_one_device
 from tests.options import kfc
 from tests.written_out import assert_same, batches, network
 
@@ -52,6 +52,6 @@ def test_compiled_steps_equal_the_others_and_compile_once(scaling, monkeypatch):
 def test_parameters_on_two_devices_are_refused():
     spec = SimpleNamespace(parameters=("a", "b"))
     parameters = {"a": torch.empty(1), "b": torch.empty(1, device="meta")}
-    _check_one_device(spec, parameters, compiled=False)
+    check_one_device(spec, parameters, compiled=False)
     with pytest.raises(kfc_fx.OptionError, match="these are on cpu, meta"):
-        _check_one_device(spec, parameters, compiled=True)
+        check_one_device(spec, parameters, compiled=True)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import kfc_fx
 from kfc_fx.engine import static_step
 from kfc_fx.errors import KfcWarning, OptionError
-from kfc_fx.optim import binding
+from kfc_fx.optim import engines
 from tests.models import collector_of, saved_state
 from tests.options import kfc
 
@@ -30,7 +30,7 @@ def recorded(monkeypatch):
         made.append(device)
         return body
 
-    monkeypatch.setattr(binding, "_captures", lambda spec, parameters, wanted: wanted is not False)
+    monkeypatch.setattr(engines, "captures", lambda spec, parameters, wanted: wanted is not False)
     monkeypatch.setattr(static_step, "record", record)
     return made
 

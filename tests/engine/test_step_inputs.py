@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import kfc_fx
 from kfc_fx.engine import static_step
 from kfc_fx.engine.step_inputs import Momenta, StepNumbers, arguments
-from kfc_fx.optim import binding
+from kfc_fx.optim import engines
 from tests.options import kfc
 
 SCALINGS = ("adam", "spectral", "eigen", "inverse")
@@ -132,7 +132,7 @@ def test_a_momentum_that_changes_from_step_to_step_is_compiled_once(monkeypatch)
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_a_momentum_that_changes_from_step_to_step_is_recorded_once(scaling, monkeypatch):
     recorded = []
-    monkeypatch.setattr(binding, "_captures", lambda spec, parameters, wanted: wanted is not False)
+    monkeypatch.setattr(engines, "captures", lambda spec, parameters, wanted: wanted is not False)
     monkeypatch.setattr(static_step, "record", lambda body, device: recorded.append(body) or body)
     plain = Steps(scaling, cuda_graph=False, **without_clip(scaling))
     static = Steps(scaling, cuda_graph=True, **without_clip(scaling))

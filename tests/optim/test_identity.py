@@ -214,11 +214,11 @@ def test_parameters_that_are_replaced_in_the_model_and_in_the_groups_go_on():
 
 
 def test_halves_that_are_frozen_by_turns_build_no_update_each_step(monkeypatch):
-    from kfc_fx.optim import binding
+    from kfc_fx.optim import engines
 
     built = []
-    engine = binding.UpdateEngine
-    monkeypatch.setattr(binding, "UpdateEngine", lambda *a, **k: built.append(1) or engine(*a, **k))
+    engine = engines.UpdateEngine
+    monkeypatch.setattr(engines, "UpdateEngine", lambda *a, **k: built.append(1) or engine(*a, **k))
     run = start()
     run.train(3)
     for step in range(12):
