@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,23 +17,43 @@ import torch.distributed as dist
 ROOT = Path(__file__).parents[2]
 SECONDS = 60
 """For which a rank waits for the others."""
+LONGEST = 400
+"""Seconds that a program may take."""
 
 Scenario = Callable[[], None]
 
 
-def run_ranks(
-    module: str, ranks: int, *arguments: str, seconds: int = 400, any_end: bool = False
-) -> str:
-    """What a program prints; an error with it, where the program fails.
+def run_ranks(module: str, ranks: int, *arguments: str, any_end: bool = False) -> str:
+    """What a program of these tests prints; an error with it, where the program fails.
 
     Args:
         any_end: it may fail.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={ranks}", "-m", module, *arguments]
-    result = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False
-    )
+    return torchrun(ranks, "-m", module, *arguments, any_end=any_end)
+
+
+def torchrun(
+    ranks: int,
+    *arguments: str,
+    folder: Path = ROOT,
+    environment: Mapping[str, str] | None = None,
+    any_end: bool = False,
+) -> str:
+    """What processes print that torchrun starts; an error with it, where one of them fails.
+
+    Args:
+        arguments: of torchrun, after the number of processes.
+        folder: where they run.
+        environment: beside that of this process.
+        any_end: they may fail.
+    """
+    with tempfile.TemporaryDirectory() as logs:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={ranks}", f"--log-dir={logs}", *arguments]
+        result = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, timeout=LONGEST, check=False,
+            env={**os.environ, **(environment or {})},
+        )  # fmt: skip
     told = [line for line in result.stderr.splitlines() if "torch/distributed" not in line]
     assert any_end or result.returncode == 0, "\n".join([result.stdout, *told[-80:]])
     return result.stdout

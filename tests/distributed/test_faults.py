@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from tests.distributed.launch import ROOT, run_ranks
+from tests.distributed.launch import run_ranks, torchrun
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch without distributed"
@@ -19,14 +16,11 @@ FAULTY = "tests.distributed.faulty"
 
 
 def _ended(kill_at, folder):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    result = subprocess.run(
-        [*command, "--max-restarts=1", "-m", FAULTY, "restart", str(folder), kill_at],
-        cwd=ROOT, capture_output=True, text=True, timeout=240, check=False,
-        env={**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},  # else gloo never restarts
+    printed = torchrun(
+        2, "--max-restarts=1", "-m", FAULTY, "restart", str(folder), kill_at,
+        environment={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},  # else gloo never restarts
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-4000:]
-    return re.search(r"ended after 12 steps: (\S+), from (\d+), by 2", result.stdout).groups()
+    return re.search(r"ended after 12 steps: (\S+), from (\d+), by 2", printed).groups()
 
 
 def test_a_killed_process_is_restarted_from_the_last_whole_checkpoint(tmp_path):
