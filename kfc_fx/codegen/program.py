@@ -16,7 +16,7 @@ def generate(spec: UpdateSpec) -> UpdateProgram:
     Deterministic: equal specs give the same text, byte for byte, on one kind of processor.
     """
     updates = apply_graphs(spec)
-    if not spec.given_steps:
+    if spec.stacks and not spec.given_steps:
         updates = [accumulate_graph(spec), refresh_graph(spec), *updates]
     choose_products(updates, spec.stacks)
     return build_program(spec, _header(spec), updates)

@@ -167,6 +167,8 @@ class UpdateSpec:
     ``Qᵀ F Q``. Every statistic must be followed by a refresh then."""
     given_steps: bool = False
     """Whether the steps of the blocks come from elsewhere, and the update has no state of them."""
+    given_generic: tuple[str, ...] = ()
+    """Parameters without a block whose steps come from elsewhere, besides :attr:`generic`."""
 
     @cached_property
     def _hash(self) -> int:
@@ -189,7 +191,7 @@ class UpdateSpec:
     def parameters(self) -> tuple[str, ...]:
         """Every parameter the update changes, in the order of its lists."""
         in_blocks = [p for stack in self.stacks for block in stack.blocks for p in block.parameters]
-        return (*in_blocks, *(g.name for g in self.generic))
+        return (*in_blocks, *self.given_generic, *(g.name for g in self.generic))
 
     @property
     def scalings(self) -> tuple[ScalingSpec, ...]:

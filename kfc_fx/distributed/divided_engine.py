@@ -14,11 +14,12 @@ from kfc_fx.codegen.part import part_of
 from kfc_fx.codegen.scalings.rules import steps_by_vector
 from kfc_fx.codegen.spec import StackSpec, UpdateSpec
 from kfc_fx.distributed.attempt import Attempt
+from kfc_fx.distributed.generic_rows import GenericRows
 from kfc_fx.distributed.owners import owners_of
 from kfc_fx.distributed.packing import Slot
 from kfc_fx.distributed.ranks import Ranks
 from kfc_fx.distributed.sharded_state import ShardedState
-from kfc_fx.distributed.shards import is_sharded, locals_of
+from kfc_fx.distributed.shards import Sharding, is_sharded, locals_of
 from kfc_fx.distributed.step_exchange import ReplicatedSteps, ShardedSteps, StepExchange
 from kfc_fx.engine.engine import UpdateEngine
 from kfc_fx.engine.factors import Factors
@@ -37,8 +38,9 @@ class DividedEngine:
     """State and steps of the blocks that this rank owns, and the update of everything else.
 
     An owner computes the steps of its blocks and no others, by a program that was generated for
-    these. One collective brings all steps to all ranks. Weight decay, averages, copies in single
-    precision and parameters without a block are updated everywhere, by a program of their own.
+    these. Of a large parameter without a block every rank owns some rows. One collective brings all
+    steps to all ranks. Weight decay, averages, copies in single precision and small parameters
+    without a block are updated everywhere, by a program of their own.
 
     Args:
         spec: of the whole update.
@@ -68,33 +70,55 @@ class DividedEngine:
         self.started = saved.started and not joined
         self._written_out = False
         part = part_of(spec, {name for name, owner in self.owners.items() if owner == ranks.rank})
-        clip = "shared" if part.clip == "factors" else part.clip
-        part = replace(
-            part, generic=(), weight_decay=False, average=False, master_weights=(), clip=clip
-        )
-        layouts = _layouts(spec, self.owners, ranks.count)
-        dtypes = [getattr(torch, stack.dtype) for stack in spec.stacks]
-        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-        device = torch.device(spec.stacks[0].device)
         self.is_sharded = is_sharded(parameters.values())
         """Whether parameters are, so that gradients come to their owners by :meth:`receive`."""
+        self.rows = None if self.is_sharded else GenericRows(spec, parameters, saved.generic, ranks)
+        """Of parameters without a block; None where these step on their shards."""
+        divided = self.rows.shardings if self.rows else {}
+        part = replace(
+            part,
+            generic=self.rows.own if self.rows else (),
+            weight_decay=False,
+            average=False,
+            master_weights=(),
+            clip="shared" if part.clip == "factors" else part.clip,
+        )
+        layouts = _layouts(spec, self.owners, divided, ranks.count)
+        dtypes = [getattr(torch, stack.dtype) for stack in spec.stacks]
+        dtypes += [parameters[name].dtype for name in divided]
+        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        device = torch.device(spec.stacks[0].device)
         self._exchange: StepExchange
-        if self.is_sharded:
+        if self.rows is None:
             self._exchange = ShardedSteps(layouts, parameters, ranks, dtype, device)
             saved = ShardedState(parameters).local_state(saved)
         else:
-            self._exchange = ReplicatedSteps(layouts, ranks, dtype, device)
+            self._exchange = ReplicatedSteps(layouts, self.rows, ranks, dtype, device)
+            saved = replace(saved, generic=_local(saved.generic, self.rows))
         self._own: UpdateEngine | None = None
         self.anew: list[str] = []
         """Blocks of this rank that there is no state of, or not what is kept of them now."""
-        if part.stacks:
+        if part.stacks or part.generic:
             own_momenta = None if momenta is None else self._momenta_of(part, momenta)
             steps = self._exchange.steps
             self._own = UpdateEngine(part, saved, steps, compiled=compiled, momenta=own_momenta)
             self._own.waiting, self._own.started = self.waiting, self.started
             self.anew = self._own.anew
-        rest, held = replace(spec, given_steps=True), locals_of(parameters)
-        self._rest = UpdateEngine(rest, saved, held, compiled=compiled, momenta=momenta)
+        rest = replace(
+            spec,
+            given_steps=True,
+            given_generic=tuple(divided),
+            generic=tuple(own for own in spec.generic if own.name not in divided),
+        )
+        everywhere = {n: entry for n, entry in saved.generic.items() if n not in divided}
+        left, held = replace(saved, generic=everywhere), locals_of(parameters)
+        self._rest = UpdateEngine(rest, left, held, compiled=compiled, momenta=momenta)
+        self._still = {
+            name: entry
+            for name, entry in everywhere.items()
+            if self.rows and all(self.rows.is_part(name, value) for value in entry.values())
+        }
+        """This rank's rows of moments of parameters that are not updated now."""
         self._rates: tuple[object, dict[str, Tensor]] = (None, {})
 
     # -- what there is -----------------------------------------------------------------------
@@ -132,7 +156,8 @@ class DividedEngine:
 
     def held(self) -> SavedState:
         """The state by name; of blocks of other ranks what they hold."""
-        blocks: Mapping[str, dict[str, Tensor]] = self._own.held().blocks if self._own else {}
+        own = self._own.held() if self._own else SavedState.empty()
+        rest = self._rest.held()
         elsewhere = {
             block.name: self._names_held(stack)
             for stack in self.spec.stacks
@@ -140,8 +165,9 @@ class DividedEngine:
             if self.owners[block.name] != self._ranks.rank
         }
         return replace(
-            self._rest.held(),
-            blocks=blocks,
+            rest,
+            blocks=own.blocks,
+            generic={**self._still, **rest.generic, **own.generic},
             plan=dict(self._plan),
             started=self.started,
             waiting=self.waiting,
@@ -156,7 +182,8 @@ class DividedEngine:
 
     def accumulate(self, statistics: ScreenedStatistics) -> None:
         """New statistics into the EMA of this rank's factors."""
-        if self._own:
+        if self.held_stacks:
+            assert self._own is not None
             self._own.accumulate(statistics)
         self.waiting, self._written_out = False, True
 
@@ -169,7 +196,8 @@ class DividedEngine:
         """Factors of this rank's blocks into inverses, bases or whitening matrices; returns the
         blocks for which that failed."""
         failed: list[str] = []
-        if self._own:
+        if self.held_stacks:
+            assert self._own is not None
             failed = self._own.refresh(options)
             self._own.state = {
                 key: {name: value.contiguous() for name, value in own.items()}
@@ -201,6 +229,9 @@ class DividedEngine:
             StepError: something has failed on another rank.
         """
         report, steps = self._steps(gradients, numbers, attempt)
+        if self.rows is not None:
+            without = self.rows.shardings.keys() - gradients.keys()
+            steps = {name: step for name, step in steps.items() if name not in without}
         self._rest.apply(locals_of(gradients), numbers, _no_scales, steps=steps)
         return report
 
@@ -223,7 +254,7 @@ class DividedEngine:
         with attempt.local():
             attempt.raise_own()
             own = self._exchange.owned(gradients)
-            if self._own:
+            if self._own and (own or self.held_stacks):
                 torch._foreach_zero_(list(self._exchange.steps.values()))
                 with suppress(_StopsHereError):
                     report = self._own.apply(own, self._numbers_of(numbers), whole)
@@ -262,7 +293,7 @@ class DividedEngine:
             own = momenta.stacks[stack.key]
             is_column = isinstance(own, Tensor)
             stacks[stack.key] = self._column(stack, own) if is_column else own  # type: ignore[arg-type]
-        return Momenta(stacks, {})
+        return Momenta(stacks, {own.name: momenta.generic[own.name] for own in part.generic})
 
     def _columns(
         self, part: UpdateSpec, values: Mapping[str, Tensor]
@@ -310,7 +341,19 @@ def _is_known(block: BlockSpec, saved: SavedState) -> bool:
     return known is not None and tuple(known["weight_shape"]) == block.weight_shape
 
 
-def _layouts(spec: UpdateSpec, owners: Mapping[str, int], ranks: int) -> list[dict[str, Slot]]:
+def _local(
+    generic: Mapping[str, Mapping[str, Tensor]], rows: GenericRows
+) -> dict[str, dict[str, Tensor]]:
+    """Moments of generic parameters, of those that are divided this rank's rows."""
+    return {
+        name: {key: rows.local(name, value) for key, value in entry.items()}
+        for name, entry in generic.items()
+    }
+
+
+def _layouts(
+    spec: UpdateSpec, owners: Mapping[str, int], divided: Mapping[str, Sharding], ranks: int
+) -> list[dict[str, Slot]]:
     """The parameters whose steps each rank sends."""
     layouts: list[dict[str, Slot]] = [{} for _ in range(ranks)]
     for stack in spec.stacks:
@@ -319,6 +362,9 @@ def _layouts(spec: UpdateSpec, owners: Mapping[str, int], ranks: int) -> list[di
             if block.bias is not None:
                 shapes[block.bias] = block.bias_shape
             layouts[owners[block.name]] |= {name: Slot(shape) for name, shape in shapes.items()}
+    for name, sharding in divided.items():
+        for rank, layout in enumerate(layouts):
+            layout[name] = Slot(sharding.shape_of(rank))
     return layouts
 
 

@@ -6,13 +6,16 @@ import json
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from kfc_fx.errors import OptionError, StepError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 PATIENCE = 2.0
 """Seconds for which ranks are waited for before somebody asks whether one has failed."""
@@ -109,6 +112,13 @@ class Ranks:
         that has no such time."""
         group: Any = self._group or dist.group.WORLD
         return getattr(group._get_backend(self.device).options, "_timeout", None)
+
+    def mesh(self) -> DeviceMesh:
+        """They as a mesh of one dimension."""
+        from torch.distributed.device_mesh import DeviceMesh
+
+        group = cast(dist.ProcessGroup, self._group or dist.group.WORLD)
+        return DeviceMesh.from_group(group, self.device.type)
 
     # -- collectives -------------------------------------------------------------------------
 

@@ -93,7 +93,7 @@ def sharding_of(name: str, parameter: Tensor, ranks: tuple[int, ...]) -> Shardin
     replicas: dict[int, int] = {}
     for rank in members:
         coordinate = [int(c) for c in (mesh.mesh == rank).nonzero()[0]]
-        chunks[rank] = _chunk(shape[placement.dim], coordinate[mesh_dim], mesh.size(mesh_dim))
+        chunks[rank] = chunk_of(shape[placement.dim], coordinate[mesh_dim], mesh.size(mesh_dim))
         replica = 0
         for number, own in enumerate(coordinate):
             if number != mesh_dim:
@@ -107,8 +107,9 @@ def sharding_of(name: str, parameter: Tensor, ranks: tuple[int, ...]) -> Shardin
     )
 
 
-def _chunk(size: int, index: int, count: int) -> tuple[int, int]:
-    """As ``torch.chunk`` divides: the last ones may be shorter, or empty."""
+def chunk_of(size: int, index: int, count: int) -> tuple[int, int]:
+    """Start and length of one chunk, as ``torch.chunk`` divides: the last ones may be shorter, or
+    empty."""
     length = -(-size // count)
     start = min(index * length, size)
     return start, min(start + length, size) - start

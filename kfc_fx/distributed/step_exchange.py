@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from kfc_fx.distributed.attempt import Attempt
+from kfc_fx.distributed.generic_rows import GenericRows
 from kfc_fx.distributed.packing import Slot, size_of, views_of
 from kfc_fx.distributed.ranks import Ranks
 from kfc_fx.distributed.shards import Shards, locals_of
 
 Layouts = Sequence[Mapping[str, Slot]]
-"""By rank the parameters of the blocks that it owns, and their shapes."""
+"""By rank the parameters of the blocks that it owns, and its rows of others, with their shapes."""
 
 
 class StepExchange(Protocol):
@@ -46,9 +47,14 @@ class ReplicatedSteps:
     """Every rank has all gradients and all parameters: steps are gathered."""
 
     def __init__(
-        self, layouts: Layouts, ranks: Ranks, dtype: torch.dtype, device: torch.device
+        self,
+        layouts: Layouts,
+        rows: GenericRows,
+        ranks: Ranks,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self._layouts, self._ranks = layouts, ranks
+        self._layouts, self._rows, self._ranks = layouts, rows, ranks
         self._sizes = [size_of(layout.values()) + 1 for layout in layouts]
         self._sent = torch.zeros(self._sizes[ranks.rank], dtype=dtype, device=device)
         self.steps = views_of(layouts[ranks.rank], self._sent)
@@ -59,16 +65,24 @@ class ReplicatedSteps:
 
     def owned(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`StepExchange`."""
-        return {name: gradients[name] for name in self.steps if name in gradients}
+        divided = self._rows.shardings
+        return {
+            name: self._rows.part(name, gradients[name]) if name in divided else gradients[name]
+            for name in self.steps
+            if name in gradients
+        }
 
     def send(self, attempt: Attempt) -> dict[str, Tensor]:
         """See :class:`StepExchange`."""
         self._sent[-1] = float(attempt.failed)
         parts = self._ranks.gather_parts(self._sent, self._sizes)
         attempt.settle(torch.stack([part[-1] for part in parts]).nonzero()[:, 0].tolist())
-        found: dict[str, Tensor] = {}
-        for layout, part in zip(self._layouts, parts, strict=True):
-            found |= views_of(layout, part)
+        everywhere = [
+            views_of(layout, part) for layout, part in zip(self._layouts, parts, strict=True)
+        ]
+        found = {name: step for steps in everywhere for name, step in steps.items()}
+        for name in self._rows.shardings:
+            found[name] = self._rows.joined(name, [steps[name] for steps in everywhere])
         return found
 
 

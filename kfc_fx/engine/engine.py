@@ -304,7 +304,7 @@ class UpdateEngine:
         """The step launch by launch; between its halves the exact Fisher matrix is asked."""
         functions, spec = program.functions, program.spec
         if self._compiled:
-            inputs = with_tensors(inputs, spec.stacks[0].device)
+            inputs = with_tensors(inputs, str(next(iter(inputs.parameters.values())).device))
         moments: dict[str, dict[str, Tensor]] = {}
         if spec.pauses:
             found = functions["precondition"](**arguments(program, "precondition", inputs))
@@ -379,12 +379,21 @@ class UpdateEngine:
     def _present(self, gradients: Mapping[str, Tensor]) -> UpdateSpec:
         """The spec for the parameters that have a gradient in this step."""
         generic = tuple(g for g in self.spec.generic if g.name in gradients)
+        given = tuple(name for name in self.spec.given_generic if name in gradients)
         partial = any(p not in gradients for block in self.blocks for p in block.parameters)
-        if len(generic) == len(self.spec.generic) and not partial:
+        same = (generic, given) == (self.spec.generic, self.spec.given_generic)
+        if same and not partial:
             return self.spec
         held = {g.name for g in generic} | {p for b in self.blocks for p in b.parameters}
+        held |= set(given)
         master_weights = tuple(name for name in self.spec.master_weights if name in held)
-        return replace(self.spec, generic=generic, partial=partial, master_weights=master_weights)
+        return replace(
+            self.spec,
+            generic=generic,
+            given_generic=given,
+            partial=partial,
+            master_weights=master_weights,
+        )
 
     def _fits(self, name: str, value: Tensor) -> bool:
         """Whether a value is of a parameter of this size, and not of one that was replaced."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from kfc_fx.inspect.packing import embedded_json, pack_document
 
-STYLES = ("theme.css", "frame.css", "graph.css", "panels.css", "plots.css")
+STYLES = ("theme.css", "frame.css", "graph.css", "panels.css", "plots.css", "world.css")
 SCRIPTS = (
     "elements.js",
     "numbers.js",
@@ -31,6 +31,7 @@ SCRIPTS = (
     "code_links.js",
     "code_view.js",
     "run_view.js",
+    "world_panel.js",
     "panel.js",
     "search.js",
     "selection.js",

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from kfc_fx.codegen.spec import StackSpec, UpdateSpec
+from kfc_fx.distributed.generic_rows import divided
 from kfc_fx.distributed.owners import busiest_share, owners_of, refresh_cost
 from kfc_fx.distributed.packing import size_of
 from kfc_fx.distributed.ranks import pads
@@ -100,7 +101,7 @@ def world_of(
         due_sent += _gathered(sizes)
     own = _owned_bytes(spec, owners, ranks)
     if way == "update":
-        step_sent = _gathered(own)
+        step_sent = _gathered(list(map(sum, zip(own, _rows_bytes(spec, ranks), strict=True))))
     elif way == "shard":
         step_sent = around * (sum(own) / ranks + max(own))
     every = inspection.optimizer.options.statistics.every
@@ -162,22 +163,28 @@ def _state(
     inspection: Inspection, spec: UpdateSpec, owners: Mapping[str, int], ranks: int, way: Way
 ) -> tuple[int, int]:
     """Bytes of state on the rank that has most, and in one process."""
-    load, moments = [0] * ranks, 0
+    load, everywhere = [0] * ranks, 0
     for stack in spec.stacks:
         for block in stack.blocks:
             load[owners[block.name]] += _state_bytes(spec, stack, block)
     parameters = inspection.parameters
     kept = 2 if spec.generic_rule == "adamw" else 1
     for generic in spec.generic:
-        moments += kept * 4 * parameters[generic.name].numel()
-    whole = sum(load) + moments
-    if way in ("none", "refresh"):
-        return whole, whole
-    return max(load) + (-(-moments // ranks) if way == "shard" else moments), whole
+        of_one = 4 * kept
+        rows = divided(generic.shape, ranks) if way != "shard" else None
+        moments = of_one * parameters[generic.name].numel()
+        if rows is not None:
+            load = [own + of_one * rows.numbers(rank) for rank, own in enumerate(load)]
+        elif way == "shard":
+            load = [own + -(-moments // ranks) for own in load]
+        else:
+            everywhere += moments
+    whole = sum(load) + everywhere
+    return (whole if way in ("none", "refresh") else max(load) + everywhere), whole
 
 
 def _owned_bytes(spec: UpdateSpec, owners: Mapping[str, int], ranks: int) -> list[int]:
-    """Bytes of the steps that each rank sends."""
+    """Bytes of the steps of its blocks that each rank sends."""
     load = [0] * ranks
     for stack in spec.stacks:
         for block in stack.blocks:
@@ -185,6 +192,12 @@ def _owned_bytes(spec: UpdateSpec, owners: Mapping[str, int], ranks: int) -> lis
             numbers += torch.Size(block.bias_shape).numel() if block.bias else 0
             load[owners[block.name]] += numbers * getattr(torch, stack.dtype).itemsize
     return load
+
+
+def _rows_bytes(spec: UpdateSpec, ranks: int) -> list[int]:
+    """Bytes of the steps of large parameters without a block that each rank sends."""
+    found = [divided(generic.shape, ranks) for generic in spec.generic]
+    return [sum(4 * own.numbers(rank) for own in found if own is not None) for rank in range(ranks)]
 
 
 def _gathered(sizes: Sequence[int]) -> float:

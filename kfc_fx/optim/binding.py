@@ -217,6 +217,21 @@ class Binding:
         divides = self._ranks.several and self._options.distribute == "update"
         return divides or is_sharded(self._held.values())
 
+    @property
+    def sharded_state(self) -> ShardedState:
+        """How state that is shaped like parameters lies on the ranks."""
+        rows = self._engine.rows if isinstance(self._engine, DividedEngine) else None
+        return ShardedState(self.parameters, rows)
+
+    @property
+    def elsewhere(self) -> list[str]:
+        """Blocks, and parameters without one, whose state is on other ranks or in part there."""
+        if self.is_consolidated:
+            return []
+        engine = self._engine
+        rows = engine.rows if isinstance(engine, DividedEngine) else None
+        return [*self.held().elsewhere, *(rows.shardings if rows else ())]
+
     def forget_consolidated(self) -> None:
         """Have this rank's part alone again."""
         self._consolidated, self._whole = {}, None
@@ -231,7 +246,7 @@ class Binding:
         """Bring the state of all ranks' blocks, and that of sharded parameters, to one rank, for as
         long as it is that."""
         self.forget_consolidated()
-        held, shapes = self.held(), ShardedState(self.parameters)
+        held, shapes = self.held(), self.sharded_state
         everywhere = self._ranks.gather_objects_on(rank, _on_cpu(held.blocks))
         whole = shapes.whole_state(held)
         if self._ranks.rank == rank:
@@ -284,9 +299,8 @@ class Binding:
         own = momenta(spec, self._options, self.by_name(groups))
         ranks = self._ranks if self.divided else None
         engine = built_engine(spec, saved, parameters, self._options, own, ranks, self._owners)
+        _refuse_lost([n for n in engine.anew if n in saved.plan and n not in saved.blocks])
         if isinstance(engine, DividedEngine):
-            held = saved.blocks.keys()
-            _refuse_lost([n for n in engine.anew if n in saved.plan and n not in held])
             self._owners |= engine.owners
         if self._resumes:
             self._check_loaded(engine.anew)

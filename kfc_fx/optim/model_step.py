@@ -15,7 +15,6 @@ from kfc_fx.capture.wrappers import refuse_tensor_parallel
 from kfc_fx.compilation import Compilation
 from kfc_fx.distributed.divided_engine import DividedEngine
 from kfc_fx.distributed.ranks import Ranks
-from kfc_fx.distributed.sharded_state import ShardedState
 from kfc_fx.distributed.shared_step import SharedStep
 from kfc_fx.engine.engine import UpdateEngine
 from kfc_fx.engine.screening import screen
@@ -127,7 +126,7 @@ class ModelStep:
             steps=self._diagnostics.steps,
             average=options.average is not None,
             master_weights=options.master_weights,
-            whole=_as_it_is if binding.is_consolidated else ShardedState(binding.parameters).whole,
+            whole=_as_it_is if binding.is_consolidated else binding.sharded_state.whole,
         )
 
     def record(self, groups: Groups) -> dict[str, Any]:

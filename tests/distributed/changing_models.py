@@ -6,7 +6,7 @@ import copy
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 import kfc_fx
 import kfc_fx.distributed.statistics
@@ -18,6 +18,7 @@ from tests.distributed.training import (
     averaged_by_hand,
     everywhere,
     expect,
+    joined_batch,
     made,
     net,
     own_batch,
@@ -163,7 +164,53 @@ def a_whole_state_comes_from_all_owners() -> None:
     )
 
 
+class Table(nn.Module):
+    """One block, and a table that is used twice, which has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(10, 4))
+        self.mix = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(x.flatten(1)[:, :10] @ self.table) @ self.table[:3].mT
+
+
+def moments(opt: kfc_fx.KFC) -> dict[str, Tensor]:
+    return opt._models[0].binding.held().generic["table"]
+
+
+def moments_of_large_parameters_are_divided() -> None:
+    for generic in ("adamw", "sgd"):
+        options = {"generic": generic, "weight_decay": 0.1, "average": 3.0}
+        options |= {"scaling": "inverse", "statistics": WHOLE, "seed": 1}
+        inner, alone = (kfc_fx.compile(net(Table, double=True)) for _ in range(2))
+        opt = kfc_fx.KFC(inner, distribute="update", **options)
+        its = kfc_fx.KFC(alone, process_group=False, **options)
+
+        for step in range(20):
+            frozen = 4 <= step < 17  # steps in which the table is not trained
+            for model in (inner, alone):
+                model.table.requires_grad_(not frozen)
+            averaged_by_hand(inner, opt, *own_batch(step, double=True))
+            step_of(alone, its, *joined_batch(step, double=True))
+            assert_replicas_equal(inner, f"{generic} step {step}")
+            whole = moments(its)
+            for name, part in moments(opt).items():
+                rows = whole[name].chunk(2)[dist.get_rank()]
+                torch.testing.assert_close(part, rows, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(inner.table, alone.table, rtol=1e-6, atol=1e-8)
+        expect(opt.state_dict, "is on other ranks")
+        opt.consolidate_state_dict(to=0)
+        if dist.get_rank() == 0:
+            state = opt.state_dict()["state"]
+            number = [id(p) for g in opt.param_groups for p in g["params"]].index(id(inner.table))
+            for name, value in moments(its).items():
+                torch.testing.assert_close(state[number][name], value, rtol=1e-6, atol=1e-8)
+
+
 SCENARIOS = [
+    moments_of_large_parameters_are_divided,
     a_layer_that_is_replaced_between_statistics_trains,
     a_layer_that_is_trained_again_keeps_its_block,
     a_whole_state_comes_from_all_owners,

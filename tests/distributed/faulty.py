@@ -23,6 +23,8 @@ from tests.distributed.training import DDP, net, own_batch, step_of
 
 STEPS = 12
 SAVED_EVERY = 3
+LOST = "KFC_FX_TEST_LOST"
+"""Set in the environment of the processes of the machine that is lost."""
 
 
 def made(distribute: str = "update", **options):
@@ -44,10 +46,12 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 
 
 def restart(folder: Path, kill_at: str) -> None:
-    """Train with checkpoints; the second rank dies once, in the middle of a step or of a save."""
+    """Train with checkpoints. Once a rank dies, in the middle of a step or of a save; or, of a
+    machine that is lost for good, with the agent that would start it again."""
     model, opt = made()
     first_try = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-    dies = first_try and kill_at != "never" and dist.get_rank() == dist.get_world_size() - 1
+    last = dist.get_rank() == dist.get_world_size() - 1
+    dies = LOST in os.environ if kill_at == "machine" else first_try and last
     if saved := whole_checkpoints(folder):
         state = state_of(model, opt)
         dcp.load(state, checkpoint_id=saved[-1])
@@ -55,6 +59,8 @@ def restart(folder: Path, kill_at: str) -> None:
     while (step := opt.diagnostics.steps) < STEPS:
         if dies and kill_at == "step" and step == 7:
             opt._engine._exchange.send = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        if dies and kill_at == "machine" and step == 7:
+            opt._engine._exchange.send = lambda *_: _lose_machine()
         step_of(model, opt, *examples(step))
         done = step + 1
         if done % SAVED_EVERY == 0:
@@ -69,6 +75,11 @@ def restart(folder: Path, kill_at: str) -> None:
         resumed = saved[-1].name if saved else "0"
         ranks = dist.get_world_size()
         print(f"ended after {opt.diagnostics.steps} steps: {total!r}, from {resumed}, by {ranks}")
+
+
+def _lose_machine() -> None:
+    for process in (os.getppid(), os.getpid()):
+        os.kill(process, signal.SIGKILL)
 
 
 def late(*_: object) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -57,6 +59,53 @@ def torchrun(
     told = [line for line in result.stderr.splitlines() if "torch/distributed" not in line]
     assert any_end or result.returncode == 0, "\n".join([result.stdout, *told[-80:]])
     return result.stdout
+
+
+def run_machines(
+    least: int, most: int, *arguments: str, environments: Sequence[Mapping[str, str]]
+) -> list[str]:
+    """What each of some machines prints, on which one torchrun starts one process. None has to end
+    well.
+
+    Args:
+        least: so many may go on.
+        most: so many start.
+        arguments: of torchrun, after what it is told of the machines.
+        environments: of each, beside that of this process; the first is the host.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={least}:{most}"]
+    command += ["--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}"]
+    command += ["--rdzv-conf=timeout=60,last_call_timeout=3", "--rdzv-id=test", *arguments]
+    started: list[subprocess.Popen[str]] = []
+    with tempfile.TemporaryDirectory() as logs:
+        try:
+            for environment in environments:
+                process = subprocess.Popen(
+                    [*command[:3], f"--log-dir={logs}", *command[3:]],
+                    cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                    env={**os.environ, **environment},
+                )  # fmt: skip
+                started.append(process)
+                _wait_for(port)  # so that the first is the host
+            return [process.communicate(timeout=LONGEST)[0] for process in started]
+        finally:
+            for process in started:
+                process.kill()
+
+
+def _wait_for(port: int) -> None:
+    end = time.monotonic() + SECONDS
+    while True:
+        try:
+            socket.create_connection(("localhost", port), timeout=1).close()
+        except OSError:
+            assert time.monotonic() < end, f"nobody listens on {port}"
+            time.sleep(0.1)
+        else:
+            return
 
 
 def start() -> None:

@@ -7,7 +7,8 @@ import re
 import pytest
 import torch
 
-from tests.distributed.launch import run_ranks, torchrun
+from tests.distributed import faulty
+from tests.distributed.launch import run_machines, run_ranks, torchrun
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch without distributed"
@@ -31,6 +32,16 @@ def test_a_killed_process_is_restarted_from_the_last_whole_checkpoint(tmp_path):
         ends[kill_at] = _ended(kill_at, folder)
     assert ends["step"] == (ends["save"][0], "6")  # from another place to the same end, bit for bit
     assert ends["save"][1] == "3"
+
+
+def test_a_run_goes_on_without_a_machine_that_is_lost(tmp_path):
+    restarts = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+    printed = run_machines(
+        2, 3, "--max-restarts=3", "-m", FAULTY, "restart", str(tmp_path), "machine",
+        environments=[restarts, restarts, {**restarts, faulty.LOST: "1"}],
+    )  # fmt: skip
+    ends = re.findall(r"ended after 12 steps: \S+, from (\d+), by (\d)", "".join(printed))
+    assert ends == [("6", "2")]
 
 
 def test_a_rank_that_does_not_come_ends_the_others_at_the_time_out_of_their_group(tmp_path):

@@ -50,6 +50,31 @@ def test_the_table_shows_them():
     assert slow[1]["mean_step"] != fast[1]["mean_step"]
 
 
+def test_the_page_has_a_tab_of_it(open_page):
+    document = json.loads(told("--world", "8", "--distribute", "update", "--view", "json"))
+    page = open_page(document)
+    page.open_tab("world")
+    world = document["world"]
+    worlds, owners = page.find_all("#panel table")
+    cells = [
+        [cell.text for cell in row.find_elements("css selector", "td")]
+        for row in worlds.find_elements("css selector", "tbody tr")
+    ]
+    assert [int(row[0]) for row in cells] == [own["ranks"] for own in world["worlds"]]
+    assert [row[-1] for row in cells] == [f"{own['mean_step']:.3f}x" for own in world["worlds"]]
+    assert "blocks are held and stepped by their owners" in page.find("#panel").text
+    rows = owners.find_elements("css selector", "tbody tr")
+    assert len(rows) == 8
+    page.find("#expand-all").click()
+    rows[3].find_element("css selector", ".link").click()
+    assert any(name in page.find("#details").text for name in world["owners"][3]["blocks"])
+
+
+def test_a_page_without_a_world_has_no_tab_of_it(open_page):
+    page = open_page(json.loads(told("--view", "json")))
+    assert not page.find_all("[data-tab=world]")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -7,6 +7,7 @@ import typer
 from kfc_fx.tools.bench.distributed import distributed
 from kfc_fx.tools.bench.kernels import kernels
 from kfc_fx.tools.bench.memory import memory
+from kfc_fx.tools.bench.rank import rank
 from kfc_fx.tools.bench.step import step
 from kfc_fx.tools.faults.command import faults
 from kfc_fx.tools.losses.command import losses
@@ -23,3 +24,4 @@ app.command()(memory)
 app.command()(losses)
 app.command()(faults)
 app.command()(distributed)
+app.command()(rank)

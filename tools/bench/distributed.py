@@ -43,7 +43,12 @@ class CollectiveCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[str] = Counter()
-        self.bytes = 0
+        self.bytes_by_name: Counter[str] = Counter()
+
+    @property
+    def bytes(self) -> int:
+        """Of the inputs of all calls."""
+        return sum(self.bytes_by_name.values())
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -55,7 +60,8 @@ class CollectiveCounter(TorchDispatchMode):
             if name not in ("wait_tensor", "barrier"):
                 self.calls[name] += 1
                 tensors = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
-                self.bytes += max((t.numel() * t.element_size() for t in tensors), default=0)
+                sizes = (t.numel() * t.element_size() for t in tensors)
+                self.bytes_by_name[name] += max(sizes, default=0)
         return func(*args, **(kwargs or {}))
 
 

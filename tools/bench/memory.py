@@ -23,26 +23,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import kfc_fx
+from kfc_fx.tools.bench.trainings import Training, gpt2, images, torchvision
 from kfc_fx.tools.data.networks import digits_net
 from kfc_fx.tools.failures import CommandError, one_line_failures, unknown_name
 
 GB = 10**9
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
-IMAGE_CLASSES = 1000
-TOKENS = 128
 RATE = 1e-4
-
-
-@dataclass(frozen=True)
-class Training:
-    """A freshly initialized model, its input, and the loss of a call of it."""
-
-    model: nn.Module
-    x: Tensor
-    loss: Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -72,38 +61,13 @@ class MemoryRow:
         return self.kfc.state_bytes / self.parameter_bytes
 
 
-def _images(model: nn.Module, batch: int, channels: int, side: int, classes: int) -> Training:
-    y = torch.randint(classes, (batch,))
-    x = torch.randn(batch, channels, side, side)
-    return Training(model, x, lambda output: F.cross_entropy(output, y))
-
-
-def _torchvision(name: str) -> Training:
-    from torchvision import models
-
-    return _images(getattr(models, name)(), 8, 3, 224, IMAGE_CLASSES)
-
-
-def _gpt2(layers: int, *, tied: bool, batch: int = 4) -> Training:
-    """GPT-2, 768 wide with 50,257 words, without dropout; it predicts the next word."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    off: dict[str, Any] = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0, "use_cache": False}
-    model = GPT2LMHeadModel(GPT2Config(n_layer=layers, tie_word_embeddings=tied, **off))
-    words = torch.randint(model.config.vocab_size, (batch, TOKENS + 1))
-    y = words[:, 1:].flatten()
-    return Training(
-        model, words[:, :-1], lambda output: F.cross_entropy(output.logits.flatten(0, 1), y)
-    )
-
-
 WORKLOADS: dict[str, Callable[[], Training]] = {
-    "digits-net": lambda: _images(digits_net((1, 8, 8), 10), 64, 1, 8, 10),
-    "resnet50": lambda: _torchvision("resnet50"),
-    "vgg16": lambda: _torchvision("vgg16"),
-    "gpt2, 2 layers, tied": lambda: _gpt2(2, tied=True),
-    "gpt2, 2 layers, untied": lambda: _gpt2(2, tied=False),
-    "gpt2": lambda: _gpt2(12, tied=True),
+    "digits-net": lambda: images(digits_net((1, 8, 8), 10), 64, 1, 8, 10),
+    "resnet50": lambda: torchvision("resnet50"),
+    "vgg16": lambda: torchvision("vgg16"),
+    "gpt2, 2 layers, tied": lambda: gpt2(2, tied=True),
+    "gpt2, 2 layers, untied": lambda: gpt2(2, tied=False),
+    "gpt2": lambda: gpt2(12, tied=True),
 }
 """Images of 224² by eights (digits: 8² by 64), 4 texts of 128 words."""
 

@@ -244,7 +244,7 @@ def _finish(context: Context, steps: Sequence[Value]) -> UpdateGraph:
     generic = generic_steps(context) if spec.generic else None
     parameters = arguments["parameters"]
     update.section("steps by parameter" + ", and all that is written" * bool(spec.master_weights))
-    found = update.let("steps", update.call(merged, *steps) if len(steps) > 1 else steps[0])
+    found = _by_parameter(update, steps)
     written = parameters
     if spec.master_weights:
         written = update.let(
@@ -259,8 +259,9 @@ def _finish(context: Context, steps: Sequence[Value]) -> UpdateGraph:
     update.section("the only writes to the parameters")
     if spec.weight_decay:
         update.effect(torch._foreach_mul_, everything, arguments["shrink"])
-    moved = update.call(values_at, written, found)
-    update.effect(torch._foreach_add_, moved, update.call(list, found.values()))
+    if found is not None:
+        moved = update.call(values_at, written, found)
+        update.effect(torch._foreach_add_, moved, update.call(list, found.values()))
     if generic is not None:
         names = [parameter.name for parameter in spec.generic]
         update.effect(torch._foreach_sub_, [written[name] for name in names], generic)
@@ -272,3 +273,10 @@ def _finish(context: Context, steps: Sequence[Value]) -> UpdateGraph:
         weight = 1 - arguments["average_decay"]
         update.effect(torch._foreach_lerp_, context.result["average"], everything, weight)
     return update.finish(context.result)
+
+
+def _by_parameter(update: UpdateGraph, steps: Sequence[Value]) -> Value | None:
+    """The steps of all blocks in one mapping; None where there is no block."""
+    if not steps:
+        return None
+    return update.let("steps", update.call(merged, *steps) if len(steps) > 1 else steps[0])

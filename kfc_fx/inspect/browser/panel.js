@@ -1,10 +1,13 @@
-// The bottom panel: code of the stage, the parts of the update, the run; one tab each.
+// The bottom panel: code of the stage, the parts of the update, the run, the ranks; one tab each.
+
+const TAB_TITLES = { stage: "stage code", run: "training run", world: "many processes" };
 
 function drawTabs() {
   const names = [
     "stage",
     ...Object.keys(model.update ?? {}).filter((part) => model.update[part]),
     ...(model.run ? ["run"] : []),
+    ...(model.world ? ["world"] : []),
   ];
   const tabs = names.map((name) =>
     html(
@@ -24,8 +27,7 @@ function drawTabs() {
 }
 
 function tabTitle(name) {
-  if (name === "stage") return "stage code";
-  return name === "run" ? "training run" : `update: ${name}`;
+  return TAB_TITLES[name] ?? `update: ${name}`;
 }
 
 function openTab(name) {
@@ -42,6 +44,7 @@ function openTab(name) {
 
 function panelContent(name) {
   if (name === "run") return runPanel();
+  if (name === "world") return worldPanel();
   if (name === "stage")
     return codeList(view.stage.code, `Code of the stage ${view.stage.name}`, chooseStageLine);
   return codeList(model.update[name], `Update: ${name}`, (line) =>
