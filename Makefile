@@ -2,13 +2,16 @@
 # make test    set up .venv and run lint, types and tests
 # make fuzz    properties of random networks and programs, for MINUTES=20
 #
-# The set-up is done once, and again only after pyproject.toml has changed.
+# The set-up is done once, and again only after pyproject.toml has changed. EXTRAS=trainers installs
+# the trainers of others too, whose tests are skipped without them.
 
 PYTHON ?= python3
 MINUTES ?= 20
+EXTRAS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/ready
+comma := ,
+READY := $(VENV)/ready$(addprefix -,$(EXTRAS))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint fuzz clean
@@ -41,7 +44,7 @@ $(READY): pyproject.toml
 			"name one, as in make PYTHON=python3.12" >&2; exit 1; }
 	@echo "==> setting up $(VENV) with $$($(PYTHON) --version) (once; some minutes to download torch)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev$(addprefix $(comma),$(EXTRAS))]'
 	@touch $@
 
 clean:

@@ -1,7 +1,8 @@
 """Every code block of the project's pages is true: it runs, or it is what comes out today.
 
 The words behind the opening fence say what a block is: ``python`` runs, with the page's other
-blocks in one namespace; ``python update`` shows parts of the source of the ``opt`` that those made;
+blocks in one namespace; ``python trainers`` does so in tests/trainers, which has the packages;
+``python update`` shows parts of the source of the ``opt`` that those made;
 ``console`` shows commands with their output; ``sh`` has commands alone; ``text`` is no code. A line
 ``...`` stands for any lines.
 """
@@ -30,7 +31,7 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 FENCED = re.compile(r"^```(.*?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-KINDS = ("python", "python update", "console", "sh", "text")
+KINDS = ("python", "python trainers", "python update", "console", "sh", "text")
 
 
 @dataclass(frozen=True)

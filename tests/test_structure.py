@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 """What the files of a folder, or a file beside the folders, may import besides each other."""
 EVERYTHING = set(MAY_IMPORT)
 MAY_IMPORT["inspect"] = EVERYTHING
+MAY_IMPORT["integrations"] = {"kfc_fx"}
 MAY_IMPORT["tools"] = {*EVERYTHING, "inspect", "kfc_fx"}
 
 
