@@ -17,7 +17,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kfc_fx
 from kfc_fx.tools.bench.step import batch, resnet18
-from kfc_fx.tools.terminal import write
+from kfc_fx.tools.terminal import output_console, write
 
 WAYS = ("none", "refresh", "update", "shard")
 EVERY = 3
@@ -99,7 +98,7 @@ def distributed(
 ) -> None:
     """Train ResNet-18 on images of 32 pixels by some processes of this machine, by every way to
     share the work, and count what they exchange. Times are of processes that share a processor."""
-    console = Console()
+    console = output_console()
     rows = []
     for way in WAYS:
         with console.status(way), tempfile.TemporaryDirectory() as folder:
