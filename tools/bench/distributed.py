@@ -14,11 +14,11 @@ from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import typer
 from rich import box
 from rich.table import Table
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -102,7 +102,7 @@ def distributed(
     rows = []
     for way in WAYS:
         with console.status(way), tempfile.TemporaryDirectory() as folder:
-            mp.spawn(_worker, args=(ranks, way, size, folder), nprocs=ranks)
+            spawn(_worker, args=(ranks, way, size, folder), nprocs=ranks)
             rows.append(json.loads((Path(folder) / "row.json").read_text()))
     console.print(_table(rows))
     if json_path is not None:
@@ -136,7 +136,7 @@ def _measured(way: str, rank: int, ranks: int, size: int) -> Row:
     run = model if way == "shard" else nn.parallel.DistributedDataParallel(model)
     torch.manual_seed(rank + 1)
     x, y = batch(size, 32)
-    model.kfc.trace(x)  # type: ignore[attr-defined]
+    kfc_fx.Compilation.of(model).trace(x)
     waited = _timed_waits(opt)
     plain: list[tuple[CollectiveCounter, float]] = []
     due: list[tuple[CollectiveCounter, float]] = []

@@ -146,7 +146,7 @@ def _busiest(compiled: nn.Module, training: Training, ranks: int) -> tuple[int, 
     """The rank that refreshes most, its work over the mean rank's, and the bytes of the state of
     one process."""
     alone = kfc_fx.KFC(compiled, process_group=False)
-    compiled.kfc.trace(training.x)  # type: ignore[attr-defined]
+    kfc_fx.Compilation.of(compiled).trace(training.x)
     spec = alone._engine.spec
     owners = owners_of(spec, ranks)
     work = [0] * ranks

@@ -89,7 +89,7 @@ def statistics_step(compiled: nn.Module, size: int) -> Step:
     """An SGD step that takes every statistic of the whole batch besides: the Fisher pass and all
     factors, unnormalised, as a curvature step of the optimizer does before its update."""
     plain = sgd_step(compiled, size)
-    collector = compiled.kfc.attach(StatisticsRequest())
+    collector = kfc_fx.Compilation.of(compiled).attach(StatisticsRequest())
 
     def step() -> None:
         collector.arm()
