@@ -35,10 +35,10 @@ lint: $(READY)
 	@$(BIN)/ruff format --check .
 	@$(MAKE) --no-print-directory types
 
-# kernels/ and tools/ are installed inside the package; mypy finds them in a folder of links that is
-# laid out like the installed one.
 types: $(READY)
 	@echo "==> types: mypy"
+	@# kernels/ and tools/ are installed inside the package: mypy finds them in a folder of links
+	@# that is laid out like the installed one
 	@rm -rf $(TYPED) && mkdir -p $(TYPED)/kfc_fx
 	@ln -s $(CURDIR)/kfc_fx/* $(CURDIR)/kernels $(CURDIR)/tools $(TYPED)/kfc_fx
 	@cd $(TYPED) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
