@@ -109,8 +109,8 @@ def train() -> None:
         loss = F.cross_entropy(net(x), y)
         loss.backward()
         opt.step()
-        losses.append(float(loss))
-    losses.append(float(F.cross_entropy(net(x), y)))
+        losses.append(float(loss.detach()))
+    losses.append(float(F.cross_entropy(net(x), y).detach()))
     print(f"two steps: loss {', '.join(f'{loss:.3f}' for loss in losses)}")
     assert losses[0] > losses[1] > losses[2]
     assert opt.diagnostics.statistics_steps == 2
