@@ -12,9 +12,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 comma := ,
 READY := $(VENV)/ready$(addprefix -,$(EXTRAS))
+TYPED := .mypy_cache/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fuzz clean
+.PHONY: help demo test lint types fuzz clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -35,8 +36,16 @@ lint: $(READY)
 	@$(BIN)/ruff check .
 	@echo "==> format: ruff format --check"
 	@$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory types
+
+types: $(READY)
 	@echo "==> types: mypy"
-	@$(BIN)/mypy -p kfc_fx
+	@# kernels/ and tools/ are installed inside the package: mypy finds them in a folder of links
+	@# that is laid out like the installed one
+	@rm -rf $(TYPED) && mkdir -p $(TYPED)/kfc_fx
+	@ln -s $(CURDIR)/kfc_fx/* $(CURDIR)/kernels $(CURDIR)/tools $(TYPED)/kfc_fx
+	@cd $(TYPED) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
+		--cache-dir $(CURDIR)/.mypy_cache -p kfc_fx
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

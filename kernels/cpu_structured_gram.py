@@ -231,16 +231,16 @@ class Buffers:
         self.layout = layout
         self.jobs = jobs
         self.groups = groups
-        self.row = images * prod(layout.padded[1:])
-        self.shape = (layout.padded[0], images, *layout.padded[1:])
+        self.row: int = images * prod(layout.padded[1:])
+        self.shape: tuple[int, ...] = (layout.padded[0], images, *layout.padded[1:])
         channels = x.shape[1] // groups
         length = prod(self.shape) + 2 * layout.margin
         # Channels innermost: BLAS packs the operands of a narrow product twice as fast.
         shape = (groups, length, channels)
         flat = [x.new_zeros(shape, dtype=dtype).mT for _ in layout.phases]
-        self.flat = dict(zip(layout.phases, flat, strict=True))
+        self.flat: dict[tuple[int, ...], Tensor] = dict(zip(layout.phases, flat, strict=True))
         self.columns: dict[tuple[tuple[int, ...], tuple[Segment, ...]], Tensor] = {}
-        self.lines = [self._line_operands(job) for job in jobs]
+        self.lines: list[tuple[Tensor, Tensor] | None] = [self._line_operands(job) for job in jobs]
 
     def fill(self, x: Tensor) -> None:
         """Lay out ``x``: ``[at most the planned images, C, *spatial]``."""

@@ -79,12 +79,16 @@ SYMMETRIC_IEEE = (
 )
 
 # Kernels by precision mode; ``"half"`` stands for bfloat16 and float16 inputs.
-SYMMETRIC = {"half": SYMMETRIC_16, "tf32": SYMMETRIC_TF32, "ieee": SYMMETRIC_IEEE}
+SYMMETRIC: dict[str, tuple[GramConfig, ...]] = {
+    "half": SYMMETRIC_16,
+    "tf32": SYMMETRIC_TF32,
+    "ieee": SYMMETRIC_IEEE,
+}
 
 # Rectangular tiles for products of two different operands, by the same modes. The widest is for
 # GPUs whose tensor cores read shared memory, which have room for all its stages: on others its
 # operands pass through registers, and there are none left.
-RECTANGULAR = {
+RECTANGULAR: dict[str, tuple[GramConfig, ...]] = {
     "half": (*SYMMETRIC_16, GramConfig(128, 256, 64, 8, 4, least_stages=4)),
     "tf32": (*SYMMETRIC_TF32, GramConfig(128, 256, 32, 8, 4, least_stages=4)),
     "ieee": SYMMETRIC_IEEE,

@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from math import prod
+from types import EllipsisType
 
 import torch
 import triton
@@ -189,7 +190,8 @@ def _counts(
 
 def _reached_gram(x: Tensor, geometry: ConvGeometry) -> Tensor:
     """Channel Gram of a kernel of one offset: no pixel is met twice, and some are not at all."""
-    reached = x[(..., *_reached_pixels(geometry, x.shape[2:]))]
+    pixels: tuple[EllipsisType | slice, ...] = (..., *_reached_pixels(geometry, x.shape[2:]))
+    reached = x[pixels]
     channels = x.shape[1] // geometry.groups
     if reached.numel() == 0:
         return x.new_zeros((geometry.groups, channels, channels), dtype=torch.float32)

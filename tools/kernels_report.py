@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+from kfc_fx.tools.terminal import output_console
 
 if TYPE_CHECKING:  # triton is optional and slow to import
     from kfc_fx.kernels.triton_case import KernelCase
@@ -41,13 +42,13 @@ def kernels(
     wanted = target or list(TARGET_NAMES)
     _check_targets(wanted)
     cases = _cases(kernel)
-    console = Console()
+    console = output_console()
     work = [(case, name) for name in wanted for case in cases if runs_on(case, name)]
     reports = list(_compile(track(work, "compiling", console=console, transient=True)))
     console.print(table(reports))
     faults = complaints(reports)
     for fault in faults:
-        console.print(f"[red]{fault}")
+        console.print(fault, style="red")
     if json_path is not None:
         content = [asdict(report) for report in reports]
         json_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -51,7 +51,7 @@ FUNCTIONS: dict[object, Callable[..., Any]] = {
     torch.mm: torch.matmul,
     torch.rms_norm: F.rms_norm,
 }
-METHODS = {
+METHODS: dict[str, Callable[..., Any]] = {
     "addmm": torch.addmm,
     "baddbmm": torch.baddbmm,
     "bmm": torch.bmm,

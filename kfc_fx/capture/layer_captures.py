@@ -56,7 +56,7 @@ class LayerCaptures:
     """
 
     def __init__(self, model: nn.Module, capture: CaptureForward) -> None:
-        self.watch = Watch()
+        self.watch: Watch = Watch()
         self._model = model
         self._capture = capture
         self._layers: dict[nn.Module, LayerCapture] = {}
@@ -126,7 +126,9 @@ class LayerCapture:
     """The capture of one module's forward pass."""
 
     def __init__(self, path: str, module: nn.Module, capture: CaptureForward, watch: Watch) -> None:
-        self.path, self.module, self.watch = path, module, watch
+        self.path = path
+        self.module = module
+        self.watch = watch
         self.called_from: Frame | None = None
         """The frame of plain Python that called the module first."""
         self.own_call: Callable[..., Any] | None = None
@@ -135,7 +137,7 @@ class LayerCapture:
         self._capture = capture
         self._forward: Callable[..., Any] | None = None
         self._captured: object = None
-        self.call = _watched_call(self)
+        self.call: Callable[..., Any] = _watched_call(self)
 
     def install(self) -> None:
         """Let plain Python that calls the module come here."""

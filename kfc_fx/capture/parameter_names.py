@@ -29,7 +29,7 @@ class ParameterNames:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.version = 0
+        self.version: int = 0
         """Grows whenever a name that was looked up may hold no more."""
         self._model = model
         self._names: dict[int, tuple[weakref.ref[Tensor], str | None]] = {}

@@ -61,12 +61,13 @@ class Compilation:
     """
 
     def __init__(self, model: nn.Module, options: CompileOptions) -> None:
-        self.model, self.options = model, options
-        self.serial = next(_SERIAL)
+        self.model = model
+        self.options = options
+        self.serial: int = next(_SERIAL)
         """Larger for compilations that were made later."""
         self._before: Callable[..., Any] | None = None
-        self.names = ParameterNames(model)
-        self.choice = LikelihoodChoice(
+        self.names: ParameterNames = ParameterNames(model)
+        self.choice: LikelihoodChoice = LikelihoodChoice(
             options.likelihood,
             lambda: likelihood_of_graphs(self._account.graphs),
             examples_told=options.batch_dims != (0, 0),

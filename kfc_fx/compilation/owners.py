@@ -18,7 +18,7 @@ class Owners:
         self._of_all: weakref.ref[Collector] | None = None
         self._of: dict[str, weakref.ref[Collector]] = {}
         self._distinct: tuple[weakref.ref[Collector], ...] = ()
-        self.assignments = 0
+        self.assignments: int = 0
         """Grows with every call of :meth:`assign`."""
 
     def assign(self, collector: Collector, parameters: Iterable[str] | None) -> None:

@@ -57,12 +57,12 @@ class Runs:
         self, model: nn.Module, options: CompileOptions, names: ParameterNames, owner_of: OwnerOf
     ) -> None:
         self._model, self._options, self._names, self._owner_of = model, options, names, owner_of
-        self.breaks = BreakLog()
-        self.layers = LayerCaptures(model, self._capture)
-        self.account = Account(model, options, names, self.breaks, self.layers)
-        self.called = False
+        self.breaks: BreakLog = BreakLog()
+        self.layers: LayerCaptures = LayerCaptures(model, self._capture)
+        self.account: Account = Account(model, options, names, self.breaks, self.layers)
+        self.called: bool = False
         """Whether the model was called with gradients enabled."""
-        self.inside = Inside()
+        self.inside: Inside = Inside()
         self._forward = self._capture(model._call_impl)
         self._entries: dict[nn.Module, Callable[..., Any]] = {}
         self._passes: list[ArmedPass] = []

@@ -22,7 +22,7 @@ class Attempt:
         self._ranks = ranks
         self.error: Exception | None = None
         """What has failed here."""
-        self.told = False
+        self.told: bool = False
         """Whether all ranks know that something has failed."""
 
     @contextmanager

@@ -60,19 +60,22 @@ class DividedEngine:
         momenta: Momenta | None = None,
     ) -> None:
         _check_one_device(spec)
-        self.spec, self._ranks = spec, ranks
-        self.owners = owners_of(spec, ranks.count, tuple(sorted(owners.items())))
+        self.spec = spec
+        self._ranks = ranks
+        self.owners: Mapping[str, int] = owners_of(spec, ranks.count, tuple(sorted(owners.items())))
         """The rank that owns each block."""
         self._plan = {block.name: block.as_dict() for block in self.blocks}
         joined = [block.name for block in self.blocks if not _is_known(block, saved)]
-        self.waiting = bool(joined) or saved.waiting
+        self.waiting: bool = bool(joined) or saved.waiting
         """Whether there are blocks without statistics, on any rank."""
-        self.started = saved.started and not joined
+        self.started: bool = saved.started and not joined
         self._written_out = False
         part = part_of(spec, {name for name, owner in self.owners.items() if owner == ranks.rank})
-        self.is_sharded = is_sharded(parameters.values())
+        self.is_sharded: bool = is_sharded(parameters.values())
         """Whether parameters are, so that gradients come to their owners by :meth:`receive`."""
-        self.rows = None if self.is_sharded else GenericRows(spec, parameters, saved.generic, ranks)
+        self.rows: GenericRows | None = (
+            None if self.is_sharded else GenericRows(spec, parameters, saved.generic, ranks)
+        )
         """Of parameters without a block; None where these step on their shards."""
         divided = self.rows.shardings if self.rows else {}
         part = replace(

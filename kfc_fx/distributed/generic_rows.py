@@ -50,9 +50,11 @@ class GenericRows:
         found = {name: divided(shape, ranks.count) for name, shape in shapes.items()}
         self._all = {name: sharding for name, sharding in found.items() if sharding is not None}
         updated = {generic.name: generic for generic in spec.generic}
-        self.shardings = {n: sharding for n, sharding in self._all.items() if n in updated}
+        self.shardings: dict[str, Sharding] = {
+            n: sharding for n, sharding in self._all.items() if n in updated
+        }
         """By name, of those that are divided and updated."""
-        self.own = tuple(
+        self.own: tuple[GenericParameter, ...] = tuple(
             GenericParameter(name, sharding.shape_of(ranks.rank), updated[name].converts)
             for name, sharding in self.shardings.items()
         )

@@ -57,7 +57,7 @@ class ReplicatedSteps:
         self._layouts, self._rows, self._ranks = layouts, rows, ranks
         self._sizes = [size_of(layout.values()) + 1 for layout in layouts]
         self._sent = torch.zeros(self._sizes[ranks.rank], dtype=dtype, device=device)
-        self.steps = views_of(layouts[ranks.rank], self._sent)
+        self.steps: dict[str, Tensor] = views_of(layouts[ranks.rank], self._sent)
 
     def receive(self, gradients: Mapping[str, Tensor], attempt: Attempt) -> bool:
         """See :class:`StepExchange`; nobody sends anything."""
@@ -103,7 +103,7 @@ class ShardedSteps:
         self._shards = Shards(shapes, parameters, ranks.members, ranks.rank)
         own = layouts[ranks.rank]
         buffer = torch.zeros(size_of(own.values()), dtype=dtype, device=device)
-        self.steps = views_of(own, buffer)
+        self.steps: dict[str, Tensor] = views_of(own, buffer)
         self._gradients: dict[str, Tensor] = {}
 
     def receive(self, gradients: Mapping[str, Tensor], attempt: Attempt) -> bool:

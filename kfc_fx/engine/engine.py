@@ -70,24 +70,26 @@ class UpdateEngine:
         self._compiled = compiled
         self._captured = captured and not spec.pauses
         self._static: dict[UpdateSpec, StaticStep] = {}
-        self.parameters = parameters
+        self.parameters: Mapping[str, Tensor] = parameters
         self._plan = {block.name: block.as_dict() for block in self.blocks}
         kept = {} if spec.given_steps else fitting(spec, saved.blocks)
         held = [] if spec.given_steps else self.blocks
-        self.anew = [block.name for block in held if block.name not in kept]
+        self.anew: list[str] = [block.name for block in held if block.name not in kept]
         """Blocks that ``saved`` has nothing for, or not what is kept of them now."""
-        self.waiting = bool(self.anew) or saved.waiting
+        self.waiting: bool = bool(self.anew) or saved.waiting
         """Whether there are blocks without statistics."""
-        self.started = saved.started and not self.anew
-        self.state = {} if spec.given_steps else stacked_state(spec, kept)
+        self.started: bool = saved.started and not self.anew
+        self.state: dict[str, dict[str, Tensor]] = (
+            {} if spec.given_steps else stacked_state(spec, kept)
+        )
         """By stack and name."""
         in_blocks = {name for block in self.blocks for name in block.parameters}
-        self.generic = {
+        self.generic: dict[str, dict[str, Tensor]] = {
             name: {key: self._placed(name, value, wide=True) for key, value in entry.items()}
             for name, entry in saved.generic.items()
             if name not in in_blocks and all(self._fits(name, value) for value in entry.values())
         }
-        self.average = {
+        self.average: dict[str, Tensor] = {
             name: self._placed(name, value, wide=name in spec.master_weights)
             for name, value in saved.average.items()
             if self._fits(name, value)

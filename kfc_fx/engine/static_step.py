@@ -46,7 +46,7 @@ class StaticStep:
     def __init__(self, program: UpdateProgram, inputs: StepInputs) -> None:
         """``inputs``: of the first step, tensors on one device."""
         self._program = program
-        self.device = next(iter(inputs.parameters.values())).device
+        self.device: torch.device = next(iter(inputs.parameters.values())).device
         self._fixed = inputs
         self._places = _places(inputs)
         self._shapes = _shapes(inputs.gradients)
@@ -64,7 +64,7 @@ class StaticStep:
         self._shrink = _Numbers(inputs.shrink, self._flat)
         self._step = torch.zeros((), dtype=_number_dtype(self._flat), device=self.device)
         self._expected_step = 0
-        self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.skipped: Tensor = torch.zeros((), dtype=torch.int64, device=self.device)
         """Steps so far on gradients that were not finite; on the device."""
         self._report: dict[str, Tensor] = {}
         self._calls = 0

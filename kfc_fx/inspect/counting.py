@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-aten = torch.ops.aten
+aten: Any = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class WorkCounter(TorchDispatchMode):
 
     def __init__(self, implementations: dict[object, Callable[..., Any]] | None = None) -> None:
         super().__init__()
-        self.work = Work()
+        self.work: Work = Work()
         self.uncounted: set[str] = set()
         """Operators that may hold products and whose operations are not counted."""
         self._implementations = implementations or {}

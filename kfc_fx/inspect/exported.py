@@ -55,7 +55,7 @@ def spell_layer_calls(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-aten = torch.ops.aten
+aten: Any = torch.ops.aten
 NO_PADDING = -1
 """How aten spells an embedding without ``padding_idx``."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from kfc_fx.capture.nodes import module_of
 from kfc_fx.inspect.nodes import dtype_of, shown_shape, source_of
 
 CREATED = "created by "
-INFIX = {
+INFIX: dict[Callable[..., Any], str] = {
     operator.add: "+",
     operator.sub: "-",
     operator.mul: "*",

@@ -18,7 +18,11 @@ DTYPES = {
     name: getattr(torch, name)
     for name in ("float32", "float64", "bfloat16", "float16", "int64", "int32", "bool")
 }
-SIDES = {1: (64, 128, 256, 1024, 16, 8), 2: (32, 28, 64, 224, 299, 16, 8, 6), 3: (16, 32, 8, 64)}
+SIDES: dict[int, tuple[int, ...]] = {
+    1: (64, 128, 256, 1024, 16, 8),
+    2: (32, 28, 64, 224, 299, 16, 8, 6),
+    3: (16, 32, 8, 64),
+}
 """Sizes of a map to try on a model without a convention, by spatial dimensions."""
 SEED = 0
 

@@ -20,7 +20,7 @@ from kfc_fx.kernels.geometry import ConvGeometry
 from kfc_fx.kernels.products import product_plan
 from kfc_fx.ops.convolution import decoded
 
-ops = torch.ops.kfc_fx
+ops: Any = torch.ops.kfc_fx
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class StatisticsObserver:
 
     def __init__(self) -> None:
         self.calls: list[OpCall] = []
-        self.counter = WorkCounter(
+        self.counter: WorkCounter = WorkCounter(
             {
                 ops.patch_gram.default: self._patch_gram,
                 ops.row_gram.default: self._row_gram,

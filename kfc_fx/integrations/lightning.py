@@ -10,9 +10,10 @@ import kfc_fx
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
-except ImportError as error:
-    raise ImportError(
-        "kfc_fx.integrations.lightning needs lightning: pip install 'kfc_fx[trainers]'"
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "kfc_fx.integrations.lightning needs lightning: pip install 'kfc_fx[trainers]'",
+        name=error.name,
     ) from error
 
 

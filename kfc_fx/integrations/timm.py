@@ -19,9 +19,10 @@ import kfc_fx
 
 try:
     _factory: Any = import_module("timm.optim._optim_factory")
-except ImportError as error:
-    raise ImportError(
-        "kfc_fx.integrations.timm needs timm: pip install 'kfc_fx[trainers]'"
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "kfc_fx.integrations.timm needs timm: pip install 'kfc_fx[trainers]'",
+        name=error.name,
     ) from error
 
 NAME = "kfc"

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,8 @@ from kfc_fx.optim.states.state_dict import RUN, packed, unpacked
 from kfc_fx.optim.statistics import Statistics
 from kfc_fx.optim.target import target_of, tensors_of
 from kfc_fx.optim.together import Together
+
+Loss = TypeVar("Loss")
 
 
 class KFC(torch.optim.Optimizer):
@@ -133,11 +135,12 @@ class KFC(torch.optim.Optimizer):
             foreach=foreach, fused=fused, capturable=capturable, differentiable=differentiable
         )
         refuse_unknown(unknown, scaling_of("scaling", scaling))
-        self.options = options = KFCOptions(
+        options = KFCOptions(
             *(scaling, blocks, generic, statistics, average),
             *(master_weights, compile_update, cuda_graph, maximize, seed),
             *(distribute, compare_every),
         )
+        self.options: KFCOptions = options
         target = target_of(params, model)
         self._ranks = Ranks(process_group)
         self._models = model_steps(target.compilations, options, target.chosen, self._ranks)
@@ -180,8 +183,14 @@ class KFC(torch.optim.Optimizer):
             for own in self._models:
                 own.own(self.param_groups[-1:])
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step, of the models that have gradients.
 
         Args:

@@ -34,6 +34,7 @@ from kfc_fx.optim.request import check_model, request_of
 from kfc_fx.optim.schedule import Schedule, averaging_rate
 from kfc_fx.optim.states.entries import Entries, parameter_entries
 from kfc_fx.optim.states.state_dict import Place
+from kfc_fx.statistics.collector import Collector
 from kfc_fx.statistics.inputs import inputs_of
 from kfc_fx.statistics.likelihoods.categorical import Categorical
 from kfc_fx.statistics.loss_pass import UNDECIDED
@@ -71,14 +72,20 @@ class ModelStep:
         check_model(compilation, options)
         refuse_tensor_parallel(compilation.model)
         compilation.names.refresh_if_changed()
-        self.compilation, self._options, self.number = compilation, options, number
+        self.compilation = compilation
+        self.number = number
+        self._options = options
         self._ranks = ranks
-        self.binding = Binding(compilation, options, ranks, outside)
-        self.collector = compilation.attach(request_of(compilation, options), ())
+        self.binding: Binding = Binding(compilation, options, ranks, outside)
+        self.collector: Collector = compilation.attach(request_of(compilation, options), ())
         statistics = options.statistics
-        self.schedule = Schedule(statistics.every, statistics.refresh_every, options.first_steps)
+        self.schedule: Schedule = Schedule(
+            statistics.every, statistics.refresh_every, options.first_steps
+        )
         self._diagnostics = self._fresh_diagnostics()
-        self.exact = ExactFisher(compilation, self.collector, options, self._diagnostics)
+        self.exact: ExactFisher = ExactFisher(
+            compilation, self.collector, options, self._diagnostics
+        )
         self._last_step_ended: float | None = None
         self._owned: object = None
         self._warned: set[str] = set()

@@ -38,7 +38,8 @@ class Collector:
     def __init__(
         self, choice: LikelihoodChoice, request: StatisticsRequest, batch_dim: int = 0
     ) -> None:
-        self.choice, self.request = choice, request
+        self.choice = choice
+        self.request: StatisticsRequest = request
         self.trained: Callable[[], Collection[int]] = tuple
         """Identities of the parameters that the statistics are for, as whoever asked for them has
         them now."""

@@ -110,8 +110,9 @@ class LossPass:
     def __init__(
         self, setup: PassSetup, predictions: Sequence[Prediction], entry: str | None = None
     ) -> None:
-        self.setup, self._predictions, self._entry = setup, tuple(predictions), entry
-        self.over = False
+        self.setup = setup
+        self._predictions, self._entry = tuple(predictions), entry
+        self.over: bool = False
         """Whether its backward pass has come by."""
         self._pass: Pass | None = None
         self._nodes: list[Node | None] = []

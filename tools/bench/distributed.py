@@ -14,19 +14,18 @@ from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kfc_fx
 from kfc_fx.tools.bench.step import batch, resnet18
-from kfc_fx.tools.terminal import write
+from kfc_fx.tools.terminal import output_console, write
 
 WAYS = ("none", "refresh", "update", "shard")
 EVERY = 3
@@ -99,11 +98,11 @@ def distributed(
 ) -> None:
     """Train ResNet-18 on images of 32 pixels by some processes of this machine, by every way to
     share the work, and count what they exchange. Times are of processes that share a processor."""
-    console = Console()
+    console = output_console()
     rows = []
     for way in WAYS:
         with console.status(way), tempfile.TemporaryDirectory() as folder:
-            mp.spawn(_worker, args=(ranks, way, size, folder), nprocs=ranks)
+            spawn(_worker, args=(ranks, way, size, folder), nprocs=ranks)
             rows.append(json.loads((Path(folder) / "row.json").read_text()))
     console.print(_table(rows))
     if json_path is not None:
@@ -137,7 +136,7 @@ def _measured(way: str, rank: int, ranks: int, size: int) -> Row:
     run = model if way == "shard" else nn.parallel.DistributedDataParallel(model)
     torch.manual_seed(rank + 1)
     x, y = batch(size, 32)
-    model.kfc.trace(x)  # type: ignore[attr-defined]
+    kfc_fx.Compilation.of(model).trace(x)
     waited = _timed_waits(opt)
     plain: list[tuple[CollectiveCounter, float]] = []
     due: list[tuple[CollectiveCounter, float]] = []

@@ -11,12 +11,12 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich import box
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from kfc_fx.tools.bench.measure import Timing, peak_extra_bytes, relative_error, timings, ways
 from kfc_fx.tools.bench.shapes import ConvShape, benchmark_shapes, quick_shapes
+from kfc_fx.tools.terminal import output_console
 
 BASELINES = ("unfold columns", "unfold rows")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -153,7 +153,7 @@ def kernels(
     shapes = chosen_shapes(device, quick=quick, network=network)
     if not shapes:
         raise typer.BadParameter(f"no network of the benchmark has {network!r} in its name")
-    console, results = Console(width=160), []
+    console, results = output_console(), []
     for shape in track(shapes, "measuring", console=console, transient=True):
         results.append(measure(shape, DTYPES[dtype], device))
         if json_path is not None:  # after each shape: what was measured outlives an interruption

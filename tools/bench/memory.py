@@ -20,7 +20,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ import kfc_fx
 from kfc_fx.tools.bench.trainings import Training, gpt2, images, torchvision
 from kfc_fx.tools.data.networks import digits_net
 from kfc_fx.tools.failures import CommandError, one_line_failures, unknown_name
+from kfc_fx.tools.terminal import show
 
 GB = 10**9
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
@@ -202,7 +202,7 @@ def memory(
             rows.append(measure(name, steps))
             if json_path is not None:
                 _write(json_path, rows, steps)
-    Console(width=160).print(table(rows, steps))
+    show(table(rows, steps))
 
 
 def _write(path: Path, rows: list[MemoryRow], steps: int) -> None:

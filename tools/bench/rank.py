@@ -20,7 +20,6 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import typer
-from rich.console import Console
 from torch import nn
 
 import kfc_fx
@@ -33,7 +32,7 @@ from kfc_fx.tools.bench.distributed import CollectiveCounter
 from kfc_fx.tools.bench.step import SGD_MOMENTUM
 from kfc_fx.tools.bench.trainings import Training, gpt2, torchvision
 from kfc_fx.tools.failures import one_line_failures, unknown_name
-from kfc_fx.tools.terminal import write
+from kfc_fx.tools.terminal import show, write
 
 MODELS: dict[str, Callable[[int], Training]] = {
     "resnet50": lambda batch: torchvision("resnet50", batch),
@@ -147,7 +146,7 @@ def _busiest(compiled: nn.Module, training: Training, ranks: int) -> tuple[int, 
     """The rank that refreshes most, its work over the mean rank's, and the bytes of the state of
     one process."""
     alone = kfc_fx.KFC(compiled, process_group=False)
-    compiled.kfc.trace(training.x)  # type: ignore[attr-defined]
+    kfc_fx.Compilation.of(compiled).trace(training.x)
     spec = alone._engine.spec
     owners = owners_of(spec, ranks)
     work = [0] * ranks
@@ -222,7 +221,7 @@ def rank(
         if distribute not in WAYS:
             raise unknown_name("way", distribute, WAYS)
         row = measure(model, ranks, batch, distribute, network, rounds)
-    Console().print(_text(row))
+    show(_text(row))
     if json_path is not None:
         machine = {"torch": torch.__version__, "machine": platform.processor() or "CPU"}
         content = {**machine, "threads": torch.get_num_threads(), **asdict(row)}

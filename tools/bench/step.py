@@ -18,7 +18,6 @@ from typing import Annotated
 import torch
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.nn import functional as F
@@ -26,6 +25,7 @@ from torch.nn import functional as F
 import kfc_fx
 from kfc_fx.statistics.request import StatisticsRequest
 from kfc_fx.tools.data.networks import kfc_cifar
+from kfc_fx.tools.terminal import show
 
 Step = Callable[[], None]
 SGD_MOMENTUM = 0.9
@@ -89,7 +89,7 @@ def statistics_step(compiled: nn.Module, size: int) -> Step:
     """An SGD step that takes every statistic of the whole batch besides: the Fisher pass and all
     factors, unnormalised, as a curvature step of the optimizer does before its update."""
     plain = sgd_step(compiled, size)
-    collector = compiled.kfc.attach(StatisticsRequest())
+    collector = kfc_fx.Compilation.of(compiled).attach(StatisticsRequest())
 
     def step() -> None:
         collector.arm()
@@ -197,7 +197,7 @@ def step(
 ) -> None:
     """Whole training steps: compiled against not, with statistics, and KFC against SGD."""
     ratios = measure(rounds)
-    Console().print(table(ratios))
+    show(table(ratios))
     if json_path is not None:
         content = {
             "machine": platform.processor() or platform.machine(),

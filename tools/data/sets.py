@@ -163,15 +163,14 @@ def _from_npz(name: str, title: str, folder: Path, stem: str) -> DataSet | None:
 
 def _from_idx(name: str, title: str, folders: list[Path]) -> DataSet | None:
     for folder in folders:
-        parts = [
-            [
-                _plain_or_gzip(folder / f"{part}-{kind}-ubyte")
-                for kind in ("images-idx3", "labels-idx1")
-            ]
+        paths = [
+            _plain_or_gzip(folder / f"{part}-{kind}-ubyte")
             for part in ("train", "t10k")
+            for kind in ("images-idx3", "labels-idx1")
         ]
-        if all(path is not None for pair in parts for path in pair):
-            train, test = (_image_set(read_idx_pair(*pair)) for pair in parts)
+        found = [path for path in paths if path is not None]
+        if len(found) == len(paths):
+            train, test = (_image_set(read_idx_pair(*pair)) for pair in (found[:2], found[2:]))
             return DataSet(name, title, train, test)
     return None
 

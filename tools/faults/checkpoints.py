@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -38,11 +39,7 @@ def checkpoints(scaling: str, reference: Reference, points: int) -> Iterator[Out
                 k: {n: v for n, v in e.items() if (k, n) != (key, name)}
                 for k, e in saved["state"].items()
             }
-
-            def step(subject: Subject, state: Mapping[int, object] = lacking) -> None:
-                subject.opt.load_state_dict({**saved, "state": state})
-
-            _try_load(outcome, reference, step)
+            _try_load(outcome, reference, _loading({**saved, "state": lacking}))
     yield outcome
 
     outcome = Outcome("a checkpoint of another optimizer or version", scaling)
@@ -54,10 +51,12 @@ def checkpoints(scaling: str, reference: Reference, points: int) -> Iterator[Out
         groups = [{**group, "kfc": text} for group in saved["param_groups"]]
         foreign.append({**saved, "param_groups": groups})
     for given in foreign:
-        _try_load(
-            outcome, reference, lambda subject, given=given: subject.opt.load_state_dict(given)
-        )
+        _try_load(outcome, reference, _loading(given))
     yield outcome
+
+
+def _loading(state: dict[str, Any]) -> Step:
+    return lambda subject: subject.opt.load_state_dict(state)
 
 
 def _try_load(outcome: Outcome, reference: Reference, step: Step) -> None:

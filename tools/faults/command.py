@@ -11,12 +11,11 @@ from typing import Annotated
 import torch
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from kfc_fx.tools.faults.battery import battery, kills
 from kfc_fx.tools.faults.outcome import Outcome
-from kfc_fx.tools.terminal import write
+from kfc_fx.tools.terminal import output_console, write
 
 SCALINGS = ("adam", "spectral", "eigen", "inverse")
 
@@ -40,7 +39,7 @@ def faults(
     The exit code is 1 if they are not.
     """
     outcomes: list[Outcome] = []
-    console = Console()
+    console = output_console()
     for scaling in SCALINGS:
         with console.status(scaling):
             outcomes += battery(scaling, points, interrupts)

@@ -174,7 +174,7 @@ def _statistics(device: torch.device, backend: str) -> dict[str, Tensor]:
     x, y = batch(device)
     with _full_precision():
         model = kfc_fx.compile(small_network().to(device), likelihood="bernoulli", backend=backend)
-        collector = model.kfc.attach(StatisticsRequest(fisher="empirical"))
+        collector = kfc_fx.Compilation.of(model).attach(StatisticsRequest(fisher="empirical"))
         collector.arm()
         F.binary_cross_entropy_with_logits(model(x), y).backward()
     return {

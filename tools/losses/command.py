@@ -12,13 +12,12 @@ from typing import Annotated
 import torch
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from kfc_fx.tools.losses.check import LossResult, check_loss
 from kfc_fx.tools.losses.models import found_likelihood, model_losses
 from kfc_fx.tools.losses.table import loss_cases
-from kfc_fx.tools.terminal import write
+from kfc_fx.tools.terminal import output_console, write
 
 LIBRARIES = ("torchvision", "transformers", "diffusers")
 
@@ -54,7 +53,7 @@ def losses(
     """
     rows = [LossRow(case.name, case.decision, check_loss(case)) for case in loss_cases()]
     of_models = _of_models() if models else {}
-    console = Console()
+    console = output_console()
     console.print(_table(rows))
     if of_models:
         console.print(_model_table(of_models))

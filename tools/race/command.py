@@ -98,7 +98,9 @@ def train(
     ] = None,
     results: Annotated[
         Path | None,
-        typer.Option(help=f"File of all runs; one that is there is gone on with. [{RESULTS}]"),
+        typer.Option(
+            help=f"File of all runs, {RESULTS} by default; one that is there is gone on with."
+        ),
     ] = None,
     quick: Annotated[
         bool,

@@ -147,7 +147,7 @@ def muon_weights(network: nn.Module, head: str | None) -> list[Tensor]:
 def _kfc(scaling: str, network: nn.Module, task: TaskSpec, lr: float, example: Tensor) -> Entered:
     started = time.perf_counter()
     compiled = kfc_fx.compile(network, likelihood=task.likelihood)
-    compiled.kfc.trace(example)
+    kfc_fx.Compilation.of(compiled).trace(example)
     kfc = kfc_fx.KFC(compiled, lr=lr, scaling=scaling)
     return Entered(compiled, (kfc,), time.perf_counter() - started)
 

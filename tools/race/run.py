@@ -185,8 +185,8 @@ def _loop(
         started = time.perf_counter()
         try:
             loss = take_step(entered, task, inputs, targets)
-        except torch.linalg.LinAlgError:  # of a rival's factor that has overflowed
-            loss = math.nan
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            loss = math.nan  # a factor of a rival has overflowed
         seconds.append(time.perf_counter() - started)
         losses.append(loss if math.isfinite(loss) else None)
         if _has_diverged(losses, warm_up_steps(spec.steps)):

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
 from kfc_fx.errors import first_line
 from kfc_fx.tools.data import networks
 from kfc_fx.tools.failures import CommandError, import_extra, one_line_failures, writable
+from kfc_fx.tools.terminal import output_console
 from kfc_fx.tools.train import optimizers
 from kfc_fx.tools.train.side_by_side import TrainSettings, train_side_by_side
 from kfc_fx.tools.train.training_run import RunSpec
@@ -76,7 +76,7 @@ def train(
         )
         if settings.plot:
             import_extra("matplotlib.figure", "the plot (which --no-plot leaves out)")
-        if not train_side_by_side(settings, Console()):
+        if not train_side_by_side(settings, output_console()):
             raise typer.Exit(INTERRUPTED_EXIT_CODE)
 
 

@@ -97,7 +97,7 @@ def prepare(spec: OptimizerSpec, network: nn.Module, example: Tensor) -> Prepare
         return Prepared(network, torch.optim.AdamW(network.parameters(), spec.lr), 0.0)
     started = time.perf_counter()
     compiled = kfc_fx.compile(network, likelihood="categorical")
-    compiled.kfc.trace(example)
+    kfc_fx.Compilation.of(compiled).trace(example)
     kfc = kfc_fx.KFC(compiled, lr=spec.lr, scaling=spec.scaling or "adam")
     return Prepared(compiled, kfc, time.perf_counter() - started)
 

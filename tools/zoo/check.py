@@ -76,7 +76,8 @@ def check_case(case: ModelCase) -> CaseReport:
     compiled = kfc_fx.compile(model, likelihood=named)
     reset()
     started = time.perf_counter()
-    compiled.kfc.trace(*case.args, **case.kwargs)
+    compilation = kfc_fx.Compilation.of(compiled)
+    compilation.trace(*case.args, **case.kwargs)
     capture_seconds = time.perf_counter() - started
     worst = compare(plain, observe(compiled, case, reset), "the compiled model")
     armed = _armed_step(compiled, case, reset, plain)
@@ -86,17 +87,17 @@ def check_case(case: ModelCase) -> CaseReport:
         size=case.size,
         parameters=sum(p.numel() for p in model.parameters()),
         in_blocks=share,
-        blocks=len(compiled.kfc.plan.blocks),
+        blocks=len(compilation.plan.blocks),
         generic=generic,
         capture_seconds=round(capture_seconds, 2),
-        graphs=len(compiled.kfc.plan.graphs),
+        graphs=len(compilation.plan.graphs),
         graph_breaks=_graph_breaks(breaks_before),
         bit_equal=max(worst, armed_worst) == 0,
         largest_difference=max(worst, armed_worst),
         statistics=sum(len(of_block) for of_block in sums.values()),
         compared=armed.compared,
         truth_error=armed.truth_error,
-        silent_blocks=len(compiled.kfc.plan.blocks) - len(sums),
+        silent_blocks=len(compilation.plan.blocks) - len(sums),
         symbolic=_symbolic(model, reset),
     )
 
@@ -156,7 +157,8 @@ def _armed_pass(
 ) -> ArmedStep:
     # The loss may be of any output.
     request = StatisticsRequest(fisher=fisher, scale_free=True, seed=SEED)
-    collector = compiled.kfc.attach(request)
+    compilation = kfc_fx.Compilation.of(compiled)
+    collector = compilation.attach(request)
     collector.arm()
     try:
         observed = observe(compiled, case, reset)
@@ -171,12 +173,12 @@ def _armed_pass(
     wrong = list(check_statistics(sums))
     if wrong:
         raise CheckError(f"{len(wrong)} statistics are wrong: {'; '.join(wrong[:3])}")
-    if compiled.kfc.plan.blocks and not sums:
+    if compilation.plan.blocks and not sums:
         raise CheckError("no statistic was recorded")
     scale = 1.0 if fisher == "sampled" else None
     truth = _truth(compiled, case, reset, fisher)
     found, truth_error, compared = problems(
-        compiled.kfc.plan, sums, truth, scale, known_inputs=known
+        compilation.plan, sums, truth, scale, known_inputs=known
     )
     if found:
         raise CheckError(f"{fisher}: {len(found)} differ from the truth: {'; '.join(found[:3])}")
@@ -215,7 +217,7 @@ def _truth(
 def _coverage(compiled: nn.Module) -> tuple[float, dict[str, int]]:
     """Share of trainable entries in blocks; entries without one by reason."""
     sizes = {n: p.numel() for n, p in compiled.named_parameters() if p.requires_grad}
-    plan = compiled.kfc.plan
+    plan = kfc_fx.Compilation.of(compiled).plan
     held = sum(sizes[name] for block in plan.blocks for name in block.parameters)
     generic: dict[str, int] = {}
     for spec in plan.generic:

@@ -14,10 +14,11 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kfc_fx.tools.failures import CommandError, one_line_failures, unknown_name
+from kfc_fx.tools.terminal import output_console
 from kfc_fx.tools.zoo.case import ZooEntry
 from kfc_fx.tools.zoo.models import LIBRARIES, entries_of, matches
 from kfc_fx.tools.zoo.process import Limits, ZooRow, prepare, run_entry
@@ -69,17 +70,18 @@ def run(
     chosen: list[ZooEntry], rows: Rows, json_path: Path | None, limits: Limits, *, retry: bool
 ) -> int:
     """Run what ``rows`` lacks, writing after every model; how many of the chosen ones failed."""
-    console = Console(width=160)
+    console = output_console()
     prepare(sorted({LIBRARIES[entry.library] for entry in chosen}))
     for position, entry in enumerate(chosen, 1):
         known = rows.get(entry.path)
         if known and not (retry and known.status == "failed"):
             continue
         row = rows[entry.path] = run_entry(entry.path, limits)
-        mark = "[green]passed[/]" if row.status == "passed" else "[red]failed[/]"
-        console.print(f"{position}/{len(chosen)} {entry.path} {mark} {row.seconds} s")
+        mark = (row.status, "green" if row.status == "passed" else "red")
+        counted = f"{position}/{len(chosen)} {entry.path} "
+        console.print(Text.assemble(counted, mark, f" {row.seconds} s"))
         if row.reason:
-            console.print(f"    {row.reason}", markup=False)
+            console.print(f"    {row.reason}")
         if json_path:
             _write(json_path, rows, limits)
     results = [rows[entry.path] for entry in chosen]
@@ -154,7 +156,7 @@ def summary(rows: list[ZooRow]) -> dict[str, dict[str, int]]:
 def models_table(rows: list[ZooRow]) -> Table:
     """One line per model."""
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("model", overflow="fold")
+    table.add_column("model")
     table.add_column("size")
     for heading in (
         "parameters",
@@ -167,7 +169,7 @@ def models_table(rows: list[ZooRow]) -> Table:
     ):
         table.add_column(heading, justify="right")
     table.add_column("capture s", justify="right")
-    table.add_column("symbolic_trace", max_width=14, no_wrap=True)
+    table.add_column("symbolic_trace")
     for row in rows:
         cells = _cells(row.report) if row.report else ["failed"]
         table.add_row(f"{row.library}/{row.name}", *cells, style="" if row.report else "red")

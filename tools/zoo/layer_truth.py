@@ -44,7 +44,7 @@ class LayerTruth:
     def sums(
         self,
         block: BlockSpec,
-        statistics: Mapping[str, Tensor],
+        statistics: Mapping[str, Tensor | None],
         dtype: torch.dtype = torch.float64,
     ) -> dict[str, Tensor]:
         """The sums of a block's statistics, in the form of those that are given.
@@ -184,7 +184,7 @@ def problems(
         for name, value in expected.items():
             label = f"{block.name}.{name}"
             if name != "gamma" or scale is not None:
-                value = value * scale if name == "gamma" else value
+                value = value * scale if name == "gamma" and scale is not None else value
                 errors[label] = error = relative_error(own[name], value)
                 if error > tolerance and name not in known:
                     rounding = truth.rounding(block, own).get(name, 0.0)
@@ -239,7 +239,7 @@ def _sums(
     layer: nn.Module,
     block: BlockSpec,
     call: LayerCall,
-    statistics: Mapping[str, Tensor],
+    statistics: Mapping[str, Tensor | None],
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     inputs, outputs = (
@@ -277,7 +277,7 @@ def _gram(rows: Tensor, like: Tensor | None) -> Tensor:
     return rows.mT @ rows
 
 
-def _rows(layer: nn.Module, call: LayerCall) -> tuple[Tensor, Tensor]:
+def _rows(layer: Any, call: LayerCall) -> tuple[Tensor, Tensor]:
     x, g = call.x, call.gradient.double()
     if isinstance(layer, nn.Embedding):
         rows = F.one_hot(x.reshape(-1), layer.num_embeddings).double()
@@ -301,7 +301,7 @@ def _pixels(x: Tensor, groups: int) -> Tensor:
     return cut.permute(1, 0, 3, 2).flatten(1, 2)
 
 
-def _patches(layer: nn.Module, x: Tensor) -> Tensor:
+def _patches(layer: Any, x: Tensor) -> Tensor:
     """``[groups, N · locations, C / groups · offsets]``."""
     sizes, strides, dilations = layer.kernel_size, layer.stride, layer.dilation
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
@@ -335,7 +335,7 @@ def _gathered(
     return x.transpose(0, 1)
 
 
-def _transposed_patches(layer: nn.Module, x: Tensor, g: Tensor) -> Tensor:
+def _transposed_patches(layer: Any, x: Tensor, g: Tensor) -> Tensor:
     """The patch of the output's gradient at each location of the input."""
     counts, sizes = list(x.shape[2:]), layer.kernel_size
     pads = []

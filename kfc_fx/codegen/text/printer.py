@@ -22,7 +22,7 @@ from kfc_fx.codegen.text.update_graph import (
     values_at,
 )
 
-INFIX = {
+INFIX: dict[Callable[..., Any], str] = {
     operator.add: "+",
     operator.sub: "-",
     operator.mul: "*",

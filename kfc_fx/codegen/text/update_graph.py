@@ -59,7 +59,7 @@ class UpdateGraph:
     def __init__(self, name: str, summary: str = "") -> None:
         self.name = name
         self.summary = summary
-        self.graph = fx.Graph()
+        self.graph: fx.Graph = fx.Graph()
         self.sections: dict[str, list[UpdateGraph]] = {}
         """The functions within this one, by the comment that they stand under."""
         self._tracer = GraphAppendingTracer(self.graph)

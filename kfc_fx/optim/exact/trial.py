@@ -35,7 +35,9 @@ class Trial:
     def __init__(self, model: nn.Module) -> None:
         """To be made before the forward pass of the step."""
         self._model = model
-        self.parameters = {n: p.detach().clone() for n, p in model.named_parameters()}
+        self.parameters: dict[str, Tensor] = {
+            n: p.detach().clone() for n, p in model.named_parameters()
+        }
         self._buffers = [buffer.clone() for buffer in model.buffers()]
         self._generators = _generator_states(model)
 

@@ -45,7 +45,8 @@ class Categorical(BatchOfPredictions):
         output: str | int | None = None,
     ) -> None:
         super().__init__(output)
-        self.dim, self.probabilities = dim, probabilities
+        self.dim = dim
+        self.probabilities = probabilities
 
     def check(self, output: Tensor) -> None:
         """See :class:`Likelihood`."""
