@@ -272,7 +272,7 @@ def test_reentrant_checkpoints_let_no_sampled_pass_through_and_that_is_said():
         opt.step()
 
 
-@settings(FIXED, max_examples=12)
+@settings(FIXED, max_examples=8)
 @given(broken_programs())
 def test_factors_of_drawn_programs_are_true(program):
     torch._dynamo.reset()

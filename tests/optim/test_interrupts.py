@@ -22,6 +22,14 @@ POINTS = 60
 """Random moments for each scaling."""
 
 
+@pytest.fixture(autouse=True)
+def interrupts():
+    """Python's own handler, which a process in the background of a shell does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def equal(found: object, expected: object) -> bool:
     """Bit for bit."""
     if isinstance(found, torch.Tensor):

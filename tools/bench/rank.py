@@ -35,6 +35,7 @@ from kfc_fx.tools.failures import one_line_failures, unknown_name
 from kfc_fx.tools.terminal import show, write
 
 MODELS: dict[str, Callable[[int], Training]] = {
+    "resnet18": lambda batch: torchvision("resnet18", batch),
     "resnet50": lambda batch: torchvision("resnet50", batch),
     "vit_l_16": lambda batch: torchvision("vit_l_16", batch),
     "gpt2": lambda batch: gpt2(batch=batch),
@@ -196,7 +197,9 @@ def _state_bytes(opt: kfc_fx.KFC) -> int:
 
 
 def rank(
-    model: Annotated[str, typer.Argument(help="resnet50, vit_l_16 or gpt2.")] = "resnet50",
+    model: Annotated[
+        str, typer.Argument(help="resnet18, resnet50, vit_l_16 or gpt2.")
+    ] = "resnet50",
     ranks: Annotated[int, typer.Option(min=2, help="Of the world.")] = 8,
     batch: Annotated[
         int, typer.Option(min=1, help="Images of 224 pixels, or texts of 128 words, a rank.")
