@@ -48,7 +48,7 @@ def gpt() -> Any:
     torch.manual_seed(0)
     off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     config = transformers.GPT2Config(
-        vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=16, bos_token_id=1,
+        vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=16, bos_token_id=1,
         eos_token_id=2, **off,
     )  # fmt: skip
     return transformers.GPT2LMHeadModel(config)
@@ -57,7 +57,7 @@ def gpt() -> Any:
 def bert() -> Any:
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=64, max_position_embeddings=16, num_labels=2,
     )  # fmt: skip
     return transformers.BertForSequenceClassification(config)
@@ -121,7 +121,7 @@ def test_what_else_is_configured(arguments, tmp_path):
     own.train()
     assert losses(own)[-1] < losses(own)[0] - 0.3
     blocks = own.model.kfc.plan.blocks
-    assert sum(block.kind == "linear" for block in blocks) == 8
+    assert sum(block.kind == "linear" for block in blocks) == 4
     assert optimizer(own).diagnostics.steps == 8
 
 

@@ -65,8 +65,8 @@ def _torchvision() -> Iterator[ModelLoss]:
         return F.cross_entropy(scores, y) + 0.3 * sum(F.cross_entropy(z, y) for z in others)
 
     def segmented(model: nn.Module) -> Tensor:
-        output = model(images)
-        pixels = torch.randint(3, (4, 64, 64))
+        output = model(images[:2, :, :32, :32])
+        pixels = torch.randint(3, (2, 32, 32))
         return F.cross_entropy(output["out"], pixels) + 0.5 * F.cross_entropy(output["aux"], pixels)
 
     yield ModelLoss(
