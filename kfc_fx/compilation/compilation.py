@@ -28,6 +28,7 @@ from kfc_fx.compilation.captured_graph import BoundGraph, CapturedGraph
 from kfc_fx.compilation.loss_functions import likelihood_of_graphs
 from kfc_fx.compilation.options import CompileOptions
 from kfc_fx.compilation.owners import Owners
+from kfc_fx.compilation.progress import told_of_capture
 from kfc_fx.compilation.reasons import FOREIGN, why_not_called, why_nothing_ran
 from kfc_fx.compilation.runs import Runs
 from kfc_fx.errors import CaptureError, OptionError, counted
@@ -240,6 +241,19 @@ class Compilation:
         return self._called(args, kwargs, (path, module))
 
     def _called(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: tuple[str, nn.Module] | None
+    ) -> Any:
+        if self._runs.called:
+            return self._run(args, kwargs, entry)
+        with told_of_capture(type(self.model).__name__, self._outcome):
+            return self._run(args, kwargs, entry)
+
+    def _outcome(self) -> str:
+        """What was captured so far, in a few words."""
+        graphs, blocks = len(self._account.graphs), len(self._blocks)
+        return f"{counted(graphs, 'graph')}, {counted(blocks, 'block')}"
+
+    def _run(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: tuple[str, nn.Module] | None
     ) -> Any:
         if self._tracing:
