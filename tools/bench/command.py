@@ -9,12 +9,13 @@ from kfc_fx.tools.bench.kernels import kernels
 from kfc_fx.tools.bench.memory import memory
 from kfc_fx.tools.bench.rank import rank
 from kfc_fx.tools.bench.step import step
+from kfc_fx.tools.bench.trainers import trainers
 from kfc_fx.tools.faults.command import faults
 from kfc_fx.tools.losses.command import losses
 from kfc_fx.tools.race.command import train
 
 app = typer.Typer(
-    help="Measure kernels, steps, runs, memory, processes, losses, and what faults leave.",
+    help="Measure kernels, steps, runs, memory, ranks, trainers, losses and faults.",
     no_args_is_help=True,
 )
 app.command()(kernels)
@@ -25,3 +26,4 @@ app.command()(losses)
 app.command()(faults)
 app.command()(distributed)
 app.command()(rank)
+app.command()(trainers)
