@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 
 import torch
 import torch.distributed as dist
@@ -91,13 +92,13 @@ def inverse_stays_with_one_process() -> None:
 
 def replicas_are_equal_to_the_bit() -> None:
     for scaling in SCALINGS:
-        for distribute in ("refresh", "update", "none"):
-            for fisher in ("empirical", "sampled"):
-                statistics = kfc_fx.Statistics(fisher=fisher, every=3, refresh_every=6)
-                ddp, opt = made(scaling, statistics=statistics, distribute=distribute)
-                for step in range(14):
-                    step_of(ddp, opt, *own_batch(step))
-                    assert_replicas_equal(ddp, f"{scaling} {distribute} {fisher} step {step}")
+        fishers = ("empirical", "sampled") if scaling in ("adam", "inverse") else ("sampled",)
+        for distribute, fisher in itertools.product(("refresh", "update"), fishers):
+            statistics = kfc_fx.Statistics(fisher=fisher, every=3, refresh_every=6)
+            ddp, opt = made(scaling, statistics=statistics, distribute=distribute)
+            for step in range(14):
+                step_of(ddp, opt, *own_batch(step))
+                assert_replicas_equal(ddp, f"{scaling} {distribute} {fisher} step {step}")
 
 
 def blocks_of_several_scalings_dtypes_and_options_stay_equal() -> None:

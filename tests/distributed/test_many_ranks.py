@@ -16,14 +16,14 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize(
     ("ranks", "distribute", "most_state", "most_work"),
-    [(8, "update", 0.2, 1.7), (512, "refresh", 1.0, 110.0)],
+    [(8, "update", 0.2, 1.7), (512, "update", 0.2, 110.0)],
 )
 def test_resnet18_steps_as_one_of_many(ranks, distribute, most_state, most_work, tmp_path):
     found = _row(tmp_path, "resnet18", f"--ranks={ranks}", f"--distribute={distribute}")
     assert 1 / ranks <= found["state_share"] <= most_state
     assert 1 <= found["refresh_imbalance"] <= most_work
     assert found["due_bytes"] > found["plain_bytes"]
-    assert (found["plain_bytes"] > 0) == (distribute == "update")
+    assert found["plain_bytes"] > 0
     network = 1e9 * found["network"]
     seconds = {kind: found[f"{kind}_seconds"] for kind in ("sgd", "plain", "due")}
     gradients, plain, due = (found[f"{kind}_bytes"] / network for kind in seconds)

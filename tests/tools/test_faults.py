@@ -17,7 +17,7 @@ from kfc_fx.tools.faults.outcome import Outcome, Reference, try_fault
 
 @pytest.mark.parametrize("scaling", ["adam", "inverse"])
 def test_every_fault_leaves_a_whole_state(scaling):
-    outcomes = list(battery(scaling, points=2, interrupt_points=6))
+    outcomes = list(battery(scaling, points=1, interrupt_points=3))
     wrong = [outcome for outcome in outcomes if not outcome.is_right]
     assert not wrong
     assert len({outcome.fault for outcome in outcomes}) == len(outcomes) == 25

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 MAKEFILE = Path(__file__).parents[2] / "Makefile"
+MAKES_OWN = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "EXTRAS")
 OLD_PYTHON = "#!/bin/sh\nexit 1\n"
 NEW_PYTHON = f"""#!/bin/sh
 echo "$@" >> calls
@@ -34,7 +36,9 @@ def folder(tmp_path: Path) -> Path:
 
 def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = ["make", "--no-print-directory", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    # this test may run within make: what that was told is not for the one here
+    own = {name: value for name, value in os.environ.items() if name not in MAKES_OWN}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=own)
 
 
 def test_the_set_up_is_done_once(folder: Path) -> None:
