@@ -71,12 +71,14 @@ class DividedEngine:
         self.started: bool = saved.started and not joined
         self._written_out = False
         part = part_of(spec, {name for name, owner in self.owners.items() if owner == ranks.rank})
+        dtypes = [getattr(torch, stack.dtype) for stack in spec.stacks]
+        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         self.is_sharded: bool = is_sharded(parameters.values())
         """Whether parameters are, so that gradients come to their owners by :meth:`receive`."""
-        self.rows: GenericRows | None = (
-            None if self.is_sharded else GenericRows(spec, parameters, saved.generic, ranks)
-        )
+        self.rows: GenericRows | None = None
         """Of parameters without a block; None where these step on their shards."""
+        if not self.is_sharded:
+            self.rows = GenericRows(spec, parameters, saved.generic, ranks, dtype)
         divided = self.rows.shardings if self.rows else {}
         part = replace(
             part,
@@ -87,9 +89,6 @@ class DividedEngine:
             clip="shared" if part.clip == "factors" else part.clip,
         )
         layouts = _layouts(spec, self.owners, divided, ranks.count)
-        dtypes = [getattr(torch, stack.dtype) for stack in spec.stacks]
-        dtypes += [parameters[name].dtype for name in divided]
-        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         device = torch.device(spec.stacks[0].device)
         self._exchange: StepExchange
         if self.rows is None:

@@ -30,6 +30,8 @@ class GenericRows:
         spec: of the whole update.
         parameters: all, by name, none of them sharded.
         held: those that there are moments of, some of which may not be updated now.
+        dtype: of the buffer that steps are sent in. Parameters with moments in another one are
+            stepped by every rank.
     """
 
     def __init__(
@@ -38,14 +40,20 @@ class GenericRows:
         parameters: Mapping[str, Tensor],
         held: Iterable[str],
         ranks: Ranks,
+        dtype: torch.dtype,
     ) -> None:
         self._ranks = ranks
         device = torch.device(spec.stacks[0].device)
+
+        def fits(parameter: Tensor) -> bool:
+            own = torch.promote_types(parameter.dtype, torch.float32)
+            return parameter.device == device and own == dtype
+
         in_blocks = {n for stack in spec.stacks for block in stack.blocks for n in block.parameters}
         shapes = {
             name: tuple(parameters[name].shape)
             for name in dict.fromkeys([*(generic.name for generic in spec.generic), *held])
-            if name in parameters and name not in in_blocks and parameters[name].device == device
+            if name in parameters and name not in in_blocks and fits(parameters[name])
         }
         found = {name: divided(shape, ranks.count) for name, shape in shapes.items()}
         self._all = {name: sharding for name, sharding in found.items() if sharding is not None}

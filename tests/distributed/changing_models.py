@@ -209,7 +209,36 @@ def moments_of_large_parameters_are_divided() -> None:
                 torch.testing.assert_close(state[number][name], value, rtol=1e-6, atol=1e-8)
 
 
+class MixedTable(Table):
+    """The same with the table in single precision and the block in double."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(4, 4, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = self.mix((x.flatten(1)[:, :10] @ self.table).double())
+        return (mixed @ self.table[:3].double().mT).float()
+
+
+def a_large_parameter_in_another_precision_is_stepped_by_all() -> None:
+    inner = kfc_fx.compile(net(MixedTable))
+    opt = kfc_fx.KFC(inner, distribute="update", statistics=WHOLE)
+    for step in range(5):
+        averaged_by_hand(inner, opt, *own_batch(step))
+        assert_replicas_equal_of(inner)
+    assert {v.dtype for v in moments(opt).values()} == {torch.float32}
+    assert moments(opt)["m"].shape == (10, 4)
+
+
+def assert_replicas_equal_of(model: nn.Module) -> None:
+    """Of parameters in several precisions."""
+    for own in everywhere([p.detach() for p in model.parameters()]):
+        assert all(map(torch.equal, own, model.parameters()))
+
+
 SCENARIOS = [
+    a_large_parameter_in_another_precision_is_stepped_by_all,
     moments_of_large_parameters_are_divided,
     a_layer_that_is_replaced_between_statistics_trains,
     a_layer_that_is_trained_again_keeps_its_block,
