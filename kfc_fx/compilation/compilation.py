@@ -81,6 +81,8 @@ class Compilation:
         self._account = self._runs.account
         self._entries = EntryCalls(model, self._enter, self._runs.inside)
         self._tracing = False
+        self._told = False
+        """Whether a call has said that it captures, where that took long."""
 
     # -- on the model ------------------------------------------------------------------------
 
@@ -243,14 +245,17 @@ class Compilation:
     def _called(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: tuple[str, nn.Module] | None
     ) -> Any:
-        if self._runs.called:
+        if self._told or not (self._tracing or torch.is_grad_enabled()):
             return self._run(args, kwargs, entry)
+        self._told = True
         with told_of_capture(type(self.model).__name__, self._outcome):
             return self._run(args, kwargs, entry)
 
     def _outcome(self) -> str:
         """What was captured so far, in a few words."""
         graphs, blocks = len(self._account.graphs), len(self._blocks)
+        if not graphs:
+            return ""
         return f"{counted(graphs, 'graph')}, {counted(blocks, 'block')}"
 
     def _run(

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 PATIENCE = 2.0
 """Seconds of a first call after which it says what it does."""
@@ -21,7 +21,7 @@ def told_of_capture(name: str, outcome: Callable[[], str]) -> Iterator[None]:
 
     Args:
         name: of the model's class.
-        outcome: what was captured, asked after the body.
+        outcome: what was captured, asked after the body; empty where nothing was.
     """
     start = time.monotonic()
     line = f"kfc_fx: capturing {name}; its first call does so, and later ones do not"
@@ -35,12 +35,17 @@ def told_of_capture(name: str, outcome: Callable[[], str]) -> Iterator[None]:
     seconds = time.monotonic() - start
     if seconds > PATIENCE:
         timer.join()
-        _say(f"kfc_fx: captured {name} in {seconds:.1f} s: {outcome()}")
+        found = ""
+        with suppress(Exception):  # which who asks for the plan will see
+            found = outcome()
+        if found:
+            _say(f"kfc_fx: captured {name} in {seconds:.1f} s: {found}")
 
 
 def _say(line: str) -> None:
     stream = sys.stderr
-    if stream is not None and stream.isatty():
-        print(line, file=stream, flush=True)
-    else:
-        logger.info(line.removeprefix("kfc_fx: "))
+    with suppress(AttributeError, OSError, ValueError):  # of what stands in for a terminal
+        if stream.isatty():
+            print(line, file=stream, flush=True)
+            return
+    logger.info(line.removeprefix("kfc_fx: "))

@@ -71,14 +71,12 @@ class DividedEngine:
         self.started: bool = saved.started and not joined
         self._written_out = False
         part = part_of(spec, {name for name, owner in self.owners.items() if owner == ranks.rank})
-        dtypes = [getattr(torch, stack.dtype) for stack in spec.stacks]
-        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         self.is_sharded: bool = is_sharded(parameters.values())
         """Whether parameters are, so that gradients come to their owners by :meth:`receive`."""
         self.rows: GenericRows | None = None
         """Of parameters without a block; None where these step on their shards."""
         if not self.is_sharded:
-            self.rows = GenericRows(spec, parameters, saved.generic, ranks, dtype)
+            self.rows = GenericRows(spec, parameters, saved.generic, ranks)
         divided = self.rows.shardings if self.rows else {}
         part = replace(
             part,
@@ -89,6 +87,9 @@ class DividedEngine:
             clip="shared" if part.clip == "factors" else part.clip,
         )
         layouts = _layouts(spec, self.owners, divided, ranks.count)
+        dtypes = [getattr(torch, stack.dtype) for stack in spec.stacks]
+        dtypes += [parameters[name].dtype for name in divided]
+        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         device = torch.device(spec.stacks[0].device)
         self._exchange: StepExchange
         if self.rows is None:
@@ -96,7 +97,7 @@ class DividedEngine:
             saved = ShardedState(parameters).local_state(saved)
         else:
             self._exchange = ReplicatedSteps(layouts, self.rows, ranks, dtype, device)
-            saved = replace(saved, generic=_local(saved.generic, self.rows))
+            saved = replace(saved, generic=self.rows.local(saved.generic))
         self._own: UpdateEngine | None = None
         self.anew: list[str] = []
         """Blocks of this rank that there is no state of, or not what is kept of them now."""
@@ -118,7 +119,7 @@ class DividedEngine:
         self._still = {
             name: entry
             for name, entry in everywhere.items()
-            if self.rows and all(self.rows.is_part(name, value) for value in entry.values())
+            if self.rows and name in self.rows.known
         }
         """This rank's rows of moments of parameters that are not updated now."""
         self._rates: tuple[object, dict[str, Tensor]] = (None, {})
@@ -166,10 +167,11 @@ class DividedEngine:
             for block in stack.blocks
             if self.owners[block.name] != self._ranks.rank
         }
+        generic = {**self._still, **rest.generic, **own.generic}
         return replace(
             rest,
             blocks=own.blocks,
-            generic={**self._still, **rest.generic, **own.generic},
+            generic=self.rows.distributed(generic) if self.rows else generic,
             plan=dict(self._plan),
             started=self.started,
             waiting=self.waiting,
@@ -341,16 +343,6 @@ def _is_known(block: BlockSpec, saved: SavedState) -> bool:
     """Whether some rank has the state of a block, and not of one of another size in its place."""
     known = saved.plan.get(block.name)
     return known is not None and tuple(known["weight_shape"]) == block.weight_shape
-
-
-def _local(
-    generic: Mapping[str, Mapping[str, Tensor]], rows: GenericRows
-) -> dict[str, dict[str, Tensor]]:
-    """Moments of generic parameters, of those that are divided this rank's rows."""
-    return {
-        name: {key: rows.local(name, value) for key, value in entry.items()}
-        for name, entry in generic.items()
-    }
 
 
 def _layouts(

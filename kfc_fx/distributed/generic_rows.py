@@ -13,6 +13,7 @@ from torch import Tensor
 from kfc_fx.codegen.spec import GenericParameter, UpdateSpec
 from kfc_fx.distributed.ranks import Ranks
 from kfc_fx.distributed.shards import Sharding, chunk_of, is_distributed
+from kfc_fx.errors import OptionError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -30,8 +31,6 @@ class GenericRows:
         spec: of the whole update.
         parameters: all, by name, none of them sharded.
         held: those that there are moments of, some of which may not be updated now.
-        dtype: of the buffer that steps are sent in. Parameters with moments in another one are
-            stepped by every rank.
     """
 
     def __init__(
@@ -40,30 +39,27 @@ class GenericRows:
         parameters: Mapping[str, Tensor],
         held: Iterable[str],
         ranks: Ranks,
-        dtype: torch.dtype,
     ) -> None:
         self._ranks = ranks
         device = torch.device(spec.stacks[0].device)
-
-        def fits(parameter: Tensor) -> bool:
-            own = torch.promote_types(parameter.dtype, torch.float32)
-            return parameter.device == device and own == dtype
-
         in_blocks = {n for stack in spec.stacks for block in stack.blocks for n in block.parameters}
         shapes = {
             name: tuple(parameters[name].shape)
             for name in dict.fromkeys([*(generic.name for generic in spec.generic), *held])
-            if name in parameters and name not in in_blocks and fits(parameters[name])
+            if name in parameters and name not in in_blocks and parameters[name].device == device
         }
         found = {name: divided(shape, ranks.count) for name, shape in shapes.items()}
-        self._all = {name: sharding for name, sharding in found.items() if sharding is not None}
-        updated = {generic.name: generic for generic in spec.generic}
-        self.shardings: dict[str, Sharding] = {
-            n: sharding for n, sharding in self._all.items() if n in updated
+        self.known: dict[str, Sharding] = {
+            name: sharding for name, sharding in found.items() if sharding is not None
         }
-        """By name, of those that are divided and updated."""
+        """By name, of those that are divided."""
+        updated = {generic.name for generic in spec.generic}
+        self.shardings: dict[str, Sharding] = {
+            n: sharding for n, sharding in self.known.items() if n in updated
+        }
+        """The same of those that are updated now."""
         self.own: tuple[GenericParameter, ...] = tuple(
-            GenericParameter(name, sharding.shape_of(ranks.rank), updated[name].converts)
+            GenericParameter(name, sharding.shape_of(ranks.rank), converts=False)
             for name, sharding in self.shardings.items()
         )
         """The rows of this rank, as parameters that a spec may have."""
@@ -76,26 +72,43 @@ class GenericRows:
         """The rows of all ranks, whole."""
         return torch.cat(parts, self.shardings[name].dim)
 
-    def local(self, name: str, value: Tensor) -> Tensor:
-        """This rank's rows of a value in any form: of this rank alone, of all, or distributed."""
-        sharding = self._all.get(name)
-        if sharding is None:
-            return value
-        if is_distributed(value):
-            value = value.full_tensor()
-        is_whole = tuple(value.shape) == sharding.shape
-        return sharding.chunk(value, self._ranks.rank).clone() if is_whole else value
+    def local(self, generic: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """Moments of which those that are divided are this rank's rows. Ranks need not ask
+        together: nothing is sent. Moments of a parameter of another size are left out.
 
-    def is_part(self, name: str, value: Tensor) -> bool:
-        """Whether a value has the rows of this rank alone."""
-        sharding = self._all.get(name)
-        return sharding is not None and tuple(value.shape) == sharding.shape_of(self._ranks.rank)
+        Raises:
+            OptionError: of a parameter that is not divided there are the rows of some rank.
+        """
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, entry in generic.items():
+            sharding = self.known.get(name)
+            if sharding is None:
+                _refuse_parts(name, entry)
+                found[name] = dict(entry)
+            elif all(tuple(value.shape) == sharding.shape for value in entry.values()):
+                found[name] = {key: self._rows(sharding, value) for key, value in entry.items()}
+        return found
 
-    def distributed(self, name: str, part: Tensor) -> Tensor:
-        """This rank's rows as a part of a ``DTensor``."""
+    def _rows(self, sharding: Sharding, value: Tensor) -> Tensor:
+        if not is_distributed(value):
+            return sharding.chunk(value, self._ranks.rank).clone()
+        return value.to_local()
+
+    def distributed(
+        self, generic: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[str, dict[str, Tensor]]:
+        """The inverse of :meth:`local`: what is divided as this rank's part of a ``DTensor``, which
+        says what it is a part of."""
+        return {
+            name: {key: self._distributed(self.known[name], own) for key, own in entry.items()}
+            if name in self.known
+            else dict(entry)
+            for name, entry in generic.items()
+        }
+
+    def _distributed(self, sharding: Sharding, part: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor, Shard
 
-        sharding = self._all[name]
         strides = [prod(sharding.shape[dim + 1 :]) for dim in range(len(sharding.shape))]
         return DTensor.from_local(
             part,
@@ -109,6 +122,34 @@ class GenericRows:
     @cached_property
     def _mesh(self) -> DeviceMesh:
         return self._ranks.mesh()
+
+
+def whole_where_foreign(
+    generic: Mapping[str, Mapping[str, Tensor]], ranks: Ranks
+) -> dict[str, dict[str, Tensor]]:
+    """Moments of whole parameters as :meth:`GenericRows.local` takes them: those that are divided
+    in another way, or among others, are made whole. All ranks ask together."""
+
+    def fit(value: Tensor) -> Tensor:
+        if not is_distributed(value):
+            return value
+        sharding = divided(tuple(value.shape), ranks.count)
+        members = tuple(int(rank) for rank in value.device_mesh.mesh.flatten())
+        placed = value.placements
+        same = sharding is not None and members == ranks.members and len(placed) == 1
+        return value if same and placed[0].is_shard(sharding.dim) else value.full_tensor()  # type: ignore[union-attr]
+
+    return {
+        name: {key: fit(value) for key, value in entry.items()} for name, entry in generic.items()
+    }
+
+
+def _refuse_parts(name: str, entry: Mapping[str, Tensor]) -> None:
+    if any(map(is_distributed, entry.values())):
+        raise OptionError(
+            f"the moments of {name} are divided among the ranks, and it lies elsewhere than the "
+            "blocks now: load what opt.consolidate_state_dict() has made whole"
+        )
 
 
 def divided(shape: tuple[int, ...], ranks: int) -> Sharding | None:

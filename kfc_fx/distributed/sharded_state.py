@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 from torch import Tensor
 
-from kfc_fx.distributed.generic_rows import GenericRows
 from kfc_fx.distributed.shards import is_distributed, sharding_of
 from kfc_fx.engine.state import SavedState
 
@@ -22,8 +21,6 @@ class ShardedState:
     """State that is shaped like parameters, as this rank has it and as checkpoints have it."""
 
     parameters: Mapping[str, Tensor]
-    rows: GenericRows | None = None
-    """Of whole parameters whose moments are divided."""
 
     def local(self, name: str, value: Tensor) -> Tensor:
         """This rank's part of a value for a parameter, whole or in parts of its own."""
@@ -40,8 +37,6 @@ class ShardedState:
     def whole(self, name: str, value: Tensor) -> Tensor:
         """A value of this rank's part as a distributed tensor, where the parameter is one."""
         parameter = self.parameters.get(name)
-        if self.rows is not None and self.rows.is_part(name, value):
-            return self.rows.distributed(name, value)
         if not is_distributed(parameter) or is_distributed(value):
             return value
         from torch.distributed.tensor import DTensor

@@ -66,8 +66,11 @@ class ReplicatedSteps:
     def owned(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`StepExchange`."""
         divided = self._rows.shardings
+        dtype = self._sent.dtype  # in which an owner has the moments of its rows
         return {
-            name: self._rows.part(name, gradients[name]) if name in divided else gradients[name]
+            name: self._rows.part(name, gradients[name]).to(dtype)
+            if name in divided
+            else gradients[name]
             for name in self.steps
             if name in gradients
         }

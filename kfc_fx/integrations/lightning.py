@@ -23,11 +23,14 @@ class CurvatureMonitor(Callback):
     The numbers of :meth:`kfc_fx.optim.diagnostics.Diagnostics.as_dict` go to all loggers and to
     ``trainer.callback_metrics``, as ``kfc/steps`` and so on; of several KFCs as ``kfc/0/steps``.
 
+    With ``distribute="update"`` the report has the blocks of the first rank.
+
     Args:
-        every: optimizer steps between two entries; None for the trainer's ``log_every_n_steps``.
+        every: steps between two entries, as ``trainer.global_step`` counts those of all optimizers;
+            None for the trainer's ``log_every_n_steps``, of which zero is never.
         report: where :meth:`kfc_fx.KFC.save_report` writes, a JSON file that
-            ``kfc-fx inspect MODEL --report FILE`` shows; None for no report. Of several KFCs the
-            n-th writes ``FILE-n.json``.
+            ``kfc-fx inspect MODEL --view run --report FILE`` shows; None for no report. Of several
+            KFCs the n-th writes ``FILE-n.json``.
 
     Raises:
         OptionError: ``every`` is less than one; or, when training starts, no optimizer is a KFC.
@@ -38,11 +41,11 @@ class CurvatureMonitor(Callback):
             raise kfc_fx.OptionError(f"every must be at least 1, got {every}")
         self.every = every
         self.report = None if report is None else Path(report)
-        self._last = -1
+        self._last = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """That there is something to log."""
-        self._last = -1
+        self._last = trainer.global_step
         if not list(_optimizers(trainer)):
             names = ", ".join(type(own).__name__ for own in trainer.optimizers) or "none"
             raise kfc_fx.OptionError(
@@ -59,8 +62,8 @@ class CurvatureMonitor(Callback):
     ) -> None:
         """Log after every so many steps of the optimizer, each once."""
         step = trainer.global_step
-        every = self.every or max(1, getattr(trainer, "log_every_n_steps", 50))
-        if step == self._last or step == 0 or step % every:
+        every = self.every or int(getattr(trainer, "log_every_n_steps", 50))
+        if not every or step // every == self._last // every:
             return
         self._last = step
         found = list(_optimizers(trainer))
@@ -72,7 +75,10 @@ class CurvatureMonitor(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=step)
         if self.report is not None and trainer.is_global_zero:
-            self._save(found, _loss_of(outputs))
+            loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+            if loss is not None and pl_module.automatic_optimization:
+                loss = loss * trainer.accumulate_grad_batches  # by which Lightning has divided it
+            self._save(found, loss)
 
     def _save(self, found: list[kfc_fx.KFC], loss: Any) -> None:
         assert self.report is not None
@@ -89,10 +95,6 @@ def _optimizers(trainer: Trainer) -> Iterator[kfc_fx.KFC]:
         inner = getattr(own, "optimizer", own)
         if isinstance(inner, kfc_fx.KFC):
             yield inner
-
-
-def _loss_of(outputs: Any) -> Any:
-    return outputs.get("loss") if isinstance(outputs, dict) else outputs
 
 
 def _as_tensor(value: float) -> Any:

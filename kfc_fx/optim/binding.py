@@ -13,6 +13,7 @@ from kfc_fx.capture.wrappers import reshard
 from kfc_fx.codegen.spec import UpdateSpec
 from kfc_fx.compilation import Compilation
 from kfc_fx.distributed.divided_engine import DividedEngine
+from kfc_fx.distributed.generic_rows import whole_where_foreign
 from kfc_fx.distributed.ranks import Ranks
 from kfc_fx.distributed.sharded_state import ShardedState
 from kfc_fx.distributed.shards import is_distributed, is_sharded, locals_of
@@ -218,19 +219,18 @@ class Binding:
         return divides or is_sharded(self._held.values())
 
     @property
-    def sharded_state(self) -> ShardedState:
-        """How state that is shaped like parameters lies on the ranks."""
-        rows = self._engine.rows if isinstance(self._engine, DividedEngine) else None
-        return ShardedState(self.parameters, rows)
-
-    @property
     def elsewhere(self) -> list[str]:
         """Blocks, and parameters without one, whose state is on other ranks or in part there."""
         if self.is_consolidated:
             return []
-        engine = self._engine
-        rows = engine.rows if isinstance(engine, DividedEngine) else None
-        return [*self.held().elsewhere, *(rows.shardings if rows else ())]
+        held = self.held()
+        whole = {name for name, p in self.parameters.items() if not is_distributed(p)}
+        in_part = [
+            name
+            for name, entry in held.generic.items()
+            if name in whole and is_sharded(entry.values())
+        ]
+        return [*held.elsewhere, *in_part]
 
     def forget_consolidated(self) -> None:
         """Have this rank's part alone again."""
@@ -246,7 +246,7 @@ class Binding:
         """Bring the state of all ranks' blocks, and that of sharded parameters, to one rank, for as
         long as it is that."""
         self.forget_consolidated()
-        held, shapes = self.held(), self.sharded_state
+        held, shapes = self.held(), ShardedState(self.parameters)
         everywhere = self._ranks.gather_objects_on(rank, _on_cpu(held.blocks))
         whole = shapes.whole_state(held)
         if self._ranks.rank == rank:
@@ -390,7 +390,10 @@ class Binding:
         self._parked_elsewhere = {}
 
     def load(self, state: SavedState) -> None:
-        """Start the next engine from ``state``, which the user has loaded."""
+        """Start the next engine from ``state``, which the user has loaded; with divided state all
+        ranks do so together."""
+        if self.divided and not is_sharded(self._held.values()):
+            state = replace(state, generic=whole_where_foreign(state.generic, self._ranks))
         self.take_over(state)
         self._resumes = True
 

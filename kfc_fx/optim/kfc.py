@@ -321,6 +321,8 @@ class KFC(torch.optim.Optimizer):
             StepError: some of it is on other ranks.
         """
         asked = asked_by_checkpoint()
+        for own in self._models:
+            own.begin(self.param_groups)
         for own in self._models if asked is not None else ():
             own.binding.forget_consolidated()
             if asked == "whole" and own.binding.divided:
@@ -382,6 +384,7 @@ class KFC(torch.optim.Optimizer):
         super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
         for own, (state, record) in zip(self._models, states, strict=True):
             own.load(state, record)
+        self._reported = Progress(self.diagnostics.steps, dict(self.diagnostics.seconds))
 
     def adopt(self, state_dict: Mapping[str, Any]) -> None:
         """Take over the state of a run by ``torch.optim.AdamW`` or ``Adam``: the moments of the
@@ -449,7 +452,7 @@ class KFC(torch.optim.Optimizer):
     def save_report(self, path: str | Path, *, loss: float | Tensor | None = None) -> None:
         """Add to a report of the run: step, loss, rates, time by part; spectra of all factors.
 
-        Call it every so often; ``kfc-fx inspect MODEL --report PATH`` shows the report.
+        Call it every so often; ``kfc-fx inspect MODEL --view run --report PATH`` shows the report.
 
         Args:
             path: of a JSON file, made by the first call and added to by later ones.

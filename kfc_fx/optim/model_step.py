@@ -15,6 +15,7 @@ from kfc_fx.capture.wrappers import refuse_tensor_parallel
 from kfc_fx.compilation import Compilation
 from kfc_fx.distributed.divided_engine import DividedEngine
 from kfc_fx.distributed.ranks import Ranks
+from kfc_fx.distributed.sharded_state import ShardedState
 from kfc_fx.distributed.shared_step import SharedStep
 from kfc_fx.engine.engine import UpdateEngine
 from kfc_fx.engine.screening import screen
@@ -117,12 +118,18 @@ class ModelStep:
             self.arm()
         return self._diagnostics
 
-    def entries(self, groups: Groups) -> Entries:
-        """The state by parameter name; empty before the plan is known."""
+    def begin(self, groups: Groups) -> None:
+        """Let the state be in the engine that the next step runs, where the plan is known: of
+        blocks of other ranks there is none from then on."""
         binding = self.binding
         binding.follow()
         if binding.current is None and self.compilation.captured and self.compilation.plan.blocks:
             binding.engine(groups)
+
+    def entries(self, groups: Groups) -> Entries:
+        """The state by parameter name; empty before the plan is known."""
+        self.begin(groups)
+        binding = self.binding
         own = binding.by_name(groups)
         known = binding.has_state
         options = self._options
@@ -133,7 +140,7 @@ class ModelStep:
             steps=self._diagnostics.steps,
             average=options.average is not None,
             master_weights=options.master_weights,
-            whole=_as_it_is if binding.is_consolidated else binding.sharded_state.whole,
+            whole=_as_it_is if binding.is_consolidated else ShardedState(binding.parameters).whole,
         )
 
     def record(self, groups: Groups) -> dict[str, Any]:

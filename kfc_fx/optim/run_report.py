@@ -1,4 +1,4 @@
-"""How a training run goes, as a JSON file that ``kfc-fx inspect --report`` shows.
+"""How a training run goes, as a JSON file that ``kfc-fx inspect --view run`` shows.
 
 One entry for each time that it is written, and the spectra of all factors as they are then.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import kfc_fx
 import kfc_fx.distributed.statistics
+from kfc_fx.distributed.shards import local_of
 from tests.distributed.launch import run_scenarios
 from tests.distributed.training import (
     DDP,
@@ -177,7 +179,8 @@ class Table(nn.Module):
 
 
 def moments(opt: kfc_fx.KFC) -> dict[str, Tensor]:
-    return opt._models[0].binding.held().generic["table"]
+    """Of the table, what this rank has of them."""
+    return {name: local_of(v) for name, v in opt._models[0].binding.held().generic["table"].items()}
 
 
 def moments_of_large_parameters_are_divided() -> None:
@@ -201,6 +204,10 @@ def moments_of_large_parameters_are_divided() -> None:
                 torch.testing.assert_close(part, rows, rtol=1e-6, atol=1e-8)
         torch.testing.assert_close(inner.table, alone.table, rtol=1e-6, atol=1e-8)
         expect(opt.state_dict, "is on other ranks")
+        inner.table.requires_grad_(False)
+        for step in range(20, 34):  # so long that it has no place in the update any more
+            averaged_by_hand(inner, opt, *own_batch(step, double=True))
+        expect(opt.state_dict, "is on other ranks")
         opt.consolidate_state_dict(to=0)
         if dist.get_rank() == 0:
             state = opt.state_dict()["state"]
@@ -210,25 +217,83 @@ def moments_of_large_parameters_are_divided() -> None:
 
 
 class MixedTable(Table):
-    """The same with the table in single precision and the block in double."""
+    """The same with another block, in double precision."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.mix = nn.Linear(4, 4, dtype=torch.float64)
+        self.wide = nn.Linear(4, 4, dtype=torch.float64)
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed = self.mix((x.flatten(1)[:, :10] @ self.table).double())
+        mixed = self.wide(self.mix(x.flatten(1)[:, :10] @ self.table).double())
         return (mixed @ self.table[:3].double().mT).float()
 
 
-def a_large_parameter_in_another_precision_is_stepped_by_all() -> None:
+def moments_stay_when_the_precision_of_the_exchange_changes() -> None:
     inner = kfc_fx.compile(net(MixedTable))
+    inner.wide.requires_grad_(False)
     opt = kfc_fx.KFC(inner, distribute="update", statistics=WHOLE)
-    for step in range(5):
+    for step in range(6):
         averaged_by_hand(inner, opt, *own_batch(step))
         assert_replicas_equal_of(inner)
-    assert {v.dtype for v in moments(opt).values()} == {torch.float32}
-    assert moments(opt)["m"].shape == (10, 4)
+        if step == 2:
+            rows = opt._models[0].binding._engine._own.generic["table"]
+            assert rows["v"].dtype == torch.float32
+            rows["v"] = rows["v"] + 1000
+            inner.wide.requires_grad_(True)
+    assert moments(opt)["v"].dtype == torch.float64
+    assert moments(opt)["v"].shape == (5, 4)
+    assert moments(opt)["v"].min() > 900
+
+
+def a_replaced_parameter_takes_no_rows_of_the_old_one() -> None:
+    inner = kfc_fx.compile(net(Table))
+    opt = kfc_fx.KFC(inner, distribute="update", statistics=WHOLE)
+    for step in range(3):
+        averaged_by_hand(inner, opt, *own_batch(step))
+    rows = opt._models[0].binding._engine._own.generic["table"]
+    rows["v"] = rows["v"] + 1000
+    inner.table = nn.Parameter(torch.randn(5, 4, generator=torch.Generator().manual_seed(1)))
+    opt.add_param_group({"params": [inner.table]})
+    inner.forward = types.MethodType(shorter, inner)
+    for step in range(3, 6):
+        averaged_by_hand(inner, opt, *own_batch(step))
+    assert moments(opt)["v"].max() < 900
+
+
+def shorter(self: Table, x: Tensor) -> Tensor:
+    return self.mix(x.flatten(1)[:, :5] @ self.table) @ self.table[:3].mT
+
+
+def a_loaded_state_is_not_saved_in_part() -> None:
+    inner = kfc_fx.compile(net(Table))
+    opt = kfc_fx.KFC(inner, distribute="update", statistics=WHOLE)
+    for step in range(3):
+        averaged_by_hand(inner, opt, *own_batch(step))
+    opt.consolidate_state_dict(to=0)
+    found = [opt.state_dict() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    opt.load_state_dict(found[0])
+    expect(opt.state_dict, "is on other ranks")
+    if dist.get_rank() == 0:
+        assert "def apply" in opt.update_source  # what one rank reads, no other waits for
+    averaged_by_hand(inner, opt, *own_batch(3))
+    assert_replicas_equal(inner)
+
+
+def one_rank_may_look_after_a_checkpoint_was_set() -> None:
+    from torch.distributed.checkpoint.state_dict import (
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    ddp, opt = made("adam", Table, distribute="update")
+    for step in range(3):
+        step_of(ddp, opt, *own_batch(step))
+    set_optimizer_state_dict(ddp, opt, get_optimizer_state_dict(ddp, opt))
+    if dist.get_rank() == 0:
+        assert "def apply" in opt.update_source
+    step_of(ddp, opt, *own_batch(3))
+    assert_replicas_equal(ddp)
 
 
 def assert_replicas_equal_of(model: nn.Module) -> None:
@@ -238,7 +303,10 @@ def assert_replicas_equal_of(model: nn.Module) -> None:
 
 
 SCENARIOS = [
-    a_large_parameter_in_another_precision_is_stepped_by_all,
+    moments_stay_when_the_precision_of_the_exchange_changes,
+    a_replaced_parameter_takes_no_rows_of_the_old_one,
+    a_loaded_state_is_not_saved_in_part,
+    one_rank_may_look_after_a_checkpoint_was_set,
     moments_of_large_parameters_are_divided,
     a_layer_that_is_replaced_between_statistics_trains,
     a_layer_that_is_trained_again_keeps_its_block,
