@@ -69,6 +69,31 @@ def test_a_short_call_says_nothing(monkeypatch):
     assert terminal.getvalue() == ""
 
 
+def test_an_error_stream_that_is_no_file_does_no_harm(impatient, monkeypatch, caplog):
+    class Recorder:
+        def write(self, text: str) -> None:
+            raise AssertionError(text)
+
+        def flush(self) -> None:
+            pass
+
+    monkeypatch.setattr("sys.stderr", Recorder())
+    with caplog.at_level(logging.INFO, "kfc_fx"):
+        kfc_fx.compile(Small())(torch.randn(3, 4))
+    assert [r.name for r in caplog.records if r.name == "kfc_fx"] == ["kfc_fx", "kfc_fx"]
+
+
+def test_calls_without_gradients_say_nothing(impatient, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    net = kfc_fx.compile(Small(), backend="aot_eager")
+    with torch.no_grad():
+        net(torch.randn(3, 4))
+    assert terminal.getvalue() == ""
+    net(torch.randn(3, 4))
+    assert "captured Small" in terminal.getvalue()
+
+
 def test_a_call_that_fails_says_nothing_of_what_was_captured(impatient, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)

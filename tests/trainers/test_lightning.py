@@ -159,6 +159,20 @@ def test_the_monitor_logs_diagnostics_and_saves_the_report(tmp_path):
     assert all(entry["loss"] > 0 for entry in report["steps"])
 
 
+def test_the_monitor_reports_the_loss_of_the_batch_and_each_step_once(tmp_path):
+    from kfc_fx.integrations.lightning import CurvatureMonitor
+
+    module, report = Digits(), tmp_path / "report.json"
+    monitor = CurvatureMonitor(every=2, report=report)
+    fit(module, tmp_path, epochs=2, callbacks=[monitor], accumulate_grad_batches=2)
+    entries = json.loads(report.read_text())["steps"]
+    assert [entry["step"] for entry in entries] == [2, 4]
+    assert [entry["loss"] for entry in entries] == pytest.approx(
+        [module.losses[3], module.losses[7]]
+    )
+    fit(module, tmp_path, epochs=1, callbacks=[CurvatureMonitor()], log_every_n_steps=0)
+
+
 def test_the_monitor_wants_a_kfc(tmp_path):
     from kfc_fx.integrations.lightning import CurvatureMonitor
 
