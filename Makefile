@@ -3,7 +3,7 @@
 # make fuzz    properties of random networks and programs, for MINUTES=20
 #
 # The set-up is done once, and again only after pyproject.toml has changed. EXTRAS=trainers installs
-# the trainers of others too, whose tests are skipped without them.
+# the trainers of others too, whose tests are skipped without them; a comma parts several extras.
 
 PYTHON ?= python3
 MINUTES ?= 20

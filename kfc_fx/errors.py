@@ -3,7 +3,7 @@
 import difflib
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import FrameType
 
 
@@ -71,6 +71,11 @@ def first_line(error: object) -> str:
 def counted(count: int, noun: str) -> str:
     """``"1 graph"``, ``"2 graphs"``: a number and a noun whose plural ends in s."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def some_of(names: Sequence[str]) -> str:
+    """``"a, b, c, d, e, ..."``: the first five names of several."""
+    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

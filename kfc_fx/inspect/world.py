@@ -170,11 +170,10 @@ def _state(
     parameters = inspection.parameters
     kept = 2 if spec.generic_rule == "adamw" else 1
     for generic in spec.generic:
-        of_one = 4 * kept
         rows = divided(generic.shape, ranks) if way != "shard" else None
-        moments = of_one * parameters[generic.name].numel()
+        moments = 4 * kept * parameters[generic.name].numel()
         if rows is not None:
-            load = [own + of_one * rows.numbers(rank) for rank, own in enumerate(load)]
+            load = [own + 4 * kept * rows.numbers(rank) for rank, own in enumerate(load)]
         elif way == "shard":
             load = [own + -(-moments // ranks) for own in load]
         else:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import kfc_fx
 
 try:
@@ -71,7 +73,7 @@ class CurvatureMonitor(Callback):
         for place, own in enumerate(found):
             prefix = "kfc" if len(found) == 1 else f"kfc/{place}"
             numbers |= {f"{prefix}/{n}": value for n, value in own.diagnostics.as_dict().items()}
-        trainer.callback_metrics.update({n: _as_tensor(value) for n, value in numbers.items()})
+        trainer.callback_metrics.update({n: torch.tensor(value) for n, value in numbers.items()})
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=step)
         if self.report is not None and trainer.is_global_zero:
@@ -95,9 +97,3 @@ def _optimizers(trainer: Trainer) -> Iterator[kfc_fx.KFC]:
         inner = getattr(own, "optimizer", own)
         if isinstance(inner, kfc_fx.KFC):
             yield inner
-
-
-def _as_tensor(value: float) -> Any:
-    import torch
-
-    return torch.tensor(float(value))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -15,13 +15,14 @@ from kfc_fx.compilation import Compilation
 from kfc_fx.distributed.divided_engine import DividedEngine
 from kfc_fx.distributed.generic_rows import whole_where_foreign
 from kfc_fx.distributed.ranks import Ranks
-from kfc_fx.distributed.sharded_state import ShardedState
 from kfc_fx.distributed.shards import is_distributed, is_sharded, locals_of
 from kfc_fx.engine.state import SavedState, fitting
 from kfc_fx.engine.step_inputs import Momenta
-from kfc_fx.errors import OptionError, counted, warn
+from kfc_fx.errors import OptionError, counted, some_of, warn
+from kfc_fx.optim.consolidated import Consolidated
 from kfc_fx.optim.engines import Engine, built_engine
 from kfc_fx.optim.groups import Group, check_second_beta
+from kfc_fx.optim.moved_parameters import held_by, renamed_state
 from kfc_fx.optim.options import KFCOptions
 from kfc_fx.optim.rates import LearningRates, learning_rates, momenta
 from kfc_fx.optim.states.state_dict import PLACES
@@ -50,10 +51,8 @@ class Binding:
         """``outside``: parameters of no compiled model by name, generic ones beside the model's."""
         self._ranks = ranks
         self._owners: dict[str, int] = {}
-        self._consolidated: dict[str, dict[str, Tensor]] = {}
-        """State of other ranks' blocks as it is after the last step, where somebody has asked."""
-        self._whole: SavedState | None = None
-        """The same of sharded parameters, whole."""
+        self.consolidated: Consolidated = Consolidated(ranks)
+        """State of other ranks, where somebody has asked."""
         self._outside = dict(outside or {})
         self._compilation = compilation
         self._tree: tuple[list[nn.Module], list[object]] | None = None
@@ -86,10 +85,10 @@ class Binding:
     def follow(self) -> bool:
         """Take the parameters that the model holds now, and their names, for those that are meant;
         returns whether there were others before. State goes with the parameter that it is of."""
-        if self._tree and self._tree[1] == _signature(self._tree[0]):
+        if self._tree and self._tree[1] == held_by(self._tree[0]):
             return False
         modules = list(self._compilation.model.modules())
-        self._tree = (modules, _signature(modules))
+        self._tree = (modules, held_by(modules))
         held: dict[str, Tensor] = dict(self._compilation.model.named_parameters())
         before = self._held
         # in a forward pass, and after one without a backward pass, others stand in for the shards
@@ -109,7 +108,7 @@ class Binding:
         self.names = {parameter: name for name, parameter in held.items()}
         self.names |= {parameter: name for name, parameter in self._outside.items()}
         if renamed:
-            self.take_over(_renamed(self.held(), renamed, gone))
+            self.take_over(renamed_state(self.held(), renamed, gone))
             blocks = {block_name(old): block_name(new) for old, new in renamed.items()}
             self._owners = {blocks.get(name, name): rank for name, rank in self._owners.items()}
         self._key = None
@@ -221,7 +220,7 @@ class Binding:
     @property
     def elsewhere(self) -> list[str]:
         """Blocks, and parameters without one, whose state is on other ranks or in part there."""
-        if self.is_consolidated:
+        if self.consolidated.is_whole:
             return []
         held = self.held()
         whole = {name for name, p in self.parameters.items() if not is_distributed(p)}
@@ -232,33 +231,21 @@ class Binding:
         ]
         return [*held.elsewhere, *in_part]
 
-    def forget_consolidated(self) -> None:
-        """Have this rank's part alone again."""
-        self._consolidated, self._whole = {}, None
-
     def gather_blocks(self) -> None:
         """Bring the state of all ranks' blocks to all ranks, for as long as it is that."""
-        self.forget_consolidated()
-        everywhere = self._ranks.gather_objects(_on_cpu(self.held().blocks))
-        self._consolidated = {name: own for blocks in everywhere for name, own in blocks.items()}
+        self.consolidated.forget()
+        self.consolidated.gather_blocks(self.held())
 
     def consolidate(self, rank: int) -> None:
-        """Bring the state of all ranks' blocks, and that of sharded parameters, to one rank, for as
-        long as it is that."""
-        self.forget_consolidated()
-        held, shapes = self.held(), ShardedState(self.parameters)
-        everywhere = self._ranks.gather_objects_on(rank, _on_cpu(held.blocks))
-        whole = shapes.whole_state(held)
-        if self._ranks.rank == rank:
-            self._consolidated = {
-                name: own for blocks in everywhere for name, own in blocks.items()
-            }
-            self._whole = whole
+        """Bring the state of all ranks' blocks, and what is divided of parameters, to one rank, for
+        as long as it is that."""
+        self.consolidated.forget()
+        self.consolidated.bring_to(rank, self.held(), self.parameters)
 
     def note_step(self) -> None:
         """Count a step that was taken."""
         self._since += 1
-        self._consolidated, self._whole = {}, None
+        self.consolidated.forget()
 
     def _blocks_beside(
         self, plan: CurvaturePlan, parameters: Mapping[str, Tensor], groups: Mapping[str, Group]
@@ -359,22 +346,17 @@ class Binding:
         """State of the engine, and of blocks that are not in it now, such as those of layers that
         are frozen or not called, in the tensors that it is in; before there is an engine, the state
         that it will start from."""
-        state = self._whole or (self._loaded if self._engine is None else self._engine.held())
-        elsewhere = {**self._parked_elsewhere, **state.elsewhere}
+        state = self._loaded if self._engine is None else self._engine.held()
         parked = frozenset({*self._parked, *self._parked_elsewhere})
-        return replace(
+        held = replace(
             state,
-            blocks=ChainMap(self._parked, cast(Any, state.blocks), self._consolidated),
-            elsewhere={n: own for n, own in elsewhere.items() if n not in self._consolidated},
+            blocks=ChainMap(self._parked, cast(Any, state.blocks)),
+            elsewhere={**self._parked_elsewhere, **state.elsewhere},
             plan={**self._parked_plan, **state.plan},
             parked=parked if self._engine else state.parked,
             since=self._since if self._engine else state.since,
         )
-
-    @property
-    def is_consolidated(self) -> bool:
-        """Whether this rank has the whole state."""
-        return self._whole is not None
+        return self.consolidated.over(held)
 
     @property
     def has_state(self) -> bool:
@@ -386,8 +368,8 @@ class Binding:
     def take_over(self, state: SavedState) -> None:
         """Start the next engine from ``state``, which need not be whole."""
         self._engine, self._loaded, self._key = None, state, None
-        self._parked, self._parked_plan, self._consolidated, self._whole = {}, {}, {}, None
-        self._parked_elsewhere = {}
+        self._parked, self._parked_plan, self._parked_elsewhere = {}, {}, {}
+        self.consolidated.forget()
 
     def load(self, state: SavedState) -> None:
         """Start the next engine from ``state``, which the user has loaded; with divided state all
@@ -419,7 +401,7 @@ class Binding:
             return
         _refuse_other_kind([name for name in anew if name in self._loaded.blocks])
         warn(
-            f"the loaded state has nothing for {counted(len(anew), 'block')} ({_shown(anew)}), "
+            f"the loaded state has nothing for {counted(len(anew), 'block')} ({some_of(anew)}), "
             "begun anew"
         )
 
@@ -435,7 +417,7 @@ class Binding:
             first = lost[0]
             warn(
                 f"updated as generic parameters from now on, without the block that there was: "
-                f"{counted(len(lost), 'layer')} ({_shown([b.name for b in lost])}); "
+                f"{counted(len(lost), 'layer')} ({some_of([b.name for b in lost])}); "
                 f"{first.weight}: {reasons[first.weight]}"
             )
 
@@ -445,56 +427,19 @@ class Binding:
         return (self._loaded if self._engine is None else self._engine).average
 
 
-def _signature(modules: Iterable[nn.Module]) -> list[object]:
-    """Names and identities of all that modules hold: it is another one if any of it is."""
-    found: list[object] = []
-    for module in modules:
-        for held in (module._parameters, module._modules):
-            found += held
-            found += map(id, held.values())
-    return found
-
-
-def _renamed(saved: SavedState, names: Mapping[str, str], gone: Collection[str]) -> SavedState:
-    """A state of a model whose parameters have other names now.
-
-    Args:
-        names: old name of a parameter to its new one.
-        gone: names of parameters that are no more, which others have now.
-    """
-    blocks = {block_name(old): block_name(new) for old, new in names.items()}
-    saved = saved.without(gone, {block_name(name) for name in gone})
-    plan = {}
-    for old, block in saved.plan.items():
-        name = blocks.get(old, old)
-        plan[name] = BlockSpec.from_dict(block).renamed(name, names).as_dict()
-    return replace(saved.renamed(names, blocks), plan=plan)
-
-
 def _refuse_other_kind(blocks: Sequence[str]) -> None:
     if blocks:
         raise OptionError(
-            f"the loaded state does not fit {counted(len(blocks), 'block')} ({_shown(blocks)}): "
+            f"the loaded state does not fit {counted(len(blocks), 'block')} ({some_of(blocks)}): "
             "it is of another scaling, of factors in another form, or of another layer. "
             "Make KFC with the options that it was saved with, or load the model's state alone"
         )
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
-
-
-def _on_cpu(blocks: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    return {
-        block: {name: value.detach().cpu().clone() for name, value in blocks[block].items()}
-        for block in blocks
-    }
 
 
 def _refuse_lost(blocks: Sequence[str]) -> None:
     if blocks:
         raise OptionError(
             f"there is no state of {counted(len(blocks), 'block')} that this rank owns "
-            f"({_shown(blocks)}). {PLACES}, on all ranks; or load what "
+            f"({some_of(blocks)}). {PLACES}, on all ranks; or load what "
             "opt.consolidate_state_dict() has made whole"
         )

@@ -17,7 +17,7 @@ from kfc_fx.distributed.ranks import Ranks
 from kfc_fx.distributed.shards import local_of
 from kfc_fx.distributed.shared_step import SharedStep
 from kfc_fx.engine.factors import Factors
-from kfc_fx.errors import OptionError, StepError
+from kfc_fx.errors import OptionError, StepError, some_of
 from kfc_fx.optim.adoption import adamw_entries
 from kfc_fx.optim.averages import averages_swapped_in
 from kfc_fx.optim.diagnostics import Diagnostics, joined
@@ -324,13 +324,13 @@ class KFC(torch.optim.Optimizer):
         for own in self._models:
             own.begin(self.param_groups)
         for own in self._models if asked is not None else ():
-            own.binding.forget_consolidated()
+            own.binding.consolidated.forget()
             if asked == "whole" and own.binding.divided:
                 own.binding.gather_blocks()
         elsewhere = [name for own in self._models for name in own.binding.elsewhere]
         if elsewhere and asked is None:
             raise StepError(
-                f"the state of {_some(elsewhere)} is on other ranks: call "
+                f"the state of {some_of(elsewhere)} is on other ranks: call "
                 "opt.consolidate_state_dict(to=0) on all ranks before opt.state_dict() on rank 0, "
                 "or save by torch.distributed.checkpoint"
             )
@@ -501,7 +501,3 @@ class KFC(torch.optim.Optimizer):
     def schedule(self) -> Schedule:
         """When statistics and refreshes are due."""
         return self._models[0].schedule
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)

@@ -131,7 +131,7 @@ class ModelStep:
         self.begin(groups)
         binding = self.binding
         own = binding.by_name(groups)
-        known = binding.has_state
+        known, sharded = binding.has_state, ShardedState(binding.parameters)
         options = self._options
         return parameter_entries(
             binding.held(),
@@ -140,7 +140,7 @@ class ModelStep:
             steps=self._diagnostics.steps,
             average=options.average is not None,
             master_weights=options.master_weights,
-            whole=_as_it_is if binding.is_consolidated else ShardedState(binding.parameters).whole,
+            whole=_as_it_is if binding.consolidated.is_whole else sharded.whole,
         )
 
     def record(self, groups: Groups) -> dict[str, Any]:

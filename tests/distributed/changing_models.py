@@ -234,7 +234,7 @@ def moments_stay_when_the_precision_of_the_exchange_changes() -> None:
     opt = kfc_fx.KFC(inner, distribute="update", statistics=WHOLE)
     for step in range(6):
         averaged_by_hand(inner, opt, *own_batch(step))
-        assert_replicas_equal_of(inner)
+        assert_replicas_equal(inner)
         if step == 2:
             rows = opt._models[0].binding._engine._own.generic["table"]
             assert rows["v"].dtype == torch.float32
@@ -294,12 +294,6 @@ def one_rank_may_look_after_a_checkpoint_was_set() -> None:
         assert "def apply" in opt.update_source
     step_of(ddp, opt, *own_batch(3))
     assert_replicas_equal(ddp)
-
-
-def assert_replicas_equal_of(model: nn.Module) -> None:
-    """Of parameters in several precisions."""
-    for own in everywhere([p.detach() for p in model.parameters()]):
-        assert all(map(torch.equal, own, model.parameters()))
 
 
 SCENARIOS = [

@@ -92,8 +92,8 @@ def inverse_stays_with_one_process() -> None:
 
 def replicas_are_equal_to_the_bit() -> None:
     for scaling in SCALINGS:
-        fishers = ("empirical", "sampled") if scaling in ("adam", "inverse") else ("sampled",)
-        for distribute, fisher in itertools.product(("refresh", "update"), fishers):
+        ways = itertools.product(("refresh", "update", "none"), ("empirical", "sampled"))
+        for distribute, fisher in ways:
             statistics = kfc_fx.Statistics(fisher=fisher, every=3, refresh_every=6)
             ddp, opt = made(scaling, statistics=statistics, distribute=distribute)
             for step in range(14):

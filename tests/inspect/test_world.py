@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from torchvision.models import resnet18
+from torchvision.models import resnet18, resnet50
 from typer.testing import CliRunner
 
 from kfc_fx.distributed import generic_rows
 from kfc_fx.inspect.document import build_document
 from kfc_fx.inspect.inputs import parse_input
 from kfc_fx.inspect.inspection import inspect_model
-from kfc_fx.inspect.world import Machine, world_document
+from kfc_fx.inspect.world import WAYS, Machine, world_document
 from kfc_fx.tools.cli import app
 
 TARGET = ["inspect", "torchvision.models:resnet18", "--input", "2x3x64x64"]
@@ -58,6 +58,16 @@ def test_the_network_counts(inspected):
     slow, fast = (world_with(inspected, 4, "update", network=n) for n in (1.0, 100.0))
     assert slow["worlds"][1]["mean_step"] != fast["worlds"][1]["mean_step"]
     assert slow["worlds"][0]["mean_step"] == fast["worlds"][0]["mean_step"]
+
+
+def test_resnet50_is_shared_as_is_promised():
+    inspection = inspect_model(resnet50(), "resnet50", [parse_input("2x3x32x32")])
+    inspected = inspection, build_document(inspection)
+    eights = {way: world_with(inspected, 8, way)["worlds"][1] for way in WAYS}
+    for way in ("update", "shard"):
+        assert eights[way]["state_share"] <= 0.15
+    assert eights["refresh"]["traffic"] <= 1.1005
+    assert all(eights[way]["imbalance"] <= 1.25 for way in WAYS)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -292,3 +293,15 @@ def test_averages_are_the_written_out_recursion():
         torch.testing.assert_close(parameters(compiled), expected)
         assert not torch.equal(parameters(compiled)[0], now[0])
     assert_equal(parameters(compiled), now)
+
+
+def test_a_state_whose_blocks_are_on_other_ranks_is_not_begun_anew():
+    compiled, opt = make()
+    train(compiled, opt, 2)
+    held = opt._models[0].binding.held()
+    first = next(iter(held.plan))
+    names = tuple(held.blocks[first])
+    left = {name: own for name, own in held.blocks.items() if name != first}
+    opt._models[0].binding.take_over(replace(held, blocks=left, elsewhere={first: names}))
+    with pytest.raises(kfc_fx.OptionError, match="there is no state of 1 block that this rank"):
+        train(compiled, opt, 1)

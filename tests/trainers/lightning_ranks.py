@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import lightning
 import torch
 import torch.distributed as dist
@@ -16,7 +18,7 @@ def main() -> None:
     module = Digits()
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     trainer = lightning.Trainer(
-        max_epochs=2, accelerator="cpu", devices=dist_size(), strategy="ddp",
+        max_epochs=2, accelerator="cpu", devices=int(os.environ["WORLD_SIZE"]), strategy="ddp",
         **dict.fromkeys(off, False),
     )  # fmt: skip
     trainer.fit(module, loader())
@@ -27,12 +29,6 @@ def main() -> None:
     steps = trainer.optimizers[0].diagnostics.steps
     if trainer.is_global_zero:
         print(f"equal on both ranks after {steps} steps", flush=True)
-
-
-def dist_size() -> int:
-    import os
-
-    return int(os.environ["WORLD_SIZE"])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import warnings
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 
 import kfc_fx
 from tests.distributed.launch import torchrun
-from tests.trainers.needed import assert_same, by_hand, examples, loader, needed, network
+from tests.trainers.needed import assert_same, by_hand, loader, needed, network
 
 lightning = needed("lightning")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -199,12 +198,3 @@ def test_fabric():
 def test_two_ranks():
     printed = torchrun(2, "-m", "tests.trainers.lightning_ranks")
     assert "equal on both ranks after 4 steps" in printed
-
-
-def data_of_ranks() -> Any:
-    from torch.utils.data import DataLoader
-
-    return DataLoader(examples(), batch_size=16)
-
-
-__all__ = ["Digits", "data_of_ranks", "warnings"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -24,8 +23,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kfc_fx
+from kfc_fx.tools.bench.figures import save_figures
 from kfc_fx.tools.bench.step import batch, resnet18
-from kfc_fx.tools.terminal import output_console, write
+from kfc_fx.tools.terminal import output_console
 
 WAYS = ("none", "refresh", "update", "shard")
 EVERY = 3
@@ -105,9 +105,7 @@ def distributed(
             spawn(_worker, args=(ranks, way, size, folder), nprocs=ranks)
             rows.append(json.loads((Path(folder) / "row.json").read_text()))
     console.print(_table(rows))
-    if json_path is not None:
-        machine = {"torch": torch.__version__, "machine": platform.processor() or "CPU"}
-        write(json_path, json.dumps({**machine, "images": size, "rows": rows}, indent=1) + "\n")
+    save_figures(json_path, {"images": size, "rows": rows})
 
 
 def _worker(rank: int, ranks: int, way: str, size: int, folder: str) -> None:

@@ -6,9 +6,7 @@ default options but for the intervals: statistics and a refresh at every step, t
 
 from __future__ import annotations
 
-import json
 import multiprocessing
-import platform
 import resource
 import sys
 from collections.abc import Callable
@@ -24,6 +22,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import kfc_fx
+from kfc_fx.tools.bench.figures import save_figures
 from kfc_fx.tools.bench.trainings import Training, gpt2, images, torchvision
 from kfc_fx.tools.data.networks import digits_net
 from kfc_fx.tools.failures import CommandError, one_line_failures, unknown_name
@@ -200,17 +199,6 @@ def memory(
             if name not in WORKLOADS:
                 raise unknown_name("model", name, WORKLOADS)
             rows.append(measure(name, steps))
-            if json_path is not None:
-                _write(json_path, rows, steps)
+            models = [asdict(row) | {"state_ratio": row.state_ratio} for row in rows]
+            save_figures(json_path, {"steps": steps, "models": models})
     show(table(rows, steps))
-
-
-def _write(path: Path, rows: list[MemoryRow], steps: int) -> None:
-    content = {
-        "machine": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "steps": steps,
-        "models": [asdict(row) | {"state_ratio": row.state_ratio} for row in rows],
-    }
-    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -7,8 +7,6 @@ world of any size, on one machine; the numbers that it trains with are not.
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -29,10 +27,11 @@ from kfc_fx.distributed.ranks import Ranks
 from kfc_fx.inspect.update_costs import state_bytes
 from kfc_fx.optim.options import Distribute
 from kfc_fx.tools.bench.distributed import CollectiveCounter
+from kfc_fx.tools.bench.figures import save_figures
 from kfc_fx.tools.bench.step import SGD_MOMENTUM
 from kfc_fx.tools.bench.trainings import Training, gpt2, torchvision
 from kfc_fx.tools.failures import one_line_failures, unknown_name
-from kfc_fx.tools.terminal import show, write
+from kfc_fx.tools.terminal import show
 
 MODELS: dict[str, Callable[[int], Training]] = {
     "resnet18": lambda batch: torchvision("resnet18", batch),
@@ -58,7 +57,7 @@ class RankRow:
         sgd_bytes: that a rank sends for the gradients.
         plain_bytes: that KFC sends besides in a step without statistics.
         due_bytes: the same of one with statistics.
-        mean_step: mean step at the default intervals, in steps of SGD, with both networks' seconds.
+        mean_step: mean step at the default intervals over SGD's, with those of the network.
     """
 
     model: str
@@ -225,10 +224,7 @@ def rank(
             raise unknown_name("way", distribute, WAYS)
         row = measure(model, ranks, batch, distribute, network, rounds)
     show(_text(row))
-    if json_path is not None:
-        machine = {"torch": torch.__version__, "machine": platform.processor() or "CPU"}
-        content = {**machine, "threads": torch.get_num_threads(), **asdict(row)}
-        write(json_path, json.dumps(content, indent=1) + "\n")
+    save_figures(json_path, asdict(row))
 
 
 def _text(row: RankRow) -> str:

@@ -6,8 +6,6 @@ All figures are ratios within one run: the two sides take turns, and the median 
 from __future__ import annotations
 
 import copy
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +22,7 @@ from torch.nn import functional as F
 
 import kfc_fx
 from kfc_fx.statistics.request import StatisticsRequest
+from kfc_fx.tools.bench.figures import save_figures
 from kfc_fx.tools.data.networks import kfc_cifar
 from kfc_fx.tools.terminal import show
 
@@ -198,11 +197,4 @@ def step(
     """Whole training steps: compiled against not, with statistics, and KFC against SGD."""
     ratios = measure(rounds)
     show(table(ratios))
-    if json_path is not None:
-        content = {
-            "machine": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "ratios": [asdict(ratio) for ratio in ratios],
-        }
-        json_path.write_text(json.dumps(content, indent=2) + "\n")
+    save_figures(json_path, {"ratios": [asdict(ratio) for ratio in ratios]})

@@ -7,9 +7,7 @@ same order: by AdamW, the usual choice of its scripts, and by KFC at its default
 from __future__ import annotations
 
 import importlib
-import json
 import logging
-import platform
 import statistics
 import tempfile
 import time
@@ -27,8 +25,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import kfc_fx
+from kfc_fx.tools.bench.figures import save_figures
 from kfc_fx.tools.failures import CommandError, one_line_failures, unknown_name
-from kfc_fx.tools.terminal import show, write
+from kfc_fx.tools.terminal import show
 
 ADAMW_RATE = 1e-3
 BATCH = 64
@@ -283,10 +282,7 @@ def trainers(
                 raise unknown_name("package", own, TRAINERS)
             rows.append(measure(own, epochs))
     show(table(rows, epochs))
-    if json_path is not None:
-        machine = {"torch": torch.__version__, "machine": platform.processor() or "CPU"}
-        content = {**machine, "epochs": epochs, "rows": [asdict(row) for row in rows]}
-        write(json_path, json.dumps(content, indent=1) + "\n")
+    save_figures(json_path, {"epochs": epochs, "rows": [asdict(row) for row in rows]})
 
 
 def table(rows: list[TrainerRow], epochs: int) -> Table:
