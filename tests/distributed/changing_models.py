@@ -18,6 +18,7 @@ from tests.distributed.training import (
     WHOLE,
     assert_replicas_equal,
     averaged_by_hand,
+    batch,
     everywhere,
     expect,
     joined_batch,
@@ -296,7 +297,26 @@ def one_rank_may_look_after_a_checkpoint_was_set() -> None:
     assert_replicas_equal(ddp)
 
 
+def a_group_of_some_ranks_divides_among_them() -> None:
+    group = dist.new_group([0, 1])
+    if dist.get_rank() > 1:
+        return
+    inner = kfc_fx.compile(net(Table))
+    opt = kfc_fx.KFC(inner, distribute="update", statistics=WHOLE, process_group=group)
+    for step in range(4):
+        x, y = batch(step, 0)  # the same for both, so that gradients are those of the group
+        step_of(inner, opt, x, y)
+    assert moments(opt)["v"].shape == (5, 4)
+    opt.consolidate_state_dict(to=1)
+    if dist.get_rank() == 1:
+        number = [id(p) for g in opt.param_groups for p in g["params"]].index(id(inner.table))
+        assert opt.state_dict()["state"][number]["v"].shape == (10, 4)
+    else:
+        expect(opt.state_dict, "is on other ranks")
+
+
 SCENARIOS = [
+    a_group_of_some_ranks_divides_among_them,
     moments_stay_when_the_precision_of_the_exchange_changes,
     a_replaced_parameter_takes_no_rows_of_the_old_one,
     a_loaded_state_is_not_saved_in_part,

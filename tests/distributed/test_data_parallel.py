@@ -31,6 +31,7 @@ def test_two_ranks(program):
     [
         ("data_parallel", FEW),
         ("one_rank_differs", ["an_expert_that_one_rank_does_not_use_is_a_block_on_all"]),
+        ("changing_models", ["a_group_of_some_ranks_divides_among_them"]),
     ],
 )
 def test_three_ranks(program, names):
