@@ -64,7 +64,7 @@ class CurvatureMonitor(Callback):
     ) -> None:
         """Log after every so many steps of the optimizer, each once."""
         step = trainer.global_step
-        every = self.every or int(getattr(trainer, "log_every_n_steps", 50))
+        every: int = self.every or trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not every or step // every == self._last // every:
             return
         self._last = step
