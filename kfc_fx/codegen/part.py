@@ -9,6 +9,14 @@ from kfc_fx.codegen.scalings.rules import steps_by_vector
 from kfc_fx.codegen.spec import UpdateSpec
 
 
+def of_stacks(spec: UpdateSpec, stacks: Collection[str]) -> UpdateSpec:
+    """The update of some stacks, by key; the whole one where these are all."""
+    kept = [stack for stack in spec.stacks if stack.key in stacks]
+    if len(kept) == len(spec.stacks):
+        return spec
+    return part_of(spec, {block.name for stack in kept for block in stack.blocks})
+
+
 def part_of(spec: UpdateSpec, blocks: Collection[str]) -> UpdateSpec:
     """The update of some blocks, by name, beside that of the generic parameters."""
     own = [[b for b in stack.blocks if b.name in blocks] for stack in spec.stacks]

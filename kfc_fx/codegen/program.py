@@ -22,6 +22,13 @@ def generate(spec: UpdateSpec) -> UpdateProgram:
     return build_program(spec, _header(spec), updates)
 
 
+def generate_factors(spec: UpdateSpec) -> UpdateProgram:
+    """``accumulate`` and ``refresh`` alone, of a spec with stacks; see :func:`generate`."""
+    updates = [accumulate_graph(spec), refresh_graph(spec)]
+    choose_products(updates, spec.stacks)
+    return build_program(spec, _header(spec), updates)
+
+
 def _header(spec: UpdateSpec) -> str:
     layers = counted(sum(len(stack.blocks) for stack in spec.stacks), "layer")
     layers += f" in {counted(len(spec.stacks), 'stack')}, each of one shape"

@@ -63,6 +63,11 @@ class ArmedPass:
         (collector,) = (own for own, of_it in self.records.items() if of_it is record)
         return collector.probes_for(record, block, forms, weight)
 
+    def note_layers(self, flops: int) -> None:
+        """Add the operations of the gradients of one example in the layers of a graph that runs."""
+        for record in self.records.values():
+            record.flops += flops
+
     def note(self, emitted: Emitted) -> None:
         """Keep what a run of an emitting graph gives besides its outputs."""
         for block, span, rows in zip(*emitted.rows, strict=True):
@@ -74,9 +79,13 @@ class ArmedPass:
         """The record that takes the statistics of a block."""
         return self._owners[block]
 
-    def share_of(self, block: str) -> BatchShare:
-        """The share of the batch that the statistics of a block are of."""
-        return self._owners[block].share if block in self._owners else WHOLE
+    def share_of(self, block: str) -> BatchShare | None:
+        """The share of the batch that the statistics of a block are of; None where they are not
+        wanted."""
+        if block not in self._owners:
+            return WHOLE
+        record = self._owners[block]
+        return record.share if record.wants(block) else None
 
     def drop_changed(self, blocks: tuple[BlockSpec, ...]) -> None:
         """Drop the statistics of blocks that a later graph of the pass has made others.

@@ -32,6 +32,7 @@ from kfc_fx.compilation.account import Account
 from kfc_fx.compilation.armed_pass import ArmedPass, OwnerOf
 from kfc_fx.compilation.bindings import Call, binding_of, parameter_inputs
 from kfc_fx.compilation.captured_graph import BoundGraph, CapturedGraph, GraphBinding
+from kfc_fx.compilation.layer_work import layer_flops
 from kfc_fx.compilation.options import CompileOptions
 from kfc_fx.compilation.uses_outside import next_number
 from kfc_fx.rewrite.emitting import Emitters
@@ -288,6 +289,7 @@ class Runs:
         if running is None or not torch.is_grad_enabled():
             return graph.run(*inputs)
         running.graphs += 1
+        running.note_layers(layer_flops(binding.uses.sites, self._model))
         emitters = running.emitters(self.account.plan.blocks, self._owner_of, self.account.revision)
         emitting = binding.emitting_for(emitters, self._backend(graph.layer))
         if emitting is None:

@@ -186,23 +186,27 @@ class DividedEngine:
 
     def accumulate(self, statistics: ScreenedStatistics) -> None:
         """New statistics into the EMA of this rank's factors."""
-        if self.held_stacks:
+        if statistics.rate:
             assert self._own is not None
             self._own.accumulate(statistics)
         self.waiting, self._written_out = False, True
 
-    @property
-    def can_refresh(self) -> bool:
+    def can_refresh(self, stacks: Collection[str] | None = None) -> bool:
         """Whether there may be statistics that a refresh would make something new of."""
         return True
 
-    def refresh(self, options: OptionNumbers) -> list[str]:
+    def refresh(self, options: OptionNumbers, stacks: Collection[str] | None = None) -> list[str]:
         """Factors of this rank's blocks into inverses, bases or whitening matrices; returns the
-        blocks for which that failed."""
+        blocks for which that failed.
+
+        Args:
+            stacks: keys of those to refresh; None for all.
+        """
         failed: list[str] = []
-        if self.held_stacks:
+        held = {stack.key for stack in self.held_stacks}
+        if held if stacks is None else held.intersection(stacks):
             assert self._own is not None
-            failed = self._own.refresh(options)
+            failed = self._own.refresh(options, stacks)
             self._own.state = {
                 key: {name: value.contiguous() for name, value in own.items()}
                 for key, own in self._own.state.items()

@@ -31,16 +31,23 @@ def refresh_layouts(spec: UpdateSpec, ranks: int) -> list[dict[str, Slot]]:
 
 
 def refreshed_by_owners(
-    engine: UpdateEngine, options: OptionNumbers, ranks: Ranks, attempt: Attempt
+    engine: UpdateEngine,
+    spec: UpdateSpec,
+    options: OptionNumbers,
+    ranks: Ranks,
+    attempt: Attempt,
 ) -> list[str]:
-    """Refresh an engine's factors, each on its owner, by one collective; returns the blocks for
+    """Refresh factors of an engine, each on its owner, by one collective; returns the blocks for
     which that failed. An engine on which something has failed need not be able to.
+
+    Args:
+        spec: of the stacks whose factors are refreshed.
 
     Raises:
         StepError: something has failed on another rank.
     """
-    spec = engine.spec
-    layouts, names = refresh_layouts(spec, ranks.count), [block.name for block in engine.blocks]
+    layouts = refresh_layouts(spec, ranks.count)
+    names = [block.name for stack in spec.stacks for block in stack.blocks]
     owners = owners_of(spec, ranks.count)
     own = [name for name in names if owners[name] == ranks.rank]
     dtype = torch.float32

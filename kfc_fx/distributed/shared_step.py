@@ -31,7 +31,9 @@ class SharedStep:
         """The statistics of all ranks."""
         return summed_over_ranks(sums, spec, self.ranks, self.attempt)
 
-    def refreshed(self, engine: UpdateEngine, options: OptionNumbers) -> list[str]:
-        """Refresh an engine's factors, each on its owner; returns the blocks for which that
-        failed."""
-        return refreshed_by_owners(engine, options, self.ranks, self.attempt)
+    def refreshed(
+        self, engine: UpdateEngine, spec: UpdateSpec, options: OptionNumbers
+    ) -> list[str]:
+        """Refresh the factors of an engine's stacks that a spec has, each on its owner; returns the
+        blocks for which that failed."""
+        return refreshed_by_owners(engine, spec, options, self.ranks, self.attempt)

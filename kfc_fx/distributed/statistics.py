@@ -23,11 +23,15 @@ from kfc_fx.distributed.ranks import Ranks
 from kfc_fx.plan.spec import BlockSpec
 from kfc_fx.statistics.sums import Sums
 
+HALF = 2**30
+"""Work goes through the buffer as two counts, since it may exceed what one can hold."""
+
 
 @dataclass(frozen=True)
 class StatisticsLayout:
     """The buffer that the statistics of a step are summed in: first the matrices, then for each
-    block whether it has any and its rows, the examples, and last whether the rank has failed."""
+    block whether it has any and its rows, the examples and the work of their gradients, and last
+    whether the rank has failed."""
 
     slots: dict[str, Slot]
     """By "block.factor"."""
@@ -44,7 +48,7 @@ class StatisticsLayout:
     def size(self) -> int:
         """Numbers of the whole."""
         rows = sum(block.groups for block in self.blocks)
-        return self.matrices + len(self.blocks) + DIGITS * (rows + 1) + 1
+        return self.matrices + len(self.blocks) + DIGITS * (rows + 3) + 1
 
     @property
     def bytes(self) -> int:
@@ -102,15 +106,16 @@ def _fill(buffer: Tensor, layout: StatisticsLayout, sums: Sums) -> None:
     counts: list[int] = []
     for block in layout.blocks:
         counts += sums.rows[block.name] if block.name in held else [0] * block.groups
-    numbers = torch.cat([torch.tensor(present), digits_of([*counts, sums.examples])])
+    halves = sums.work % HALF, sums.work // HALF
+    numbers = torch.cat([torch.tensor(present), digits_of([*counts, sums.examples, *halves])])
     buffer[layout.matrices : -1] = numbers.to(buffer)
 
 
 def _read(buffer: Tensor, numbers: Tensor, layout: StatisticsLayout) -> Sums:
     values = unpacked(layout.slots, buffer)
     present, digits = numbers.split([len(layout.blocks), len(numbers) - len(layout.blocks)])
-    *counts, examples = counts_of(digits)
-    found, start = Sums(examples=examples), 0
+    *counts, examples, low, high = counts_of(digits)
+    found, start = Sums(examples=examples, work=low + HALF * high), 0
     for block, ranks in zip(layout.blocks, present.tolist(), strict=True):
         if ranks:
             found.rows[block.name] = counts[start : start + block.groups]

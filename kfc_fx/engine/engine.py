@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from kfc_fx.artifacts import record_artifact
-from kfc_fx.codegen.part import part_of
+from kfc_fx.codegen.part import of_stacks, part_of
 from kfc_fx.codegen.pieces.generic import moments_at_start
-from kfc_fx.codegen.program import generate
+from kfc_fx.codegen.program import generate, generate_factors
 from kfc_fx.codegen.spec import StackSpec, UpdateSpec
 from kfc_fx.codegen.text.source import UpdateProgram
 from kfc_fx.engine.compiled_step import compile_step, with_tensors
@@ -97,6 +97,7 @@ class UpdateEngine:
         copies = {n: copy for n, copy in saved.master_weights.items() if self._fits(n, copy)}
         self._master_weights = MasterWeights(parameters, copies)
         self._programs: dict[UpdateSpec, UpdateProgram] = {}
+        self._factor_programs: dict[UpdateSpec, UpdateProgram] = {}
 
     @property
     def blocks(self) -> list[Any]:
@@ -127,29 +128,46 @@ class UpdateEngine:
                 compile_step(program)
         return self._programs[spec]
 
+    def _factor_program(self, spec: UpdateSpec) -> UpdateProgram:
+        """``accumulate`` and ``refresh`` of a part of the stacks, generated once, or of all."""
+        if spec == self.spec:
+            return self.program
+        if spec not in self._factor_programs:
+            self._factor_programs[spec] = generate_factors(spec)
+        return self._factor_programs[spec]
+
     def accumulate(self, statistics: ScreenedStatistics) -> None:
-        """New statistics into the EMA of the factors."""
+        """New statistics into the EMA of the factors of those stacks that have a rate in them."""
+        spec = of_stacks(self.spec, statistics.rate)
         with record_function("kfc_fx::accumulate"):
-            fresh = self.program.functions["accumulate"](
+            fresh = self._factor_program(spec).functions["accumulate"](
                 statistics.sums, statistics.examples, statistics.rows, statistics.rate, self.state
             )
         self._update(fresh)
         self.waiting = False
 
-    @property
-    def can_refresh(self) -> bool:
-        """Whether there are statistics that a refresh would make something new of."""
-        written_out = self._written_out()
+    def can_refresh(self, stacks: Collection[str] | None = None) -> bool:
+        """Whether there are statistics that a refresh would make something new of.
+
+        Args:
+            stacks: keys of those to refresh; None for all.
+        """
+        written_out = self._written_out(stacks)
         return not any(set(names) - set(self.state[key]) for key, names in written_out.items())
 
-    def refresh(self, options: OptionNumbers) -> list[str]:
+    def refresh(self, options: OptionNumbers, stacks: Collection[str] | None = None) -> list[str]:
         """Factors into inverses, bases or whitening matrices; returns the blocks for which that
-        failed."""
-        if not self.can_refresh:
+        failed.
+
+        Args:
+            stacks: keys of those to refresh; None for all.
+        """
+        if not self.can_refresh(stacks):
             return []
-        found = self._refreshed(self.program, self.state, options)
+        spec = self.spec if stacks is None else of_stacks(self.spec, stacks)
+        found = self._refreshed(self._factor_program(spec), self.state, options)
         self._take_refreshed({key: entries for key, (entries, _) in found.items()})
-        return failed_blocks(self.spec, {key: failed for key, (_, failed) in found.items()})
+        return failed_blocks(spec, {key: failed for key, (_, failed) in found.items()})
 
     def refreshed_blocks(
         self, blocks: Collection[str], options: OptionNumbers
@@ -168,7 +186,7 @@ class UpdateEngine:
             for stack in spec.stacks
             for spans in [[whole[stack.key].spans[block.name] for block in stack.blocks]]
         }
-        found = self._refreshed(self.program_for(spec), state, options)
+        found = self._refreshed(self._factor_program(spec), state, options)
         made = {key: state[key] | dict(entries) for key, (entries, _) in found.items()}
         names = {stack.key: refreshed_entries(spec, stack) for stack in spec.stacks}
         for key, (entries, _) in found.items():
@@ -182,9 +200,11 @@ class UpdateEngine:
         return {name: by_block[name] for name in by_block}, failed
 
     def take_refreshed(self, blocks: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take what refreshes have made of all blocks, by name."""
+        """Take what refreshes have made of the blocks of some stacks, by name."""
         found: dict[str, dict[str, Tensor]] = {}
         for stack in self.spec.stacks:
+            if stack.first.name not in blocks:
+                continue
             own = [blocks[block.name] for block in stack.blocks]
             found[stack.key] = {name: torch.cat([each[name] for each in own]) for name in own[0]}
         self._take_refreshed(found)
@@ -199,14 +219,18 @@ class UpdateEngine:
 
     def _take_refreshed(self, found: Mapping[str, Mapping[str, Tensor]]) -> None:
         self._update(found)
-        for key, names in self._written_out().items():
+        for key, names in self._written_out(found).items():
             for name in names:
                 del self.state[key][name]
         self.started = not self.waiting
 
-    def _written_out(self) -> dict[str, tuple[str, ...]]:
-        """The factors of each stack that are written out until they are refreshed."""
-        return {stack.key: self.spec.factors_in_basis_of(stack) for stack in self.spec.stacks}
+    def _written_out(self, stacks: Collection[str] | None = None) -> dict[str, tuple[str, ...]]:
+        """The factors of stacks that are written out until they are refreshed."""
+        return {
+            stack.key: self.spec.factors_in_basis_of(stack)
+            for stack in self.spec.stacks
+            if stacks is None or stack.key in stacks
+        }
 
     def apply(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,17 +27,21 @@ class ScreenedStatistics:
     dropped: Sequence[str]
 
 
-def screen(statistics: Sums, stacks: Sequence[StackSpec], rate: float) -> ScreenedStatistics:
+def screen(
+    statistics: Sums, stacks: Sequence[StackSpec], rate_of: Callable[[str], float]
+) -> ScreenedStatistics:
     """Fill in absent blocks, drop blocks with a statistic that is not finite.
 
     Args:
-        rate: weight of the new value in the moving average.
+        stacks: those that get statistics.
+        rate_of: key of a stack to the weight of its new value in the moving average.
     """
     finite = _finite_blocks(statistics)
     sums: dict[str, Tensor] = {}
     rows: dict[str, list[float]] = {}
     rates: dict[str, list[float]] = {}
     for stack in stacks:
+        rate = rate_of(stack.key)
         row_counts, row_rates = rows.setdefault(stack.key, []), rates.setdefault(stack.key, [])
         for block in stack.blocks:
             counts = statistics.rows.get(block.name, [0] * block.groups)

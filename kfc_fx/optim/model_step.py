@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from kfc_fx.capture.wrappers import refuse_tensor_parallel
+from kfc_fx.codegen.part import of_stacks
+from kfc_fx.codegen.spec import UpdateSpec
 from kfc_fx.compilation import Compilation
 from kfc_fx.distributed.divided_engine import DividedEngine
 from kfc_fx.distributed.ranks import Ranks
@@ -23,6 +26,7 @@ from kfc_fx.engine.state import SavedState
 from kfc_fx.engine.step_inputs import OptionNumbers, StepNumbers
 from kfc_fx.errors import StatisticsError, StepError, warn
 from kfc_fx.optim.binding import Binding
+from kfc_fx.optim.budget import most_due
 from kfc_fx.optim.diagnostics import Diagnostics
 from kfc_fx.optim.engines import Engine
 from kfc_fx.optim.exact_fisher import ExactFisher
@@ -154,6 +158,7 @@ class ModelStep:
             "counters": counters,
             "likelihood": self.collector.choice.state(),
             "seed": self.collector.seed,
+            "most": dict(self.schedule.most),
             "entries": len(self.entries(groups)),
         }
 
@@ -170,6 +175,7 @@ class ModelStep:
         self.diagnostics.restore(record["counters"])
         self.collector.choice.restore(record["likelihood"])
         self.collector.draw_from(record["seed"])
+        self.schedule = replace(self.schedule, most=record["most"])
         self.collector.take()
         self.arm()
 
@@ -177,6 +183,7 @@ class ModelStep:
         """Begin anew, without any state."""
         self.binding.take_over(SavedState.empty())
         self._diagnostics.restore(self._fresh_diagnostics().counters())
+        self.schedule = replace(self.schedule, most={})
         self.collector.take()
         self.arm()
 
@@ -202,8 +209,12 @@ class ModelStep:
         engine = self.binding.current
         waiting = engine is not None and engine.waiting
         self.collector.join(self._ranks.rank, self._ranks.count)
-        due = self.schedule.statistics_due(self._diagnostics.steps)
-        self.collector.arm(due or waiting, self._diagnostics.statistics_steps)
+        step = self._diagnostics.steps
+        due, blocks = self.schedule.statistics_due(step), None
+        if engine is not None and due and self._by_block and not self._all_due(engine):
+            stacks = [s for s in engine.spec.stacks if self.schedule.statistics_due(step, s.key)]
+            blocks = frozenset(block.name for stack in stacks for block in stack.blocks)
+        self.collector.arm(due or waiting, self._diagnostics.statistics_steps, blocks)
 
     def collect(self, batches: Iterable[Any]) -> None:
         """Take the statistics of some batches.
@@ -212,6 +223,7 @@ class ModelStep:
             StatisticsError: there was none.
         """
         self.collector.take()
+        self.collector.arm(self.collector.armed, self._diagnostics.statistics_steps)
         for batch in batches:
             args, kwargs = inputs_of(batch)
             self.compilation.collect_statistics(self.collector, *args, **kwargs)
@@ -222,7 +234,7 @@ class ModelStep:
         """Make factors of what was collected, on all ranks together."""
         engine = self.engine(groups)
         with torch.no_grad(), self.transaction(engine):
-            self.use_statistics(engine, shared)
+            self.use_statistics(engine, shared, everything=True)
             if shared is not None:
                 shared.attempt.vote()
         self.collector.take()
@@ -323,32 +335,49 @@ class ModelStep:
     def transaction(self, engine: Engine) -> Iterator[None]:
         """Put state and counters back as they were if the body raises."""
         self._note_gradient_time()
-        with engine.transaction(), self._diagnostics.transaction():
-            yield
+        schedule = self.schedule
+        try:
+            with engine.transaction(), self._diagnostics.transaction():
+                yield
+        except BaseException:
+            self.schedule = schedule
+            raise
 
-    def use_statistics(self, engine: Engine, shared: SharedStep | None = None) -> None:
+    def use_statistics(
+        self, engine: Engine, shared: SharedStep | None = None, *, everything: bool = False
+    ) -> None:
         """Statistics into factors, and factors into inverses or bases, where they are due.
 
         Args:
             shared: the step of all ranks, where there are several.
+            everything: take all stacks for due.
         """
         step, diagnostics = self._diagnostics.steps, self._diagnostics
+        everything = everything or self._all_due(engine)
+        keys = frozenset(stack.key for stack in engine.spec.stacks)
+        counted = keys if everything else self._due(keys, self.schedule.statistics_due)
+        spec = of_stacks(engine.spec, counted)
         sums = self.collector.sums
         sums.drop_lost()
         if shared is not None and shared.has_statistics:
             with diagnostics.timed("statistics"):
-                sums = shared.summed(sums, engine.spec)
-        can_refresh = bool(sums.blocks) or engine.can_refresh  # alike on all ranks, unlike later
+                sums = shared.summed(sums, spec)
+        if everything and sums.blocks and keys != self.schedule.most.keys():
+            self._share_out(engine.spec, sums)
+        can_refresh = bool(sums.blocks) or engine.can_refresh()  # alike on all ranks, unlike later
         with shared.attempt.local() if shared else nullcontext():
-            self._accumulate(engine, sums, step)
+            self._accumulate(engine, sums, step, counted)
         waiting = engine.waiting and not sums.blocks
         at_once = engine.spec.factors_in_basis and bool(sums.blocks)
-        due = not engine.started or at_once or self.schedule.refresh_due(step)
+        stacks = keys if everything else self._due(keys, self.schedule.refresh_due)
+        if at_once:
+            stacks = counted
         settled = isinstance(engine, DividedEngine)  # by the collective that brings the steps
-        if due and not waiting and can_refresh:  # else there is nothing to make bases of
+        due = not engine.started or at_once or self.schedule.refresh_due(step)
+        if due and stacks and not waiting and can_refresh:  # else there is nothing to make bases of
             options = self._option_numbers(engine)
             with diagnostics.timed("refresh"):
-                failed = self._refreshed(engine, options, shared)
+                failed = self._refreshed(engine, options, shared, stacks)
             diagnostics.count("inverse_failures", failed, UNDECOMPOSED)
             diagnostics.refreshes += 1
             settled = settled or self._options.distribute == "refresh"
@@ -356,23 +385,65 @@ class ModelStep:
             shared.attempt.vote()  # the others would take the step
 
     def _refreshed(
-        self, engine: Engine, options: OptionNumbers, shared: SharedStep | None
+        self,
+        engine: Engine,
+        options: OptionNumbers,
+        shared: SharedStep | None,
+        stacks: Collection[str],
     ) -> list[str]:
-        """Refresh; returns the blocks for which that failed."""
+        """Refresh stacks; returns the blocks for which that failed."""
         if shared is None:
-            return engine.refresh(options)
+            return engine.refresh(options, stacks)
         divides = shared.has_statistics and self._options.distribute == "refresh"
         if divides and isinstance(engine, UpdateEngine):
-            return shared.refreshed(engine, options)
+            return shared.refreshed(engine, of_stacks(engine.spec, stacks), options)
         with shared.attempt.local():
-            return engine.refresh(options)
+            return engine.refresh(options, stacks)
         return []
 
-    def _accumulate(self, engine: Engine, sums: Sums, step: int) -> None:
+    def _all_due(self, engine: Engine) -> bool:
+        """Whether all stacks are due where any is: nothing bounds them, or some have no factors."""
+        return not self.schedule.most or not engine.started or engine.waiting
+
+    def _due(
+        self, stacks: Collection[str], is_due: Callable[[int, str | None], bool]
+    ) -> frozenset[str]:
+        """The stacks, by key, that are due at this step."""
+        step = self._diagnostics.steps
+        return frozenset(key for key in stacks if is_due(step, key))
+
+    @property
+    def _by_block(self) -> bool:
+        """Whether statistics are taken of the blocks alone that are due: a compiled backward pass
+        takes those of all."""
+        return self.compilation.options.backend == "eager"
+
+    def _share_out(self, spec: UpdateSpec, sums: Sums) -> None:
+        """Bound how often stacks are due in the early phase, by what they cost for this batch."""
+        collector, ranks = self.collector, self._ranks.count
+        most = most_due(
+            spec,
+            sums,
+            collector.request,
+            self.schedule,
+            self._options.statistics.budget,
+            fisher=collector.request.fisher_for(collector.likelihood or Categorical()),
+            by_block=self._by_block,
+            divides=ranks if self._options.distribute != "none" else 1,
+        )
+        self.schedule = replace(self.schedule, most=most)
+
+    def _accumulate(self, engine: Engine, sums: Sums, step: int, stacks: Collection[str]) -> None:
         diagnostics = self._diagnostics
         if sums.blocks:
-            rate = averaging_rate(diagnostics.statistics_steps, self._options.statistics.decay)
-            screened = screen(sums, engine.held_stacks, rate)
+            decay, count = self._options.statistics.decay, diagnostics.statistics_steps
+
+            def rate_of(stack: str) -> float:
+                own = max(0, count - self.schedule.left_out(step, stack))
+                return averaging_rate(own, decay)
+
+            held = [stack for stack in engine.held_stacks if stack.key in stacks]
+            screened = screen(sums, held, rate_of)
             diagnostics.count("dropped_statistics", screened.dropped, DROPPED)
             with diagnostics.timed("statistics"):
                 engine.accumulate(screened)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, get_args
 
-from kfc_fx.optim.checks import COUNT, DECAY, Checked, either, one_of
+from kfc_fx.optim.checks import COUNT, DECAY, POSITIVE, Checked, either, one_of
 from kfc_fx.plan.forms import InputFactorOption
 from kfc_fx.statistics.request import Fisher, Samples
 
@@ -26,6 +26,11 @@ class Statistics(Checked):
             ``every``, "adam" and "eigen" keep the moving average of a factor F as its eigenbasis Q
             and the diagonal of ``Qᵀ F Q``. That halves the memory, and forgets what orthogonal
             iteration leaves beside the diagonal.
+        budget: largest work of statistics and refreshes in the early phase, in that of the
+            gradients, averaged over any 20 steps; None for no bound. Where all that is due costs
+            more, dear stacks of blocks are due at fewer of these steps, but twice in 20 at least.
+            Work is counted in operations of layers and decompositions at the first statistics, by
+            no clock, so that runs are the same again and ranks agree.
         samples: the first examples of a batch, which statistics are estimated from: a number, None
             for all, or "auto". "auto" takes a quarter of the batch, but at least 32 examples; with
             sampled targets half, but at least 128; all with another backend than "eager". On
@@ -49,6 +54,7 @@ class Statistics(Checked):
     fisher: Annotated[Fisher | None, either(one_of(*get_args(Fisher)), None)] = None
     every: Annotated[int, COUNT] = 20
     refresh_every: Annotated[int, COUNT] = 20
+    budget: Annotated[float | None, either(POSITIVE, None)] = 2.0
     samples: Annotated[Samples, either(COUNT, "auto", None)] = "auto"
     decay: Annotated[float, DECAY] = 0.95
     input_factor: Annotated[InputFactorOption, one_of(*get_args(InputFactorOption))] = "auto"

@@ -70,6 +70,7 @@ class EmittingGraph:
         statistics = [
             (block, dict(zip(statistic_shapes(block, forms), values, strict=True)))
             for (block, forms), values in zip(self.alone, returned, strict=True)
+            if values
         ]
         return Emitted(outputs, counts_by_span(self.counted, rows), statistics)
 

@@ -45,6 +45,7 @@ class Collector:
         them now."""
         self._batch_dim = batch_dim
         self._armed = False
+        self._blocks: Collection[str] | None = None
         self._sums = Sums()
         self._seconds = 0.0
         self._missing = self._missing_alone = ""
@@ -76,14 +77,15 @@ class Collector:
         """Whether the next forward pass takes statistics."""
         return self._armed
 
-    def arm(self, due: bool = True, number: int = 0) -> None:
+    def arm(self, due: bool = True, number: int = 0, blocks: Collection[str] | None = None) -> None:
         """Let the next forward passes take statistics, or not.
 
         Args:
+            blocks: names of those whose statistics are wanted; None for all.
             number: how many statistics there were. Their sampled targets follow from the seed and
                 this number alone, so that a run that goes on from a saved state has the same.
         """
-        self._armed, self._number = due, number
+        self._armed, self._number, self._blocks = due, number, blocks
 
     def join(self, rank: int, ranks: int) -> None:
         """Say which of several ranks this is: each draws other targets, and statistics are of the
@@ -160,9 +162,8 @@ class Collector:
         likelihood = self.choice.likelihood
         expected = fisher or self.request.fisher_for(likelihood or Categorical())
         known = fisher or self.request.fisher or likelihood
-        return ForwardRecord(
-            expected if known else None, self.request.share(examples, expected), examples
-        )
+        share = self.request.share(examples, expected)
+        return ForwardRecord(expected if known else None, share, examples, blocks=self._blocks)
 
     def probes_for(
         self, record: ForwardRecord, block: BlockSpec, forms: FactorForms, weight: Tensor
@@ -172,10 +173,12 @@ class Collector:
         leaves = tuple(
             self._leaf(block.name, name, shape, weight) for name, shape in shapes.items()
         )
-        record.probes[block.name] = leaves
+        wanted = record.wants(block.name)
+        if wanted:
+            record.probes[block.name] = leaves
         scaled = quadratic_statistic(block)
         return tuple(
-            probe_for(leaf, Destination(record, block.name, name, name == scaled))
+            probe_for(leaf, Destination(record, block.name, name, name == scaled, wanted))
             for name, leaf in zip(shapes, leaves, strict=True)
         )
 
@@ -224,7 +227,7 @@ class Collector:
         return self._generators[device]
 
     def _add(self, taken: BlockSums, record: ForwardRecord, examples: int, seconds: float) -> None:
-        self._sums.add(taken, record.rows, examples)
+        self._sums.add(taken, record.rows, examples, record.flops * examples)
         trained = set(self.trained())  # not what stands in for a sharded weight in a forward pass
         weights = {name: record.weights[name] for name in taken if name in record.weights}
         self._sums.follow(

@@ -48,9 +48,11 @@ def emit(
         recomputed: whether the call stands in a checkpointed region.
         options: the fields of the kind's rule in ``rules.table.RULES``.
     """
+    to = destinations_of(probes)
+    if to and not to[0].wanted:
+        return y
     own = rule(kind, options)
     inputs = tuple(map(unnested, inputs))
-    to = destinations_of(probes)
     if not recomputed and _are_hooked(y):
         if is_run_again():
             return y  # it has emitted when it ran first

@@ -25,14 +25,20 @@ def input_statistics(
     Args:
         inputs: the layer's input, and what its rule reads besides.
         kind: of the layer, one whose weight is a matrix.
-        block: name of the layer's block, for the profiler.
+        block: name of the layer's block.
         options: the fields of the kind's rule.
+
+    Returns:
+        The statistics; none where the armed forward pass that runs wants none of this block.
     """
+    share = forward_share(block)
+    if share is None:
+        return ()
     own = rule(kind, options)
     assert isinstance(own, MatrixRule), f"{kind} has no statistics of its input alone"
     x, *others = (unnested(tensor.detach()) for tensor in inputs)
     with profiler_range(block, x):
-        return own.input_statistics(forward_share(block), x, *others)
+        return own.input_statistics(share, x, *others)
 
 
 torch.compiler.allow_in_graph(input_statistics)

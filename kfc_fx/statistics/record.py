@@ -7,7 +7,7 @@ records are running, whichever other passes it goes through, run beside it, or r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +32,8 @@ class ForwardRecord:
     """Of the batch, that statistics are estimated from."""
     examples: int = 0
     """Of the inputs; 0 where that is not known."""
+    flops: int = 0
+    """Operations of the gradients of one example, in the layers of the graphs that ran."""
     rows: dict[str, list[int]] = field(default_factory=dict)
     """Output rows N·|T| of each group, by block."""
     emitted: dict[str, tuple[BlockSpec, FactorForms]] = field(default_factory=dict)
@@ -52,11 +54,17 @@ class ForwardRecord:
     """Spent on statistics within the loss's own backward pass."""
     graphs: int = 0
     """Runs of captured graphs in it."""
+    blocks: Collection[str] | None = None
+    """Whose statistics are wanted; None for all."""
     missing: str = ""
     """Why it gives no statistics; empty where it does."""
     again: Callable[[], AbstractContextManager[None]] | None = None
     """Lets layers that are called within the backward pass emit, where some may be: an
     ``autograd.Function``, such as a reentrant checkpoint, has called layers."""
+
+    def wants(self, block: str) -> bool:
+        """Whether the statistics of a block are wanted."""
+        return self.blocks is None or block in self.blocks
 
     def drop(self, block: str) -> None:
         """Take nothing of a block: what it is has changed while the pass ran."""
@@ -84,10 +92,12 @@ class Destination:
     statistic: str
     quadratic: bool
     """Whether the statistic is quadratic in the cotangent."""
+    wanted: bool = True
+    """Whether it is due: else the emission is the identity in the backward pass too."""
 
     def take(self, value: Tensor) -> None:
         """Add a statistic of the loss's own backward pass to those of the record."""
-        if self.record.running and self.block in self.record.rows:
+        if self.wanted and self.record.running and self.block in self.record.rows:
             scaled = value * torch.as_tensor(self.record.square).to(value)
             own = scaled if self.quadratic else value
             add(self.record.taken, self.block, {self.statistic: own})

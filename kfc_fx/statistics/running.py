@@ -13,8 +13,9 @@ from contextlib import contextmanager
 
 from kfc_fx.statistics.share import WHOLE, BatchShare
 
-ShareOf = Callable[[str], BatchShare]
-"""Block name to the share of the batch that its statistics are taken of."""
+ShareOf = Callable[[str], BatchShare | None]
+"""Block name to the share of the batch that its statistics are taken of; None for a block whose
+statistics are not wanted."""
 
 
 class _Running(threading.local):
@@ -35,6 +36,7 @@ def forward_shares(share_of: ShareOf) -> Iterator[None]:
         _running.shares.remove(share_of)
 
 
-def forward_share(block: str) -> BatchShare:
-    """The share of the batch that the innermost forward pass takes the statistics of a block of."""
+def forward_share(block: str) -> BatchShare | None:
+    """The share of the batch that the innermost forward pass takes the statistics of a block of;
+    None where it takes none."""
     return _running.shares[-1](block) if _running.shares else WHOLE

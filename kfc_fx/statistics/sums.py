@@ -16,28 +16,34 @@ class Sums:
     """Sums over all micro-batches since the last step, unnormalised.
 
     ``blocks[block][statistic]`` is ``Σ_n Σ_t`` of outer products; ``rows[block]`` counts N·|T| of
-    each group and ``examples`` N, by which the update divides.
+    each group and ``examples`` N, by which the update divides. ``work`` counts the operations of
+    the gradients of these examples, in the layers of captured graphs.
     """
 
     blocks: BlockSums = field(default_factory=dict)
     rows: dict[str, list[int]] = field(default_factory=dict)
     examples: int = 0
+    work: int = 0
     _weights: dict[str, Tensor] = field(default_factory=dict)
     _filled: set[str] = field(default_factory=set)
 
-    def add(self, taken: BlockSums, rows: Mapping[str, list[int]], examples: int) -> None:
+    def add(
+        self, taken: BlockSums, rows: Mapping[str, list[int]], examples: int, work: int = 0
+    ) -> None:
         """Add those of one forward pass.
 
         Args:
             taken: its statistics.
             rows: its output rows, of these blocks at least.
             examples: of its batch.
+            work: of its gradients.
         """
         for block, values in taken.items():
             add(self.blocks, block, values)
             before = self.rows.get(block, [0] * len(rows[block]))
             self.rows[block] = [sum(pair) for pair in zip(before, rows[block], strict=True)]
         self.examples += examples
+        self.work += work
 
     def follow(self, weights: Mapping[str, Tensor]) -> None:
         """Let sums be lost with the gradients of these weights, by block, once they have some."""
@@ -62,7 +68,7 @@ class Sums:
                 kept.pop(name, None)
         self._filled -= lost
         if lost and not self.blocks:
-            self.examples = 0
+            self.examples = self.work = 0
 
 
 def _are_zero(gradients: list[Tensor]) -> bool:

@@ -69,7 +69,7 @@ def test_failures_are_told_of_the_block_that_failed(monkeypatch):
     engine = opt._engine
     key = next(stack.key for stack in engine.spec.stacks if "9" in stack.spans)
     engine.state[key]["eigenvalues_gamma"].fill_(float("nan"))
-    engine.accumulate(screen(Sums(), engine.spec.stacks, 0.5))
+    engine.accumulate(screen(Sums(), engine.spec.stacks, lambda _: 0.5))
     engine.started = False
     assert engine.refresh(opt._models[0]._option_numbers(engine)) == ["9"]
 

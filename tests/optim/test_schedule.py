@@ -1,10 +1,23 @@
 """When statistics and refreshes are due, and how much each statistic counts."""
 
+from itertools import pairwise
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import kfc_fx
-from kfc_fx.optim.schedule import Schedule, averaging_rate, early_steps
+from kfc_fx.optim.schedule import (
+    GROWTH,
+    LEVELS,
+    WINDOW,
+    Schedule,
+    averaging_rate,
+    due_steps,
+    most_in_window,
+    thinned,
+)
 from tests.models import IMAGES, LABELS, collector_of, make
 
 
@@ -27,11 +40,42 @@ def test_statistics_and_refreshes_have_their_own_intervals():
 
 
 def test_a_long_interval_costs_few_early_steps():
-    assert len(early_steps(1000)) < 40
-    gaps = [b - a for a, b in zip(*[sorted(early_steps(1000))[i:] for i in (8, 9)], strict=False)]
-    assert all(
-        gap <= step / 4 for gap, step in zip(gaps, sorted(early_steps(1000))[8:], strict=False)
-    )
+    early = [step for step in sorted(due_steps(1000, 0)) if step < GROWTH * 1000]
+    assert len(early) < 40
+    gaps = [b - a for a, b in pairwise(early[8:])]
+    assert all(gap <= step / 4 for gap, step in zip(gaps, early[8:], strict=False))
+
+
+@settings(deadline=None)
+@given(
+    interval=st.integers(1, 120),
+    first=st.integers(0, 25),
+    most=st.integers(1, WINDOW),
+)
+def test_a_stack_is_due_no_more_often_than_it_may_be(interval, first, most):
+    dense, kept = due_steps(interval, first), thinned(interval, first, most)
+    assert 0 in kept
+    assert kept <= dense  # no steps of its own, so that few sets of stacks are due together
+    regular = -(-WINDOW // interval)
+    assert kept == dense or most_in_window(kept) <= max(most, regular, LEVELS[0])
+    for lower, higher in pairwise(LEVELS):
+        assert thinned(interval, first, lower) <= thinned(interval, first, higher)
+    gaps = [b - a for a, b in pairwise(sorted(kept))]
+    assert max(gaps, default=0) <= 2 * max(interval, WINDOW)
+
+
+def test_stacks_are_due_apart_until_the_early_phase_ends():
+    schedule = Schedule(20, 20, most={"cheap": 13, "dear": 2})
+    dear = [step for step in range(200) if schedule.statistics_due(step, "dear")]
+    assert due(schedule, 80) == due(Schedule(20, 20), 80)
+    assert dear[:3] == [0, 5, 22]
+    assert schedule.early_phase == 100
+    assert [step for step in range(100, 200) if schedule.refresh_due(step, "dear")] == [
+        *range(100, 200, 20)
+    ]
+    assert schedule.left_out(9, "dear") == 7
+    assert schedule.left_out(9, "cheap") == 0
+    assert schedule.statistics_due(3, "of no bound")
 
 
 @pytest.mark.parametrize("interval", [1, 2, 3])

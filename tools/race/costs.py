@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from kfc_fx.engine.work import refresh_flops
 from kfc_fx.optim.kfc import KFC
 from kfc_fx.tools.race.optimizers import Entered
 from kfc_fx.tools.race.results import CostResult
@@ -152,14 +153,27 @@ def _cost(
         return found
     schedule = racer.kfc.schedule
     steps = range(schedule.early_phase)
+    dues = tuple(step for step in steps if schedule.refresh_due(step))
+    work = _refresh_work(racer.kfc)
     early = replace(
         found,
         early_steps=len(steps),
         due=_quartiles(racer.first_seconds, reference.round_seconds)[1],
         plain=_quartiles(racer.rest_seconds, reference.round_seconds)[1],
-        early_due=tuple(step for step in steps if schedule.refresh_due(step)),
+        early_due=dues,
+        early_shares=tuple(
+            sum(own for stack, own in work.items() if schedule.refresh_due(step, stack))
+            / sum(work.values())
+            for step in dues
+        ),
     )
     return replace(early, early=early.relative_seconds(len(steps)) / len(steps))
+
+
+def _refresh_work(opt: KFC) -> dict[str, float]:
+    """Operations of a refresh by stack, of the models that an optimizer has."""
+    spec = opt._engine.spec
+    return {stack.key: refresh_flops(spec, stack) for stack in spec.stacks}
 
 
 def _quartiles(own: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:

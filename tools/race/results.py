@@ -90,8 +90,9 @@ class CostResult:
 
     ``mean`` is the median over the rounds of the mean step of a whole refresh interval, between
     its quartiles; ``early`` the mean of the first ``early_steps``, where KFC's statistics and
-    refreshes are denser: it has them at the steps ``early_due``, which cost ``due`` each, the
-    others ``plain``. ``sgd_seconds`` is SGD's median step.
+    refreshes are denser: it has them at the steps ``early_due``, the others cost ``plain``. Where
+    all stacks are due a step costs ``due``, else the share ``early_shares`` of what that costs
+    more. ``sgd_seconds`` is SGD's median step.
     """
 
     task: str
@@ -111,12 +112,15 @@ class CostResult:
     due: float | None = None
     plain: float | None = None
     early_due: tuple[int, ...] = ()
+    early_shares: tuple[float, ...] = ()
 
     def relative_seconds(self, steps: int) -> float:
         """Time of the first ``steps`` steps, in mean SGD steps."""
         early = min(steps, self.early_steps)
         if self.due is not None and self.plain is not None:
-            due = sum(step < early for step in self.early_due)
+            shares = self.early_shares or (1.0,) * len(self.early_due)
+            pairs = zip(self.early_due, shares, strict=True)
+            due = sum(share for step, share in pairs if step < early)
             in_early = due * self.due + (early - due) * self.plain
             return in_early + (steps - early) * self.mean
         return early * self.early + (steps - early) * self.mean
@@ -191,7 +195,8 @@ def _run(entry: dict[str, Any]) -> RunResult:
 
 
 def _cost(entry: dict[str, Any]) -> CostResult:
-    return CostResult(**{**entry, "early_due": tuple(entry.get("early_due", ()))})
+    lists = {name: tuple(entry.get(name, ())) for name in ("early_due", "early_shares")}
+    return CostResult(**{**entry, **lists})
 
 
 def _one_entry_a_line(content: dict[str, list[Any]]) -> str:

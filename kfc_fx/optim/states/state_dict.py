@@ -19,7 +19,7 @@ RUN = "kfc"
 """Key of a group: what is of the run and of no parameter. A group is what every checkpoint keeps
 as it is."""
 VERSION = 1
-RECORD = ("started", "waiting", "since", "counters", "likelihood", "seed", "entries")
+RECORD = ("started", "waiting", "since", "counters", "likelihood", "seed", "most", "entries")
 
 
 @dataclass(frozen=True)
