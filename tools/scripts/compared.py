@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,9 @@ class ScriptRow:
     @property
     def failure(self) -> str:
         """Why the row has no figures, or an empty text."""
-        if self.own is None or self.kfc is None:
-            return self.error
-        if self.own.error:
+        if self.own is not None and self.own.error:
             return f"as it ships: {self.own.error}"
-        return self.kfc.error
+        return self.error if self.kfc is None else self.kfc.error
 
 
 def compared(
@@ -58,17 +57,23 @@ def compared(
         steps: after which each run ends.
         seconds: after which a run is given up.
     """
+    ways = (((), ()), (script.edits, script.kfc_arguments))
     runs: list[Run] = []
     error = ""
-    for edits, flags in (((), ()), (script.edits, script.kfc_arguments)):
+    with ExitStack() as copies:
         try:
-            with tempfile.TemporaryDirectory() as copy:
-                place = _copied(script, folder, Path(copy), edits)
+            folders = [Path(copies.enter_context(tempfile.TemporaryDirectory())) for _ in ways]
+            places = [
+                _copied(script, folder, copy, edits)
+                for copy, (edits, _) in zip(folders, ways, strict=True)
+            ]
+            for copy, place, (edits, flags) in zip(folders, places, ways, strict=True):
                 request = _request(script, place, flags, data_dir, steps, by_kfc=bool(edits))
-                runs.append(_run(request, Path(copy), seconds))
+                runs.append(_run(request, copy, seconds))
+                if runs[-1].error:
+                    break
         except (PatternError, OSError, TimeoutError) as found:
             error = str(found)
-            break
     own, kfc = (*runs, None, None)[:2]
     return ScriptRow(name, script.lines, script.kfc_arguments, script.losses, own, kfc, error)
 

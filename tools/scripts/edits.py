@@ -59,7 +59,7 @@ def _span(source: str, start: str) -> tuple[int, int]:
         and source.splitlines()[node.lineno - 1][node.col_offset :].startswith(start)
     ]
     if len(spans) != 1:
-        raise PatternError(f"{counted(len(spans), 'statement')} that begins with {start!r}, not 1")
+        raise PatternError(f"{counted(len(spans), 'statement')} that begin with {start!r}, not 1")
     return spans[0]
 
 
