@@ -103,7 +103,7 @@ SCRIPTS: dict[str, Script] = {
         (
             Edit(
                 "optimizer = torch.optim.AdamW(",
-                ("kfc_fx.compile(model, batch_dim=1)", "optimizer = kfc_fx.KFC(model)"),
+                ("kfc_fx.compile(model, batch_dim=(1, 0))", "optimizer = kfc_fx.KFC(model)"),
             ),
         ),
         ("words",),
