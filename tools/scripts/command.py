@@ -44,15 +44,19 @@ def scripts(
     download is replaced. The loss is that of the script, averaged over the last fifth of the
     steps.
     """
+    rows: list[ScriptRow] = []
     with one_line_failures(debug=debug):
-        rows = []
-        for name in only or _found(folder):
+        names = only or _found(folder)
+        for name in names:
             if name not in SCRIPTS:
                 raise unknown_name("script", name, SCRIPTS)
-            rows.append(compared(name, SCRIPTS[name], folder, data_dir, steps, seconds))
-            show(_said(rows[-1]))
-    show(table(rows, steps))
-    save_figures(json_path, {"steps": steps, "rows": [as_figures(row) for row in rows]})
+        try:
+            for name in names:
+                rows.append(compared(name, SCRIPTS[name], folder, data_dir, steps, seconds))
+                show(_said(rows[-1]))
+        finally:  # also when the user interrupts a long run
+            show(table(rows, steps))
+            save_figures(json_path, {"steps": steps, "rows": [as_figures(row) for row in rows]})
 
 
 def _found(folder: Path) -> list[str]:

@@ -64,7 +64,7 @@ SCRIPTS: dict[str, Script] = {
     "imagenet": Script(
         EXAMPLES,
         "imagenet/main.py",
-        (*NO_ACCELERATOR, "-b", "16", "-j", "0", "--seed", "0", "imagenet"),
+        (*NO_ACCELERATOR, "-b", "8", "-j", "0", "--seed", "0", "imagenet"),
         (two_lines("model", "optimizer = torch.optim.SGD("),),
         ("image_folder",),
     ),
@@ -78,7 +78,10 @@ SCRIPTS: dict[str, Script] = {
     "dcgan": Script(
         EXAMPLES,
         "dcgan/main.py",
-        ("--dataset=cifar10", "--dataroot=.", "--workers=0", "--manualSeed=1", "--batchSize=16"),
+        (
+            *("--dataset=cifar10", "--dataroot=.", "--workers=0", "--manualSeed=1"),
+            *("--batchSize=16", "--ngf=32", "--ndf=32"),
+        ),
         (
             two_lines("netD", "optimizerD = optim.Adam(", "optimizerD"),
             two_lines("netG", "optimizerG = optim.Adam(", "optimizerG"),
@@ -134,7 +137,7 @@ SCRIPTS: dict[str, Script] = {
     "gat": Script(
         EXAMPLES,
         "gat/main.py",
-        NO_ACCELERATOR,
+        (*NO_ACCELERATOR, "--num-heads=2"),
         (two_lines("gat_net", "optimizer = Adam("),),
         ("citations",),
     ),
@@ -157,7 +160,7 @@ SCRIPTS: dict[str, Script] = {
         (),
         (two_lines("net", "optimizer = optim.SGD("),),
         ("cifar10",),
-        largest_batch=32,
+        largest_batch=16,
     ),
     "minGPT-adder": Script(
         "minGPT",
@@ -176,7 +179,7 @@ SCRIPTS: dict[str, Script] = {
     "minGPT-chargpt": Script(
         "minGPT",
         "projects/chargpt/chargpt.py",
-        ("--trainer.num_workers=0", "--trainer.batch_size=16"),
+        ("--trainer.num_workers=0", "--trainer.batch_size=8"),
         (
             two_lines(
                 "model",
