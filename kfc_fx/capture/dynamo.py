@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import types
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +16,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from kfc_fx.capture.checkpoints import run_by_op
+from kfc_fx.capture.sparse_tensors import sparse_tensors_captured
 from kfc_fx.errors import OptionError, first_line, warn
 
 BACKENDS = ("eager", "aot_eager", "inductor")
@@ -64,8 +65,15 @@ MODULES = str(Path(TORCH) / "nn" / "modules")
 OWN = str(Path(__file__).parent)
 
 
-def dynamo_settings() -> AbstractContextManager[None]:
-    """Settings under which models are captured, of any number of frames."""
+@contextmanager
+def dynamo_settings(backend: str) -> Iterator[None]:
+    """Settings under which models are captured, of any number of frames, for a backend."""
+    sparse = sparse_tensors_captured() if backend == "eager" else nullcontext()
+    with _config(), sparse:
+        yield
+
+
+def _config() -> AbstractContextManager[None]:
     return torch._dynamo.config.patch(
         # Dynamo would skip the whole frame around a fused LSTM or GRU; as one op of the graph it
         # leaves the layers around it to be seen.
@@ -135,11 +143,14 @@ def check_backend(backend: str) -> None:
 def mark_batch_dynamic(args: tuple[Any, ...], kwargs: dict[str, Any], batch_dim: int = 0) -> None:
     """Tell dynamo that the dimension of the examples may change, and the first, without insisting.
 
-    Without it, the second batch size met (the last batch of an epoch) costs a recompile.
+    Without it, the second batch size met (the last batch of an epoch) costs a recompile. Sparse
+    tensors are left out: products with one of unknown size are none that dynamo knows.
     """
     for leaf in pytree.tree_leaves((args, kwargs)):
+        if not isinstance(leaf, torch.Tensor) or leaf.layout is torch.sparse_coo:
+            continue
         for dim in {0, batch_dim}:
-            if isinstance(leaf, torch.Tensor) and leaf.dim() > dim and leaf.size(dim) > 1:
+            if leaf.dim() > dim and leaf.size(dim) > 1:
                 torch._dynamo.maybe_mark_dynamic(leaf, dim)
 
 

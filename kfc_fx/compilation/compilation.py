@@ -71,7 +71,7 @@ class Compilation:
         self.choice: LikelihoodChoice = LikelihoodChoice(
             options.likelihood,
             lambda: likelihood_of_graphs(self._account.graphs),
-            examples_told=options.batch_dims != (0, 0),
+            batch_dim=options.batch_dim,
         )
         """The likelihood of the model's output."""
         self._plan: tuple[CurvaturePlan, CurvaturePlan] | None = None

@@ -111,7 +111,7 @@ class Runs:
         self.inside.depth += 1
         try:
             with (
-                dynamo_settings(),
+                dynamo_settings(self._options.backend),
                 self.breaks.watching(),
                 self.layers.installed(recording=recording, within=path),
             ):
@@ -169,7 +169,7 @@ class Runs:
     def _within_backward(self) -> Iterator[None]:
         """Watch layers in a backward pass, or in several that overlap."""
         if not self._backward_passes:
-            self._watching.enter_context(dynamo_settings())
+            self._watching.enter_context(dynamo_settings(self._options.backend))
             self._watching.enter_context(self.layers.installed(recording=True))
             call = Call(self._model, len(self.account.graphs), next_number())
             self._interrupted, self._call = self._call, call

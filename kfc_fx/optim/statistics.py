@@ -44,8 +44,9 @@ class Statistics(Checked):
         input_factor: ``"dense"``, ``"separable"`` into channels and offsets, or ``"auto"``:
             separable for convolutions whose dense Ω is wider than 1024.
         basis_limit: widest side of an eigenbasis ("adam", "eigen"). A wider dense factor of a
-            linear or pointwise layer, or of output channels, is cut into equal parts, each with a
-            basis of its own, as if channels of two parts were uncorrelated.
+            linear or pointwise layer, or of output channels (with their offsets in a transposed
+            convolution), is cut into equal parts, each with a basis of its own, as if channels of
+            two parts were uncorrelated.
 
     Raises:
         OptionError: a field is of the wrong type or out of range.

@@ -40,21 +40,29 @@ def cut(block: BlockSpec, forms: FactorForms, limit: int) -> FactorForms:
     """``forms`` with dense factors wider than ``limit`` in parts, where their sides have a divisor
     that fits: channels that stand apart in two parts are taken as uncorrelated.
 
-    Of Ω where it has no offsets, and of Γ where its rows are output channels.
+    Of Ω where it has no offsets. The rows of one channel in Γ, the offsets of a transposed
+    convolution, stay together.
     """
     if not block.layer.is_cut:
         return forms
     dense_input = forms.input == "dense" and block.offsets == 1
+    dense_output = forms.output == "dense"
     return replace(
         forms,
         input_parts=parts_of(block.channels, limit) if dense_input else 1,
-        output_parts=parts_of(block.rows, limit) if forms.output == "dense" else 1,
+        output_parts=parts_of(block.rows, limit, block.rows_of_channel) if dense_output else 1,
     )
 
 
-def parts_of(side: int, limit: int) -> int:
-    """Fewest equal parts of at most ``limit``; one where these were under a quarter of it."""
-    parts = next(k for k in range(1, side + 1) if side % k == 0 and side // k <= limit)
+def parts_of(side: int, limit: int, unit: int = 1) -> int:
+    """Fewest equal parts of at most ``limit``; one where these were under a quarter of it.
+
+    Args:
+        unit: what a part has a multiple of, where need be one that is over the limit.
+    """
+    units = side // unit
+    fitting = (k for k in range(1, units + 1) if units % k == 0 and side // k <= limit)
+    parts = next(fitting, units)
     return parts if side // parts >= limit / 4 else 1
 
 

@@ -95,7 +95,7 @@ LINEAR = LayerKind(
     diagonal_output="wide",
 )
 CONVOLUTION = LayerKind()
-TRANSPOSED_CONVOLUTION = LayerKind(counts_inputs=True, is_cut=False)
+TRANSPOSED_CONVOLUTION = LayerKind(counts_inputs=True)
 BATCHED_LINEAR = LayerKind(
     sides=sides_of_entries, least_dimensions=3, slices="entries", is_cut=False
 )

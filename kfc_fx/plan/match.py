@@ -20,6 +20,8 @@ from kfc_fx.plan.weight_views import WeightView, is_view, weight_view
 NO_EXAMPLES = "its input does not depend on the examples"
 TRANSFORMED = "inside a function transform (vmap, grad, jvp), which hides its layers"
 NESTED = "its input is a nested tensor, of which linear layers and embeddings have factors"
+SPARSE_LAYOUTS = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
+SPARSE = "its input is a sparse tensor"
 HIDING = {
     REGION: "inside an activation checkpoint within another, which hides its layers",
     "cond": "inside a conditional region, which hides its layers",
@@ -67,9 +69,9 @@ def match_uses(
         node: None if node in without_gradient | transformed else _applied_layer(node, parameters)
         for node in graph.nodes
     }
-    nested = {node for node, call in applied.items() if call and _is_nested(call)}
+    unread = {node: _unread(call) if call else "" for node, call in applied.items()}
     calls = {
-        node: call if call and call.x in data and node not in nested else None
+        node: call if call and call.x in data and not unread[node] else None
         for node, call in applied.items()
     }
     opened = regions(graph) if open_regions else ()
@@ -87,7 +89,7 @@ def match_uses(
             matched = frozenset((0,))
         lost = HIDING.get(_target_name(node), "")
         if applied[node] and not call:
-            lost = NESTED if node in nested else NO_EXAMPLES
+            lost = unread[node] or NO_EXAMPLES
         if node in transformed:
             lost = TRANSFORMED
         reason = lost or OTHER_CALLS.get(_target_name(node), "")
@@ -181,11 +183,14 @@ def _tensors(example: object) -> list[torch.Tensor]:
     return [value for value in values if isinstance(value, torch.Tensor)]
 
 
-def _is_nested(call: LayerCall) -> bool:
-    """Whether a call reads a nested tensor that its statistics are not taken of."""
+def _unread(call: LayerCall) -> str:
+    """Why the statistics of a call are not taken of the tensor that it reads, or an empty text."""
     example = call.x.meta.get("example_value") if isinstance(call.x, fx.Node) else None
-    nested = isinstance(example, torch.Tensor) and example.is_nested
-    return nested and not call.layer.takes_nested
+    if not isinstance(example, torch.Tensor):
+        return ""
+    if example.is_nested and not call.layer.takes_nested:
+        return NESTED
+    return SPARSE if example.layout in SPARSE_LAYOUTS else ""
 
 
 def _is_read_by_sites_only(node: fx.Node, calls: Mapping[fx.Node, LayerCall | None]) -> bool:

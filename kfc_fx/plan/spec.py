@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from typing import Any, Literal
 
 from kfc_fx.errors import KfcError, counted
@@ -197,6 +198,11 @@ class BlockSpec:
     def rows(self) -> int:
         """Side of Γ: output channels of one group; of a transposed convolution, times offsets."""
         return self._sides.rows
+
+    @property
+    def rows_of_channel(self) -> int:
+        """Rows of Γ for one output channel: of a transposed convolution its offsets."""
+        return prod(self.geometry.kernel_size) if self.layer.counts_inputs else 1
 
     @property
     def channels(self) -> int:

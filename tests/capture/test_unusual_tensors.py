@@ -248,6 +248,38 @@ def test_a_layer_with_a_sparse_input_is_generic_and_says_why():
     assert [block.name for block in net.kfc.plan.blocks] == ["2"]
 
 
+class Products(nn.Module):
+    """Products with parameters on the nodes of a graph, whose features are a matrix too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Parameter(torch.randn(6, 8).double())
+        self.second = nn.Parameter(torch.randn(8, 3).double())
+
+    def forward(self, x: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+        hidden = torch.spmm(edges, torch.mm(x, self.first)).tanh()
+        return torch.spmm(edges, torch.mm(hidden, self.second))
+
+
+def test_products_in_a_frame_with_sparse_inputs_have_blocks_at_any_size():
+    torch.manual_seed(1)
+    net, dense = kfc_fx.compile(Products()), kfc_fx.compile(Products())
+    statistics = kfc_fx.Statistics(every=1, samples=None)
+    opt, other = (kfc_fx.KFC(model, lr=0.0, statistics=statistics) for model in (net, dense))
+    for nodes in (20, 24, 30, 22):
+        edges = (torch.rand(nodes, nodes) < 0.2).double()
+        x, labels = torch.randn(nodes, 6).double(), torch.arange(nodes) % 3
+        F.cross_entropy(net(x.to_sparse(), edges.to_sparse()), labels).backward()
+        F.cross_entropy(dense(x, edges), labels).backward()
+        opt.step()
+        other.step()
+    assert [block.name for block in net.kfc.plan.blocks] == ["second"]
+    assert [g.name for g in net.kfc.plan.generic if "sparse" in g.reason] == ["first"]
+    torch.testing.assert_close(opt.factors["second"].omega, other.factors["second"].omega)
+    torch.testing.assert_close(opt.factors["second"].gamma, other.factors["second"].gamma)
+
+
 # -- functions of the user's -----------------------------------------------------------------
 
 

@@ -44,6 +44,9 @@ LAYERS = {
     "strided": (nn.Conv2d(8, 12, 1, stride=2, bias=False), (8, 4, 4), 2, 3),
     "conv": (nn.Conv2d(2, 12, 3, padding=1), (2, 3, 3), 1, 3),
     "groups": (nn.Conv2d(16, 16, 1, groups=2), (16, 2, 2), 2, 2),
+    "transposed": (nn.ConvTranspose2d(8, 6, 2, bias=False), (8, 2, 2), 2, 6),
+    "transposed, wide kernel": (nn.ConvTranspose2d(4, 3, 3, bias=False), (4, 2, 2), 1, 3),
+    "transposed, groups": (nn.ConvTranspose1d(8, 8, 4, groups=2, bias=False), (8, 3), 1, 4),
 }
 
 

@@ -115,6 +115,31 @@ def test_what_leads_with_different_sizes_is_told_once():
     ctc(net, torch.randn(N, 4, 12)).backward()  # another warning would be an error
 
 
+class Flattened(TimeFirst):
+    """``[T, N]`` to log-probabilities ``[T * N, C]``, as language models have them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.log_softmax(super().forward(x).flatten(0, 1), dim=1)
+
+
+def test_one_dimension_that_does_not_fit_the_output_is_told_once():
+    net = kfc_fx.compile(Flattened(), batch_dim=1)
+    opt = kfc_fx.KFC(net)
+    message = rf"input has {N} there and its output 3:.*batch_dim=\(1, 0\)"
+    with pytest.warns(kfc_fx.KfcWarning, match=message):
+        F.nll_loss(net(X), Y.flatten()).backward()
+    opt.step()
+    F.nll_loss(net(X), Y.flatten()).backward()  # another warning would be an error
+
+
+def test_an_output_that_is_flattened_has_its_examples_first():
+    net = kfc_fx.compile(Flattened(), batch_dim=(1, 0))
+    opt = kfc_fx.KFC(net)
+    F.nll_loss(net(X), Y.flatten()).backward()
+    opt.step()
+    assert net.kfc.likelihood == kfc_fx.Categorical(dim=-1)
+
+
 @pytest.mark.parametrize("given", [-1, "first", (0,), (0, 1, 2), (0, -1), True, 1.0, None])
 def test_what_is_no_dimension_is_refused(given):
     with pytest.raises(kfc_fx.OptionError, match="batch_dim must be the dimension"):

@@ -13,9 +13,10 @@ from kfc_fx.tools.bench.trainers import trainers
 from kfc_fx.tools.faults.command import faults
 from kfc_fx.tools.losses.command import losses
 from kfc_fx.tools.race.command import train
+from kfc_fx.tools.scripts.command import scripts
 
 app = typer.Typer(
-    help="Measure kernels, steps, runs, memory, ranks, trainers, losses and faults.",
+    help="Measure kernels, steps, runs, memory, ranks, trainers, scripts, losses and faults.",
     no_args_is_help=True,
 )
 app.command()(kernels)
@@ -27,3 +28,4 @@ app.command()(faults)
 app.command()(distributed)
 app.command()(rank)
 app.command()(trainers)
+app.command()(scripts)

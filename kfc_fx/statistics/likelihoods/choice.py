@@ -25,7 +25,7 @@ class LikelihoodChoice:
     Args:
         named: as the user named it; None where it is found from the loss.
         of_graphs: what the model's graphs tell of a loss whose gradient is not seen.
-        examples_told: whether the user has said where examples are.
+        batch_dim: dimension of the examples as the user named it: of inputs and output, or of each.
     """
 
     def __init__(
@@ -33,10 +33,11 @@ class LikelihoodChoice:
         named: Likelihood | None,
         of_graphs: Callable[[], Finding | None] = lambda: None,
         *,
-        examples_told: bool = False,
+        batch_dim: int | tuple[int, int] = 0,
     ) -> None:
         self._named, self._of_graphs = named, of_graphs
-        self._examples_told = examples_told
+        self._batch_dim = batch_dim
+        self._examples_noted = batch_dim != (0, 0) and not isinstance(batch_dim, int)
         self._checked = False
         self._found: dict[str, tuple[Likelihood, str]] = {}
 
@@ -45,17 +46,26 @@ class LikelihoodChoice:
         return self._named or self._found.get(path, (None, ""))[0]
 
     def note_examples(self, of_inputs: int, of_output: int) -> None:
-        """Warn once where inputs and output lead with different sizes, and nobody said which of
-        their dimensions is that of the examples."""
-        if self._examples_told or not of_inputs or of_inputs == of_output:
+        """Warn once where inputs and output have different sizes in the dimension of the examples,
+        unless the user has named one for each."""
+        if self._examples_noted or not of_inputs or of_inputs == of_output:
             return
-        self._examples_told = True
+        self._examples_noted = True
+        dim = self._batch_dim
+        if isinstance(dim, int) and dim:
+            warn(
+                f"batch_dim={dim} says where examples are in inputs and output, but the model's "
+                f"input has {of_inputs} there and its output {of_output}: the likelihood and the "
+                f"scale of factors may be wrong. Pass both to kfc_fx.compile, as in "
+                f"batch_dim=({dim}, 0) for an output [time * examples, classes]"
+            )
+            return
         warn(
             f"the model's input leads with {of_inputs} and its output with {of_output}, which is "
             "taken for the number of examples: factors are of another scale if it is not. Pass "
-            "batch_dim= to kfc_fx.compile, as in batch_dim=1 for a model that leads with time or "
-            "batch_dim=(0, 1) for an output [time, examples, classes]; or return an output that "
-            "leads with the examples"
+            "batch_dim= to kfc_fx.compile, as in batch_dim=1 for a model that leads with time, "
+            "batch_dim=(0, 1) for an output [time, examples, classes], or batch_dim=(1, 0) for an "
+            "output [time * examples, classes]; or return an output that leads with the examples"
         )
 
     def unseen(self, path: str) -> Likelihood | None:

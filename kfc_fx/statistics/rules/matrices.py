@@ -222,12 +222,20 @@ class ConvTransposeRule(_Convolution):
     ``y[s·t + d·δ − p] += W[:, :, δ]ᵀ x[t]``, so the gradient of W sums ``x[t]`` times the patch
     of g at t, as the convolution with the same geometry cuts it. Ω is
     ``[groups, C_in/groups, C_in/groups]`` and Γ ``[groups, R, R]``, ``R = C_out/groups * |Δ|``.
+    Factors may be cut as those of :class:`LinearRule`, Γ between channels.
     """
+
+    input_parts: int = 1
+    output_parts: int = 1
 
     @classmethod
     def of(cls, block: BlockSpec, site: SiteSpec, forms: FactorForms) -> Self:
         """See :class:`EmissionRule`."""
-        return cls(**_options(site.geometry))
+        return cls(
+            **_options(site.geometry),
+            input_parts=forms.input_parts,
+            output_parts=forms.output_parts,
+        )
 
     def statistics(self, share: BatchShare, x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`EmissionRule`."""
@@ -240,14 +248,17 @@ class ConvTransposeRule(_Convolution):
     def output_statistics(self, share: BatchShare, g: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
         """See :class:`MatrixRule`."""
         g, scale = share.cut(_batched(g, self.geometry))
-        gamma = _patch_gram(*_covered(g, kept[0].shape[1:], self.geometry), bias=False)
+        covered, geometry = _covered(g, kept[0].shape[1:], self.geometry)
+        geometry = replace(geometry, groups=self.groups * self.output_parts)
+        gamma = _patch_gram(covered, geometry, bias=False)
         return scaled((gamma,), scale)
 
     def input_statistics(self, share: BatchShare, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         """See :class:`MatrixRule`."""
         x = _batched(x, self.geometry)
-        x, scale = share.cut(x, prod(x.shape[2:]), x.shape[1] // self.groups)
-        return scaled((_pixel_gram(x, self.groups),), scale)
+        groups = self.groups * self.input_parts
+        x, scale = share.cut(x, prod(x.shape[2:]), x.shape[1] // groups)
+        return scaled((_pixel_gram(x, groups),), scale)
 
 
 @dataclass(frozen=True)
