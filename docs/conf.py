@@ -42,6 +42,7 @@ suppress_warnings = ["config.cache"]  # the settings of the gallery hold functio
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the text of an argument says its type where it matters
 autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_mock_imports = ["lightning"]  # for one callback, in a build without it
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 

@@ -138,11 +138,12 @@ def test_results_come_back_as_they_were(tmp_path: Path) -> None:
     assert [child.name for child in path.parent.iterdir()] == ["results.json"]
 
 
-def test_a_file_keeps_five_digits(tmp_path: Path) -> None:
+def test_a_file_keeps_five_digits_of_curves_and_whole_ends(tmp_path: Path) -> None:
     file = ResultsFile(tmp_path / "results.json")
-    file.add_run(replace(result(ENTRY.run(0.1), 3.0), end_loss=1.23456789, seconds=0.000123456789))
+    run = replace(result(ENTRY.run(0.1), 3.0), end_loss=1.23456789, seconds=0.000123456789)
+    file.add_run(replace(run, losses=(2.3456789, None)))
     (kept,) = file.runs.values()
-    assert (kept.end_loss, kept.seconds) == (1.2346, 0.00012346)
+    assert (kept.end_loss, kept.seconds, kept.losses) == (1.23456789, 0.00012346, (2.3457, None))
 
 
 def test_costs_of_a_new_block_replace_those_of_the_old_one(tmp_path: Path) -> None:

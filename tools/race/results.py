@@ -13,7 +13,7 @@ from kfc_fx.tools.failures import CommandError
 from kfc_fx.tools.train.comparison import smoothed, smoothing_half_window
 
 DIGITS = 5
-"""Significant digits of what a file keeps: seeds differ in the second."""
+"""Significant digits of what a file keeps of curves and clocks: seeds differ in the second."""
 
 
 @dataclass(frozen=True)
@@ -188,13 +188,14 @@ class ResultsFile:
 
 
 def rounded(run: RunResult) -> RunResult:
-    """A run with :data:`DIGITS` significant digits, so that a search which goes on with a file
-    sees what it saw before."""
-    changed: dict[str, Any] = {
-        name: _rounded(value) for name, value in vars(run).items() if isinstance(value, float)
-    }
-    losses = tuple(None if loss is None else _rounded(loss) for loss in run.losses)
-    return replace(run, losses=losses, **changed)
+    """A run whose curve and clock have :data:`DIGITS` significant digits, so that a search which
+    goes on with a file sees what it saw before. What the best rate is chosen by stays whole."""
+    return replace(
+        run,
+        losses=tuple(None if loss is None else _rounded(loss) for loss in run.losses),
+        seconds=_rounded(run.seconds),
+        capture_seconds=_rounded(run.capture_seconds),
+    )
 
 
 def _rounded(value: float) -> float:
@@ -217,6 +218,8 @@ def _cost(entry: dict[str, Any]) -> CostResult:
 def _one_entry_a_line(content: dict[str, list[Any]]) -> str:
     parts = []
     for name, entries in content.items():
-        lines = ",\n".join(json.dumps(entry, allow_nan=False, separators=(",", ":")) for entry in entries)
+        lines = ",\n".join(
+            json.dumps(entry, allow_nan=False, separators=(",", ":")) for entry in entries
+        )
         parts.append(f'"{name}": [\n{lines}\n]')
     return "{\n" + ",\n".join(parts) + "\n}\n"
