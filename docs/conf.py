@@ -26,6 +26,7 @@ extensions = [
     "sphinx_gallery.gen_gallery",
     "mathml",
     "measured",
+    "properties",
 ]
 exclude_patterns = ["_build", "_ext", "gallery/*.ipynb", "**/sg_execution_times.rst"]
 nitpicky = False
@@ -41,7 +42,7 @@ suppress_warnings = ["config.cache"]  # the settings of the gallery hold functio
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the text of an argument says its type where it matters
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"show-inheritance": True}
 autodoc_mock_imports = ["lightning"]  # for one callback, in a build without it
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
