@@ -42,7 +42,6 @@ suppress_warnings = ["config.cache"]  # the settings of the gallery hold functio
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the text of an argument says its type where it matters
-autodoc_default_options = {"show-inheritance": True}
 autodoc_mock_imports = ["lightning"]  # for one callback, in a build without it
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
@@ -65,6 +64,7 @@ sphinx_gallery_conf = {
     "filename_pattern": r"/(autoencoder|classification|gpt|laplace|lora)\.py$",
     "within_subsection_order": "FileNameSortKey",
     "abort_on_example_error": True,
+    "capture_repr": (),
     "download_all_examples": False,
     "remove_config_comments": True,
     "show_memory": False,
@@ -80,3 +80,4 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sourcelink = False
+html_show_copyright = False

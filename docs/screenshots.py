@@ -16,7 +16,7 @@ from selenium import webdriver
 
 FOLDER = Path(__file__).parent / "pictures"
 TARGET = ("torchvision.models:resnet18", "--input", "32x3x224x224", "--world", "8")
-SIZE = (1280, 760)
+SIZE = (1280, 900)
 COLOURS = 128
 TABS = {"stage": "graph", "apply": "update", "world": "world"}
 
