@@ -67,6 +67,6 @@ $(READY): pyproject.toml
 
 clean:
 	@echo "==> removing $(VENV), caches and runs"
-	@rm -rf docs/_build docs/gallery
+	@rm -rf docs/_build docs/gallery docs/sg_execution_times.rst
 	@rm -rf $(VENV) runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -35,9 +35,9 @@ def named(cell: Cell) -> str:
 
 
 def entrants(file: str) -> list[str]:
-    """Those that took part, in the order of the race."""
+    """Those that took part: KFC, then the others in the order of the race."""
     found = {standing.optimizer for cell in cells_of(file) for standing in cell.standings}
-    return [name for name in ENTRANTS if name in found]
+    return sorted((n for n in ENTRANTS if n in found), key=lambda n: not n.startswith("kfc-"))
 
 
 def standing_of(cell: Cell, name: str) -> Standing | None:
