@@ -18,6 +18,7 @@ from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 from sphinx.util.docutils import SphinxDirective
 
+HERE = Path(__file__).parent
 Table = Callable[..., list[list[str]]]
 TABLES: dict[str, Table] = {**figure_tables.TABLES, **race_tables.TABLES}
 
@@ -29,7 +30,16 @@ def markdown(rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (head, marks, *body)]
 
 
-class Measured(SphinxDirective):
+class FromResults(SphinxDirective):
+    """A part of a page that is made anew where results, or what reads them, have changed."""
+
+    def note_sources(self) -> None:
+        """Let the page depend on them."""
+        for path in (*HERE.glob("*.py"), *race_tables.BENCHMARKS.glob("*.json")):
+            self.env.note_dependency(str(path))
+
+
+class Measured(FromResults):
     """A table."""
 
     required_arguments = 1
@@ -37,6 +47,7 @@ class Measured(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """The table, as what the page would say in its place."""
+        self.note_sources()
         name, *arguments = self.arguments
         try:
             rows = TABLES[name](*arguments)
@@ -47,13 +58,14 @@ class Measured(SphinxDirective):
         return [box]
 
 
-class RacePlot(SphinxDirective):
+class RacePlot(FromResults):
     """Training losses of a cell of the race, by steps and by time."""
 
     required_arguments = 4
 
     def run(self) -> list[nodes.Node]:
         """The drawing, which lies among what is built."""
+        self.note_sources()
         file, task, batch, steps = self.arguments
         name = f"{file}-{task}-{batch}-{steps}.png"
         path = Path(self.env.srcdir) / "_build" / "plots" / name
