@@ -1,5 +1,6 @@
 # make demo    set up .venv and run the main job: KFC and SGD on scikit-learn's digits
 # make test    set up .venv and run lint, types and tests
+# make docs    set up .venv and build the site, docs/_build/html; its examples run
 # make fuzz    properties of random networks and programs, for MINUTES=20
 #
 # The set-up is done once, and again only after pyproject.toml has changed. EXTRAS=trainers installs
@@ -15,7 +16,7 @@ READY := $(VENV)/ready$(addprefix -,$(EXTRAS))
 TYPED := .mypy_cache/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types fuzz clean
+.PHONY: help demo test docs site lint types fuzz clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -27,6 +28,14 @@ demo: $(READY)
 test: lint
 	@echo "==> tests"
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+docs:
+	@$(MAKE) --no-print-directory EXTRAS=docs site
+
+site: $(READY)
+	@echo "==> site: docs/_build/html"
+	@OMP_NUM_THREADS=1 $(BIN)/sphinx-build --quiet --fail-on-warning --keep-going \
+		--doctree-dir docs/_build/doctrees docs docs/_build/html
 
 fuzz: $(READY)
 	@$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
@@ -58,5 +67,6 @@ $(READY): pyproject.toml
 
 clean:
 	@echo "==> removing $(VENV), caches and runs"
+	@rm -rf docs/_build docs/gallery docs/sg_execution_times.rst
 	@rm -rf $(VENV) runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,15 @@
-"""KFC on several processes, each with a replica of the model and batches of its own.
+"""
+DDP
+===
+
+KFC on several processes, each with a replica of the model and batches of its own.
+
+.. code-block:: sh
 
     torchrun --nproc-per-node=2 examples/ddp.py
+
+The script is shown as it is, and was not run for this page: ``tests/distributed`` runs it with two
+processes.
 
 Handwritten digits of scikit-learn. On GPUs write ``"nccl"`` for ``"gloo"`` and move model and
 batches to ``cuda``.

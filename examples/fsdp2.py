@@ -1,6 +1,15 @@
-"""KFC on several processes that share one model: parameters, gradients and state are sharded.
+"""
+FSDP2
+=====
+
+KFC on several processes that share one model: parameters, gradients and state are sharded.
+
+.. code-block:: sh
 
     torchrun --nproc-per-node=2 examples/fsdp2.py
+
+The script is shown as it is, and was not run for this page: ``tests/distributed`` runs it with two
+processes.
 
 A small transformer that reads the rows of handwritten digits. On GPUs write ``"nccl"`` and
 ``"cuda"`` for ``"gloo"`` and ``"cpu"``.

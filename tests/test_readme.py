@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from io import StringIO
@@ -28,9 +29,10 @@ from kfc_fx.tools.cli import app
 ROOT = Path(__file__).parent.parent
 PAGES = [
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
-    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts),
 ]
 FENCED = re.compile(r"^```(.*?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 KINDS = ("python", "python trainers", "python update", "console", "sh", "text")
 
 
@@ -58,9 +60,10 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def runs() -> dict[Path, Run]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Run]:
     found = {page: Run() for page in PAGES}
     with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(tmp_path_factory.mktemp("pages"))  # pages save files
         patched.setattr(products, "onednn_is_faster", lambda: False)  # products as they are shown
         for block in BLOCKS:
             if block.kind == "python":
@@ -128,10 +131,32 @@ def test_commands_exist(block):
         program, name, *arguments = shlex.split(line, comments=True)
         if program == "make":
             assert name in targets
-            continue
-        assert program == "kfc-fx"
-        options = {o for p in get_command(app).commands[name].params for o in p.opts}
-        assert {a for a in arguments if a.startswith("--")} <= options
+        elif program == "pip":
+            (what,) = arguments
+            package, _, extras = what.removesuffix("]").partition("[")
+            assert (name, package) == ("install", PROJECT["name"])
+            assert set(filter(None, extras.split(","))) <= set(PROJECT["optional-dependencies"])
+        elif program == "torchrun":
+            assert (ROOT / arguments[-1]).exists()
+        else:
+            assert program == "kfc-fx"
+            found = get_command(app).commands[name]
+            if hasattr(found, "commands"):  # kfc-fx bench train
+                name, *arguments = arguments
+                found = found.commands[name]
+            options = {o for p in found.params for o in p.opts}
+            assert {a for a in arguments if a.startswith("--")} <= options
+
+
+PATHS = re.compile(r"`((?:kfc_fx|kernels|tools|tests|examples|benchmarks|docs)/[\w/.-]+)`")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page):
+    named = {name for name in PATHS.findall(page.read_text()) if "NAME" not in name}
+    if not (ROOT / "benchmarks").exists():  # in a source distribution
+        named = {name for name in named if not name.startswith("benchmarks/")}
+    assert sorted(name for name in named if not (ROOT / name).exists()) == []
 
 
 @pytest.mark.parametrize(

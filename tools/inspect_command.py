@@ -15,6 +15,8 @@ from kfc_fx.inspect.dot import dot_text
 from kfc_fx.inspect.graph_view import diff_view, find_stage, graph_view, passes_view
 from kfc_fx.inspect.inputs import InputSpec, guess_inputs, parse_input
 from kfc_fx.inspect.inspection import CAPTURES, Inspection, InspectionOptions, inspect_model
+from kfc_fx.inspect.memory import memory_document
+from kfc_fx.inspect.memory_view import memory_view
 from kfc_fx.inspect.plan_view import plan_view
 from kfc_fx.inspect.run_view import read_report, run_view, save_plots
 from kfc_fx.inspect.summary_view import summary_view
@@ -27,9 +29,12 @@ from kfc_fx.optim.scalings.table import SCALINGS
 from kfc_fx.tools.failures import CommandError, one_line_failures, unknown_name, writable
 from kfc_fx.tools.terminal import show, show_json, show_text
 
-VIEWS = ("summary", "plan", "graph", "update", "passes", "dot", "json", "html", "run", "world")
-CODE_VIEWS = ("graph", "update", "passes", "dot")
-"""Views of code, which need no counting of its work."""
+VIEWS = (
+    *("summary", "plan", "graph", "update", "passes", "dot", "json", "html", "run", "world"),
+    "memory",
+)
+CODE_VIEWS = ("graph", "update", "passes", "dot", "memory")
+"""Views that need no counting of the work of a step."""
 DIFFERENT_EXIT_CODE = 1
 
 
@@ -120,12 +125,16 @@ def inspect(
     tflops: Annotated[
         float, typer.Option(min=1e-3, help="With --world: 10^12 operations a second of a device.")
     ] = Machine.tflops,
-    memory: Annotated[
+    bandwidth: Annotated[
         float, typer.Option(min=1e-3, help="With --world: 10^9 bytes a second of its memory.")
     ] = Machine.memory,
     network: Annotated[
         float, typer.Option(min=1e-3, help="With --world: 10^9 bytes a second that a rank sends.")
     ] = Machine.network,
+    memory: Annotated[
+        bool,
+        typer.Option("--memory", help="Does it fit? Bytes of every scaling, beside SGD and AdamW."),
+    ] = False,
     scaling: Annotated[str, typer.Option(help=f"KFC's scaling: {', '.join(SCALINGS)}.")] = "adam",
     input_factor: Annotated[str, typer.Option(help="auto, dense or separable.")] = "auto",
     weight_sharing: Annotated[
@@ -153,8 +162,12 @@ def inspect(
             if distribute not in WAYS[:3]:
                 raise unknown_name("way to distribute", distribute, WAYS[:3])
             way: Way = "shard" if shard else distribute  # type: ignore[assignment]
-            thought_of = WorldOptions(world, way, Machine(tflops, memory, network))
+            thought_of = WorldOptions(world, way, Machine(tflops, bandwidth, network))
             view = "world" if view == "summary" else view
+        if memory:
+            if view not in ("summary", "memory"):
+                raise CommandError(f"--memory belongs to --view memory; the view is {view}")
+            view = "memory"
         options = ViewOptions(view, stage, diff, part, run, as_json, save, report, thought_of)
         _check_names(options, capture, scaling)
         subject = resolve_target(target, parse_arguments(model_arg or []))
@@ -237,6 +250,10 @@ def _show(inspection: Inspection, options: ViewOptions) -> bool:
         document["world"] = world_document(
             inspection, document["summary"], own.ranks, own.way, own.machine
         )
+    if options.view == "memory":
+        if inspection.spec is None:
+            raise CommandError("--memory: no layer has a block, so that KFC would hold nothing")
+        document["memory"] = memory_document(inspection)
     if options.view == "run" and options.save is not None and options.save.suffix == ".png":
         save_plots(document["run"], writable("--save", options.save))
         return True
@@ -268,6 +285,7 @@ def _text_view(document: Mapping[str, Any], options: ViewOptions) -> Any:
         "passes": passes_view,
         "run": run_view,
         "world": world_view,
+        "memory": memory_view,
     }
     return views[options.view](document)
 
@@ -294,6 +312,7 @@ def _part_of(document: Mapping[str, Any], options: ViewOptions) -> dict[str, Any
         "passes": ("graphs",),
         "update": ("update",),
         "world": ("world",),
+        "memory": ("memory",),
     }.get(options.view)
     if keys is None:
         return dict(document)

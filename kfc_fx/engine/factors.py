@@ -20,9 +20,9 @@ class Factors:
 
     Either ``dense``, ``[groups, D, D]`` (``[groups, 1, D]`` of a diagonal factor), or ``channel``
     ``[groups, C, C]`` and ``offset`` ``[groups, K, K]`` with, for layers with bias, ``locations``
-    (|T|); and ``output`` ``[groups, R, R]`` (``[groups, R, 1]``), None where the block's scaling
-    needs no Γ. Of "adam" and "eigen" with equal intervals they are made from basis and eigenvalues,
-    all there is of them between two statistics.
+    (``|T|``); and ``output`` ``[groups, R, R]`` (``[groups, R, 1]``), None where the block's
+    scaling needs no Γ. Of "adam" and "eigen" with equal intervals they are made from basis and
+    eigenvalues, all there is of them between two statistics.
     """
 
     output: Tensor | None

@@ -18,7 +18,8 @@ Schema 1, in ``schema.json`` beside this file (JSON Schema, draft 2020-12):
 - ``update``: text of each generated function by name, empty where there is none; ``preamble``
   holds the text before them;
 - ``run``: a recorded training run, or null;
-- ``world``: what some ranks would hold, send and compute, only where it was asked for.
+- ``world``: what some ranks would hold, send and compute, only where it was asked for;
+- ``memory``: bytes of every optimizer, only where it was asked for.
 
 A later schema has another number; one schema only gains keys.
 """

@@ -58,16 +58,13 @@ def update_work(
         parameters: of the model, by name; only their shapes and dtypes are read.
         groups: parameter group by the name of each parameter that is updated.
     """
-    without_data = {name: torch.empty_like(p, device="meta") for name, p in parameters.items()}
-    stacks = tuple(replace(stack, device="meta") for stack in spec.stacks)
-    engine = UpdateEngine(replace(spec, stacks=stacks), SavedState.empty(), without_data)
-    counter = WorkCounter()
-    statistics = _statistics(engine.spec)
+    engine, counter = engine_without_data(spec, parameters), WorkCounter()
+    statistics = statistics_without_data(engine.spec)
     accumulate = counted_call(counter, lambda: engine.accumulate(statistics))
     program, scalings = engine.program, option_numbers(engine.spec, options)
     given = refresh_arguments(program, engine.state, scalings, first=False)
     refreshed = counted_call(counter, lambda: program.functions["refresh"](**given))
-    gradients = {name: torch.empty_like(without_data[name]) for name in spec.parameters}
+    gradients = {name: torch.empty_like(engine.parameters[name]) for name in spec.parameters}
     numbers = _numbers(engine.spec, options, groups)
     scales = dict.fromkeys(("nu", "step_size", "momentum"), torch.empty((), device="meta"))
     applied = counted_call(
@@ -76,7 +73,15 @@ def update_work(
     return UpdateWork(accumulate, refreshed, applied)
 
 
-def _statistics(spec: UpdateSpec) -> ScreenedStatistics:
+def engine_without_data(spec: UpdateSpec, parameters: Mapping[str, Tensor]) -> UpdateEngine:
+    """An engine that has taken no step, all of whose tensors are on the meta device."""
+    without_data = {name: torch.empty_like(p, device="meta") for name, p in parameters.items()}
+    stacks = tuple(replace(stack, device="meta") for stack in spec.stacks)
+    return UpdateEngine(replace(spec, stacks=stacks), SavedState.empty(), without_data)
+
+
+def statistics_without_data(spec: UpdateSpec) -> ScreenedStatistics:
+    """Statistics of every block, on the meta device."""
     sums = {
         f"{block.name}.{factor}": _empty((block.groups * stack.parts[factor], *shape[1:]), stack)
         for stack in spec.stacks

@@ -15,7 +15,7 @@ InputFactorOption = Literal["auto", "dense", "separable"]
 
 DENSE_LIMIT = 1024
 """With "auto", a convolution whose dense Ω is wider than this takes a separable factor, which
-trains a little less well, and costs a small part of it (figures in ``benchmarks/README.md``)."""
+trains a little less well, and costs a small part of it (figures: ``docs/measurements``)."""
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class SiteSpec:
     batch: BatchSpec | None = None
     """Of a batched linear map: how its entries lie in its operands."""
     locations: int = 0
-    """|T| with the inputs of the capture; 0 where that is not known."""
+    """``|T|`` with the inputs of the capture; 0 where that is not known."""
     region: str = ""
     """The checkpointed region whose graph holds the node; empty for the graph itself."""
 
@@ -148,7 +148,7 @@ class BlockSpec:
     sharing: Literal["expand", "reduce"] = "expand"
     """Of a linear layer: how its factors treat the locations that share the weight."""
     locations: int = 0
-    """|T| of its first site with the inputs of the capture; 0 where that is not known."""
+    """``|T|`` of its first site with the inputs of the capture; 0 where that is not known."""
     batch_dim: int = 0
     """Dimension of the examples in its inputs, if its channels are last."""
 
@@ -191,7 +191,7 @@ class BlockSpec:
     @property
     def grows_with_locations(self) -> bool:
         """Whether Ω is a sum over several locations, so that it grows with their number: images or
-        texts of another size, which change |T|, change its scale."""
+        texts of another size, which change ``|T|``, change its scale."""
         return self.layer.sums_locations and self.sharing == "expand" and self.locations > 1
 
     @property
@@ -211,7 +211,7 @@ class BlockSpec:
 
     @property
     def offsets(self) -> int:
-        """Kernel offsets |Δ| on the input side."""
+        """Kernel offsets ``|Δ|`` on the input side."""
         return self._sides.offsets
 
     @property

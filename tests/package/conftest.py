@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 BUILD = (
     "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
 )
-LEFT_OUT = (".*", "__pycache__", "*.egg-info", "build", "dist", "runs")
+LEFT_OUT = (".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "_build", "gallery", "sg_*")
 """What a fresh checkout does not have."""
 
 

@@ -64,7 +64,7 @@ def spec(optimizer: str, lr: float, seed: int = 0) -> RunSpec:
 
 
 def unclocked(result: RunResult) -> RunResult:
-    return replace(result, seconds=(), capture_seconds=0.0, peak_memory=None)
+    return replace(result, seconds=0.0, capture_seconds=0.0, peak_memory=None)
 
 
 @pytest.mark.parametrize("optimizer", [n for n in ENTRANTS if n not in ("soap", "psgd")])
@@ -73,7 +73,8 @@ def test_an_optimizer_learns_and_its_run_can_be_repeated(
 ) -> None:
     result = train(spec(optimizer, CENTRES[optimizer]), data, workers=2)
     assert not result.diverged
-    assert len(result.losses) == len(result.seconds) == STEPS
+    assert len(result.losses) == STEPS
+    assert result.seconds > 0
     assert result.final_loss < 0.9 * result.curve[0]
     assert result.test_accuracy is not None
     assert result.test_accuracy > 0.7

@@ -364,7 +364,7 @@ def _line(result: RunResult) -> str:
     spec = result.spec
     end = "diverged" if result.diverged else f"loss {result.final_loss:.4g}"
     accuracy = "" if result.test_accuracy is None else f", accuracy {result.test_accuracy:.1%}"
-    return f"{_name(spec)}: {end}{accuracy}, {sum(result.seconds):.0f} s"
+    return f"{_name(spec)}: {end}{accuracy}, {result.seconds:.0f} s"
 
 
 def _name(spec: RunSpec) -> str:

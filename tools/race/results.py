@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kfc_fx.tools.failures import CommandError
 from kfc_fx.tools.train.comparison import smoothed, smoothing_half_window
+
+DIGITS = 5
+"""Significant digits of what a file keeps of curves and clocks: seeds differ in the second."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class RunResult:
     """What a run did, up to its end or to where it diverged.
 
     ``losses`` has one mini-batch loss per step, from before its update; one that is not finite
-    is ``None``. ``seconds`` are per step by the run's own clock, the capture apart.
+    is ``None``. ``seconds`` are those of all steps by the run's own clock, the capture apart.
     ``end_loss`` is the training loss of the parameters after the last update, over a set of
     training examples that is the same for all runs of a task; ``None`` where the run diverged, or
     was made before it was measured. ``test_loss`` and ``test_accuracy`` are of the end too.
@@ -50,7 +53,7 @@ class RunResult:
     spec: RunSpec
     diverged: bool
     losses: tuple[float | None, ...]
-    seconds: tuple[float, ...]
+    seconds: float
     capture_seconds: float
     test_loss: float | None
     test_accuracy: float | None
@@ -74,6 +77,10 @@ class RunResult:
             half_window = min(half_window, self.spec.steps // 8)
         known = [loss for loss in self.losses if loss is not None]
         return smoothed(known, half_window) + [float("inf")] * (self.spec.steps - len(known))
+
+    def clock_seconds(self, steps: int) -> float:
+        """Of the capture and so many mean steps, by the run's own clock."""
+        return self.capture_seconds + steps * self.seconds / max(1, len(self.losses))
 
     @property
     def final_loss(self) -> float:
@@ -146,8 +153,8 @@ class ResultsFile:
         return list(self._costs.values())
 
     def add_run(self, run: RunResult) -> None:
-        """Keep a finished run."""
-        self.runs[run.spec] = run
+        """Keep a finished run, in the digits that the file has."""
+        self.runs[run.spec] = rounded(run)
         self._write()
 
     def add_costs(self, costs: Sequence[CostResult]) -> None:
@@ -184,12 +191,26 @@ class ResultsFile:
         self._costs = {(cost.task, cost.batch_size, cost.optimizer): cost for cost in costs}
 
 
+def rounded(run: RunResult) -> RunResult:
+    """A run whose curve and clock have :data:`DIGITS` significant digits, so that a search which
+    goes on with a file sees what it saw before. What the best rate is chosen by stays whole."""
+    return replace(
+        run,
+        losses=tuple(None if loss is None else _rounded(loss) for loss in run.losses),
+        seconds=_rounded(run.seconds),
+        capture_seconds=_rounded(run.capture_seconds),
+    )
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
+
+
 def _run(entry: dict[str, Any]) -> RunResult:
     own = {
         **entry,
         "spec": RunSpec(**entry["spec"]),
         "losses": tuple(entry["losses"]),
-        "seconds": tuple(entry["seconds"]),
     }
     return RunResult(**own)
 
@@ -202,6 +223,8 @@ def _cost(entry: dict[str, Any]) -> CostResult:
 def _one_entry_a_line(content: dict[str, list[Any]]) -> str:
     parts = []
     for name, entries in content.items():
-        lines = ",\n".join(json.dumps(entry, allow_nan=False) for entry in entries)
+        lines = ",\n".join(
+            json.dumps(entry, allow_nan=False, separators=(",", ":")) for entry in entries
+        )
         parts.append(f'"{name}": [\n{lines}\n]')
     return "{\n" + ",\n".join(parts) + "\n}\n"

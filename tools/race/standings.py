@@ -168,7 +168,7 @@ def _to_target(
     steps, fewest = steps_to(curve, curve_end), shortest(own, len(best), loss)
     clock = None
     if steps is not None:
-        clock = _mean(run.capture_seconds + sum(run.seconds[:steps]) for run in best)
+        clock = _mean(run.clock_seconds(steps) for run in best)
     seconds, shortened_seconds = (
         None if cost is None or number is None else cost.relative_seconds(number)
         for number in (steps, fewest)

@@ -127,8 +127,14 @@ def _write(path: Path, rows: Rows, limits: Limits) -> None:
         "models": [asdict(row) for row in rows.values()],
     }
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n")
+    partial.write_text(_one_row_a_line(report) + "\n")
     partial.replace(path)
+
+
+def _one_row_a_line(report: dict[str, Any]) -> str:
+    rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in report["models"])
+    head = json.dumps({**report, "models": []}, indent=1).removesuffix("[]\n}")
+    return f"{head}[\n{rows}\n]\n}}"
 
 
 def _versions() -> Iterator[tuple[str, str]]:
