@@ -45,24 +45,15 @@ def fisher_pass_flops(spec: UpdateSpec, rows: Rows, share: BatchShare) -> float:
     return share.fraction * sum(_layer_flops(block, rows) for block in blocks)
 
 
-def stack_work(
-    spec: UpdateSpec,
-    stack: StackSpec,
-    rows: Rows,
-    share: BatchShare,
-    ranks: int = 1,
-    divides: int = 1,
-) -> StackWork:
-    """The work of one stack, on the mean rank, at a step with statistics and a refresh.
+def stack_work(spec: UpdateSpec, stack: StackSpec, rows: Rows, share: BatchShare) -> StackWork:
+    """The work of one stack at a step with statistics and a refresh.
 
     Args:
-        rows: of the batches of all ranks.
+        rows: of the whole batch.
         share: of the batch, that statistics are estimated from.
-        ranks: that have a batch each.
-        divides: among how many of them the refresh is divided.
     """
     statistics = sum(_statistics_flops(stack, block, rows, share) for block in stack.blocks)
-    return StackWork(statistics / ranks, refresh_flops(spec, stack) / divides)
+    return StackWork(statistics, refresh_flops(spec, stack))
 
 
 def _layer_flops(block: BlockSpec, rows: Rows) -> float:

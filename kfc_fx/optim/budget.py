@@ -4,6 +4,7 @@ than a share of the gradients."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import inf
 
 from kfc_fx.codegen.spec import UpdateSpec
@@ -22,12 +23,12 @@ def most_due(
     *,
     fisher: Fisher,
     by_block: bool,
-    divides: int,
 ) -> dict[str, int]:
     """Most times that each stack may be due in any ``WINDOW`` early steps, by its key.
 
-    All costs are counted from the rows that have given statistics, which all ranks know alike.
-    Stacks get equal parts of the budget; what a cheap one leaves over goes to the others.
+    All costs are counted from the rows that have given statistics, which all ranks know alike, as
+    if their batches were one: a run is the same whichever ranks divide it. Stacks get equal parts
+    of the budget; what a cheap one leaves over goes to the others.
 
     Args:
         spec: of the whole update.
@@ -36,24 +37,17 @@ def most_due(
         budget: share of the work of the gradients; None for no bound.
         fisher: what Γ is estimated from.
         by_block: whether statistics are taken of the blocks alone that are due.
-        divides: among how many ranks a refresh is divided.
     """
     full = schedule.full
     if budget is None or not sums.work:
         return {stack.key: full for stack in spec.stacks}
-    share = request.share(sums.examples // request.ranks, fisher)
-    works = {
-        stack.key: stack_work(spec, stack, sums.rows, share, request.ranks, divides)
-        for stack in spec.stacks
-    }
-    gradient = sums.work / request.ranks
-    fixed = 0.0
-    if fisher == "sampled":
-        fixed = fisher_pass_flops(spec, sums.rows, share) / request.ranks
+    share = replace(request, ranks=1).share(sums.examples, fisher)
+    works = {stack.key: stack_work(spec, stack, sums.rows, share) for stack in spec.stacks}
+    fixed = fisher_pass_flops(spec, sums.rows, share) if fisher == "sampled" else 0.0
     if not by_block:
         fixed += sum(work.statistics for work in works.values())
     costs = {key: work.total if by_block else work.refresh for key, work in works.items()}
-    return shared_out(costs, fixed, budget * WINDOW * gradient, full)
+    return shared_out(costs, fixed, budget * WINDOW * sums.work, full)
 
 
 def shared_out(costs: Mapping[str, float], fixed: float, total: float, full: int) -> dict[str, int]:

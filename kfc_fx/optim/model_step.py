@@ -420,7 +420,7 @@ class ModelStep:
 
     def _share_out(self, spec: UpdateSpec, sums: Sums) -> None:
         """Bound how often stacks are due in the early phase, by what they cost for this batch."""
-        collector, ranks = self.collector, self._ranks.count
+        collector = self.collector
         most = most_due(
             spec,
             sums,
@@ -429,7 +429,6 @@ class ModelStep:
             self._options.statistics.budget,
             fisher=collector.request.fisher_for(collector.likelihood or Categorical()),
             by_block=self._by_block,
-            divides=ranks if self._options.distribute != "none" else 1,
         )
         self.schedule = replace(self.schedule, most=most)
 

