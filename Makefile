@@ -1,4 +1,4 @@
-# make demo    set up .venv and run the main job: KFC and SGD on scikit-learn's digits
+# make demo    set up .venv and run the main job: KFC beside SGD and AdamW on scikit-learn's digits
 # make test    set up .venv and run lint, types and tests
 # make docs    set up .venv and build the site, docs/_build/html; its examples run
 # make fuzz    properties of random networks and programs, for MINUTES=20
@@ -22,8 +22,11 @@ help:
 	@sed -n 's/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
 
 demo: $(READY)
-	@echo "==> training digits by KFC and by SGD"
+	@echo "==> classifying digits by KFC and by SGD"
 	@$(BIN)/kfc-fx train
+	@echo "==> an autoencoder of the digits, by KFC, SGD and AdamW"
+	@$(BIN)/kfc-fx train --model digits-autoencoder --optimizers kfc,sgd,adamw --epochs 80 \
+		--plot runs/autoencoder.png
 
 test: lint
 	@echo "==> tests"

@@ -93,8 +93,10 @@ def thinned(interval: int, first_steps: int, most: int) -> frozenset[int]:
         return dense
     factors = [1 + eighths / 8 for eighths in range(8 * WINDOW)]
     found = (_spread(sorted(dense), factor, interval, most) for factor in factors)
-    within = (kept for kept in found if sum(step < WINDOW for step in kept) <= most)
-    return frozenset(next(within, None) or _spread(sorted(dense), 1.0, interval, most, free=0))
+    for kept in found:
+        if sum(step < WINDOW for step in kept) <= most:
+            return frozenset(kept)
+    return frozenset(_spread(sorted(dense), 1.0, interval, most, free=0))
 
 
 def most_in_window(steps: Collection[int]) -> int:

@@ -51,7 +51,7 @@ def make_record() -> Callable[..., RunRecord]:
             capture_seconds=0.5,
             losses=tuple(losses),
             seconds=tuple(0.5 + step for step in range(1, len(losses) + 1)),
-            accuracies=(0.5, 0.75),
+            tested=(0.5, 0.75),
         )
 
     return make

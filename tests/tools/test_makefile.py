@@ -45,16 +45,19 @@ def test_the_set_up_is_done_once(folder: Path) -> None:
     first = make(folder, "demo", "PYTHON=./new")
     assert first.returncode == 0, first.stderr
     assert "==> setting up .venv" in first.stdout
-    assert "==> training digits" in first.stdout
+    assert "==> classifying digits" in first.stdout
+    assert "==> an autoencoder" in first.stdout
     calls = (folder / "calls").read_text()
     assert "-m venv .venv" in calls
     assert "python -m pip install" in calls
     assert "--editable .[dev]" in calls
-    assert calls.endswith("kfc-fx train\n")
+    runs = calls[calls.index("kfc-fx train\n") :]
+    assert runs.count("kfc-fx train") == 2
+    assert "--model digits-autoencoder" in runs
 
     second = make(folder, "demo", "PYTHON=./new")
     assert "setting up" not in second.stdout
-    assert (folder / "calls").read_text() == calls + "kfc-fx train\n"
+    assert (folder / "calls").read_text() == calls + runs
 
 
 def test_an_old_python_is_refused_in_one_line(folder: Path) -> None:

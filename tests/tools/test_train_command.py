@@ -87,6 +87,20 @@ def test_digits_by_kfc_and_sgd(tmp_path: Path, scaling: str) -> None:
     assert kfc["test_accuracy"] > 0.8
 
 
+def test_an_autoencoder_of_the_digits(tmp_path: Path) -> None:
+    result = kfc_fx(
+        *("train", "--model", "digits-autoencoder", "--optimizers", "kfc,sgd,adamw"),
+        *("--save", "run.json", "--epochs", "12"),
+    )
+    assert result.exit_code == 0, result.output
+    assert "test loss" in result.output
+    kfc, sgd, adamw = json.loads((tmp_path / "run.json").read_text())["runs"]
+    assert kfc["losses"][0] == sgd["losses"][0] == adamw["losses"][0]
+    assert kfc["final_loss"] < 0.9 * min(sgd["final_loss"], adamw["final_loss"])
+    assert kfc["test_loss"] == pytest.approx(kfc["final_loss"], rel=0.2)
+    assert "accuracy" not in result.output
+
+
 def test_a_model_without_layers_for_kfc_fails_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "bare.py").write_text(
         "import torch\nfrom torch import nn\n"

@@ -90,7 +90,7 @@ def test_saved_runs(comparison: Comparison, tmp_path: Path) -> None:
     assert kfc["iterations_to_target"] == 4
     assert kfc["losses"][:3] == [2.0, 1.0, 0.5]
     assert len(kfc["seconds"]) == kfc["steps"] == kfc["planned_steps"] == 40
-    assert kfc["test_accuracies"] == [0.5, 0.75]
+    assert kfc["tested"] == [0.5, 0.75]
     assert {"platform", "python", "torch", "threads"} <= saved["machine"].keys()
 
 

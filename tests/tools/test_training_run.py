@@ -58,8 +58,8 @@ def test_record_of_a_whole_run(two_class_data: DataSet) -> None:
     assert record.finished
     assert not record.diverged
     assert sorted(record.seconds) == list(record.seconds)
-    assert len(record.accuracies) == 3
-    assert record.accuracies[-1] == 1.0
+    assert len(record.tested) == 3
+    assert record.tested[-1] == 1.0
     assert record.losses[-1] < record.losses[0]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -14,6 +16,7 @@ from kfc_fx.tools.failures import CommandError, import_extra, unknown_name
 
 ImageShape = tuple[int, int, int]
 
+AUTOENCODER_WIDTHS = (128, 64, 32, 8)
 DEFAULT_NETWORKS = {
     "digits": "digits-net",
     "mnist": "lenet",
@@ -23,7 +26,7 @@ DEFAULT_NETWORKS = {
 
 
 def build(name: str, image_shape: ImageShape, classes: int) -> nn.Module:
-    """A freshly initialized network that maps images to logits ``[N, classes]``.
+    """A freshly initialized network that maps images to logits ``[N, classes]``, or of pixels.
 
     Args:
         name: one of :data:`NETWORKS`, or what names a model elsewhere (``resolve_target``):
@@ -41,7 +44,8 @@ def build(name: str, image_shape: ImageShape, classes: int) -> nn.Module:
         network = NETWORKS[name](image_shape, classes)
     else:
         raise unknown_name("model", name, [*NETWORKS, "module:function", "./file.py:Name"])
-    _check_output(name, network, image_shape, classes)
+    outputs = math.prod(image_shape) if name in AUTOENCODERS else classes
+    _check_output(name, network, image_shape, outputs)
     return network
 
 
@@ -59,6 +63,17 @@ def digits_net(image_shape: ImageShape, classes: int) -> nn.Module:
         nn.ReLU(),
         nn.Linear(64, classes),
     )
+
+
+def digits_autoencoder(image_shape: ImageShape, _: int) -> nn.Module:
+    """64-128-64-32-8 and back, tanh, a linear code, for images of 8x8."""
+    _check_size("digits-autoencoder", image_shape, [8])
+    widths = (math.prod(image_shape), *AUTOENCODER_WIDTHS)
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs, outputs in pairwise((*widths, *widths[-2::-1])):
+        layers += [nn.Linear(inputs, outputs), nn.Tanh()]
+    del layers[2 * len(widths) - 2], layers[-1]  # the code and the logits are linear
+    return nn.Sequential(*layers)
 
 
 def kfc_cifar(image_shape: ImageShape, classes: int) -> nn.Module:
@@ -109,10 +124,13 @@ def resnet18(image_shape: ImageShape, classes: int) -> nn.Module:
 
 NETWORKS: dict[str, Callable[[ImageShape, int], nn.Module]] = {
     "digits-net": digits_net,
+    "digits-autoencoder": digits_autoencoder,
     "kfc-cifar": kfc_cifar,
     "lenet": lenet,
     "resnet18": resnet18,
 }
+AUTOENCODERS = ("digits-autoencoder",)
+"""Those that return logits of the pixels, and no classes."""
 
 
 def _check_size(name: str, image_shape: ImageShape, sizes: list[int], reason: str = "") -> None:

@@ -32,8 +32,8 @@ def train(
     model: Annotated[
         str | None,
         typer.Option(
-            help="digits-net, kfc-cifar, lenet, resnet18, or module:function or ./file.py:Name "
-            "for your own; by default the one that suits the data."
+            help="digits-net, digits-autoencoder, kfc-cifar, lenet, resnet18, or module:function "
+            "or ./file.py:Name for your own; by default the one that suits the data."
         ),
     ] = None,
     optimizer_names: Annotated[
@@ -57,9 +57,9 @@ def train(
     save: Annotated[Path | None, typer.Option(help="JSON file for the runs.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Train a network by KFC and by SGD side by side and compare them.
+    """Train a network by KFC and by others side by side and compare them.
 
-    Both start from the same parameters and see the same batches. It ends with a table of the
+    All start from the same parameters and see the same batches. It ends with a table of the
     iterations and seconds to the same training loss, and a plot; Ctrl-C ends it early.
     """
     with one_line_failures(debug=debug):

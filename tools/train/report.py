@@ -15,6 +15,7 @@ from rich.table import Table
 
 from kfc_fx.tools.failures import import_extra
 from kfc_fx.tools.train.comparison import Comparison, Row, smoothed
+from kfc_fx.tools.train.training_run import RunRecord
 
 NOT_REACHED = "–"
 NOTABLE = 0.05
@@ -27,7 +28,8 @@ def table(comparison: Comparison, title: str) -> Table:
     made = Table(title=title, caption=_caption(comparison), box=box.SIMPLE_HEAD, padding=0)
     made.title_justify = made.caption_justify = "left"
     made.add_column("optimizer", no_wrap=True)
-    for heading in ("lr", "final loss", "test accuracy", *TO_TARGET, "capture", "in all"):
+    tested = f"test {comparison.rows[0].record.test}" if comparison.rows else "test"
+    for heading in ("lr", "final loss", tested, *TO_TARGET, "capture", "in all"):
         made.add_column(heading, justify="right")
     for row in comparison.rows:
         made.add_row(*_cells(row))
@@ -95,12 +97,18 @@ def _cells(row: Row) -> list[str]:
         record.optimizer.title,
         f"{record.optimizer.lr:g}",
         final,
-        f"{record.accuracies[-1]:.1%}" if record.accuracies else NOT_REACHED,
+        _tested(record),
         _number(row.iterations, "d"),
         _number(row.seconds, ".2f"),
         f"{record.capture_seconds:.2f}",
         f"{record.seconds[-1]:.2f}",
     ]
+
+
+def _tested(record: RunRecord) -> str:
+    if not record.tested:
+        return NOT_REACHED
+    return f"{record.tested[-1]:.1%}" if record.test == "accuracy" else f"{record.tested[-1]:#.4g}"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -171,13 +179,13 @@ def _run(row: Row) -> dict[str, object]:
         "steps": record.steps,
         "diverged": record.diverged,
         "final_loss": _finite(row.final_loss),
-        "test_accuracy": record.accuracies[-1] if record.accuracies else None,
+        f"test_{record.test}": record.tested[-1] if record.tested else None,
         "iterations_to_target": row.iterations,
         "seconds_to_target": row.seconds,
         "capture_seconds": record.capture_seconds,
         "losses": _finite_all(record.losses),
         "seconds": list(record.seconds),
-        "test_accuracies": list(record.accuracies),
+        "tested": list(record.tested),
     }
 
 

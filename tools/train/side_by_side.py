@@ -61,7 +61,13 @@ def train_side_by_side(settings: TrainSettings, console: Console) -> bool:
     title = f"{model} on {data.title}"
     console.print(_introduction(title, network, data, settings.run), highlight=False)
     runs = [
-        TrainingRun(optimizer, copy.deepcopy(network), data, settings.run)
+        TrainingRun(
+            optimizer,
+            copy.deepcopy(network),
+            data,
+            settings.run,
+            reconstructs=model in networks.AUTOENCODERS,
+        )
         for optimizer in settings.optimizers
     ]
     completed = _train_all(runs, console)

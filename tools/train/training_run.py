@@ -9,13 +9,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kfc_fx.tools.data.sets import DataSet, ImageSet
+from kfc_fx.tools.train.objective import Classification, Objective, Reconstruction, Test
 from kfc_fx.tools.train.optimizers import OptimizerSpec, prepare
 
 WARM_UP_STEPS = 10
-EVALUATION_BATCH = 512
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,8 @@ class RunRecord:
     """What a run did, up to its end or to where it was interrupted.
 
     ``losses`` has one mini-batch loss per step, taken before the step's update; ``seconds`` the
-    training time at the end of each step: capture and steps, but no evaluation. Accuracies are
-    of the test set, one per finished epoch.
+    training time at the end of each step: capture and steps, but no evaluation. ``tested`` are
+    figures of the test set, of the kind ``test``, one per finished epoch.
     """
 
     optimizer: OptimizerSpec
@@ -42,7 +41,8 @@ class RunRecord:
     capture_seconds: float
     losses: tuple[float, ...]
     seconds: tuple[float, ...]
-    accuracies: tuple[float, ...]
+    tested: tuple[float, ...]
+    test: Test = "accuracy"
 
     @property
     def steps(self) -> int:
@@ -65,22 +65,30 @@ class TrainingRun:
     """
 
     def __init__(
-        self, optimizer: OptimizerSpec, network: nn.Module, data: DataSet, spec: RunSpec
+        self,
+        optimizer: OptimizerSpec,
+        network: nn.Module,
+        data: DataSet,
+        spec: RunSpec,
+        *,
+        reconstructs: bool = False,
     ) -> None:
+        """``reconstructs``: the network returns its own input, and not a class."""
         self.optimizer = optimizer
         self._spec = spec
         self._device = torch.device(spec.device)
         self._network = network.to(self._device)
         self._train = _to_device(data.train, self._device)
         self._test = _to_device(data.test, self._device)
-        mean, scale = _channel_statistics(data.train.images)
-        self._mean, self._scale = mean.to(self._device), scale.to(self._device)
+        self._objective: Objective = Reconstruction()
+        if not reconstructs:
+            self._objective = Classification(self._train)
         self._batch_size = min(spec.batch_size, len(data.train))
         self.planned_steps = spec.epochs * (len(data.train) // self._batch_size)
         self._capture_seconds = 0.0
         self._losses: list[float] = []
         self._seconds: list[float] = []
-        self._accuracies: list[float] = []
+        self._tested: list[float] = []
 
     def record(self) -> RunRecord:
         """The run so far; only whole steps are in it."""
@@ -91,13 +99,16 @@ class TrainingRun:
             self._capture_seconds,
             tuple(self._losses[:steps]),
             tuple(self._seconds[:steps]),
-            tuple(self._accuracies),
+            tuple(self._tested),
+            self._objective.test,
         )
 
     def steps(self) -> Iterator[float]:
         """Train, yielding the loss of each step; ends early where it is not finite."""
         torch.manual_seed(self._spec.seed)
-        prepared = prepare(self.optimizer, self._network, self._example())
+        example = self._objective.inputs(self._train.images[: self._batch_size])
+        likelihood = self._objective.likelihood
+        prepared = prepare(self.optimizer, self._network, example, likelihood)
         self._capture_seconds = prepared.capture_seconds
         network, optimizer = prepared.network, prepared.optimizer
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -116,12 +127,10 @@ class TrainingRun:
                 yield loss
                 if not math.isfinite(loss):
                     return
-            self._accuracies.append(self._accuracy(network))
+            self._tested.append(self._test_figure(network))
 
     def _step(self, network: nn.Module, optimizer: torch.optim.Optimizer, rows: Tensor) -> float:
-        loss = F.cross_entropy(
-            network(self._inputs(self._train.images[rows])), self._train.labels[rows]
-        )
+        loss = self._objective.loss(network, self._train, rows)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -130,28 +139,16 @@ class TrainingRun:
         return loss.item()
 
     @torch.no_grad()
-    def _accuracy(self, network: nn.Module) -> float:
+    def _test_figure(self, network: nn.Module) -> float:
         network.eval()
-        correct = 0
-        for images, labels in zip(
-            self._test.images.split(EVALUATION_BATCH),
-            self._test.labels.split(EVALUATION_BATCH),
-            strict=True,
-        ):
-            correct += int((network(self._inputs(images)).argmax(1) == labels).sum())
+        figure = self._objective.figure(network, self._test)
         network.train()
-        return correct / len(self._test)
+        return figure
 
     def _batches(self, order: torch.Generator) -> Iterator[Tensor]:
         permutation = torch.randperm(len(self._train), generator=order).to(self._device)
         whole = len(self._train) // self._batch_size * self._batch_size
         yield from permutation[:whole].split(self._batch_size)
-
-    def _inputs(self, images: Tensor) -> Tensor:
-        return (images.float() - self._mean) * self._scale
-
-    def _example(self) -> Tensor:
-        return self._inputs(self._train.images[: self._batch_size])
 
 
 def warm_up_steps(total: int) -> int:
@@ -169,17 +166,3 @@ def learning_rate_scale(step: int, total: int) -> float:
 
 def _to_device(examples: ImageSet, device: torch.device) -> ImageSet:
     return ImageSet(examples.images.to(device), examples.labels.to(device))
-
-
-def _channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and inverse standard deviation ``[C, 1, 1]`` of uint8 images ``[N, C, H, W]``."""
-    # A histogram is exact, and takes no float copy of the whole set.
-    counts = torch.stack(
-        [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]
-    ).double()
-    levels = torch.arange(256, dtype=torch.float64)
-    probability = counts / counts.sum(1, keepdim=True)
-    mean = probability @ levels
-    deviation = (probability @ levels**2 - mean**2).clamp(min=0).sqrt()
-    scale = 1 / deviation.clamp(min=1.0)
-    return mean.float()[:, None, None], scale.float()[:, None, None]
