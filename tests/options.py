@@ -26,8 +26,11 @@ def spelled(
 ) -> dict[str, Any]:
     """Keywords for KFC: the values that hold the options of ``flat``.
 
-    Every scaling takes those that it has. A momentum is that of generic parameters too.
+    Every scaling takes those that it has. A momentum is that of generic parameters too. The early
+    phase has no budget: one network that is written in two ways has other stacks, which would be
+    due at other steps.
     """
+    flat = {"budget": None, **flat}
     general = scaling_with(scaling, flat)
     statistics = {n: flat[n] for n in checks_of(kfc_fx.Statistics) if n in flat}
     others = {name: value for name, value in flat.items() if name not in BY_VALUE}

@@ -210,11 +210,11 @@ class ModelStep:
         waiting = engine is not None and engine.waiting
         self.collector.join(self._ranks.rank, self._ranks.count)
         step = self._diagnostics.steps
-        due, blocks = self.schedule.statistics_due(step), None
+        due, left_out = self.schedule.statistics_due(step), frozenset[str]()
         if engine is not None and due and self._by_block and not self._all_due(engine):
-            stacks = [s for s in engine.spec.stacks if self.schedule.statistics_due(step, s.key)]
-            blocks = frozenset(block.name for stack in stacks for block in stack.blocks)
-        self.collector.arm(due or waiting, self._diagnostics.statistics_steps, blocks)
+            idle = (s for s in engine.spec.stacks if not self.schedule.statistics_due(step, s.key))
+            left_out = frozenset(block.name for stack in idle for block in stack.blocks)
+        self.collector.arm(due or waiting, self._diagnostics.statistics_steps, left_out)
 
     def collect(self, batches: Iterable[Any]) -> None:
         """Take the statistics of some batches.
@@ -359,6 +359,9 @@ class ModelStep:
         spec = of_stacks(engine.spec, counted)
         sums = self.collector.sums
         sums.drop_lost()
+        incomplete = everything and bool(self.collector.left_out)
+        if incomplete:  # blocks have joined since the forward pass: the next one takes those of all
+            sums = Sums()
         if shared is not None and shared.has_statistics:
             with diagnostics.timed("statistics"):
                 sums = shared.summed(sums, spec)
@@ -366,7 +369,7 @@ class ModelStep:
             self._share_out(engine.spec, sums)
         can_refresh = bool(sums.blocks) or engine.can_refresh()  # alike on all ranks, unlike later
         with shared.attempt.local() if shared else nullcontext():
-            self._accumulate(engine, sums, step, counted)
+            self._accumulate(engine, sums, step, counted, may_lack=incomplete)
         waiting = engine.waiting and not sums.blocks
         at_once = engine.spec.factors_in_basis and bool(sums.blocks)
         stacks = keys if everything else self._due(keys, self.schedule.refresh_due)
@@ -432,7 +435,15 @@ class ModelStep:
         )
         self.schedule = replace(self.schedule, most=most)
 
-    def _accumulate(self, engine: Engine, sums: Sums, step: int, stacks: Collection[str]) -> None:
+    def _accumulate(
+        self,
+        engine: Engine,
+        sums: Sums,
+        step: int,
+        stacks: Collection[str],
+        *,
+        may_lack: bool,
+    ) -> None:
         diagnostics = self._diagnostics
         if sums.blocks:
             decay, count = self._options.statistics.decay, diagnostics.statistics_steps
@@ -447,7 +458,8 @@ class ModelStep:
             with diagnostics.timed("statistics"):
                 engine.accumulate(screened)
             diagnostics.statistics_steps += 1
-        if self.collector.armed and (not sums.blocks or self.collector.missing):
+        lacks = not sums.blocks or bool(self.collector.missing)
+        if self.collector.armed and lacks and not may_lack:
             self._note_missed(step, some=bool(sums.blocks))
 
     def apply(

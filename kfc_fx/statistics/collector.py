@@ -45,7 +45,8 @@ class Collector:
         them now."""
         self._batch_dim = batch_dim
         self._armed = False
-        self._blocks: Collection[str] | None = None
+        self.left_out: Collection[str] = ()
+        """Blocks whose statistics the next forward pass does not take."""
         self._sums = Sums()
         self._seconds = 0.0
         self._missing = self._missing_alone = ""
@@ -77,15 +78,15 @@ class Collector:
         """Whether the next forward pass takes statistics."""
         return self._armed
 
-    def arm(self, due: bool = True, number: int = 0, blocks: Collection[str] | None = None) -> None:
+    def arm(self, due: bool = True, number: int = 0, left_out: Collection[str] = ()) -> None:
         """Let the next forward passes take statistics, or not.
 
         Args:
-            blocks: names of those whose statistics are wanted; None for all.
+            left_out: names of blocks whose statistics are not wanted.
             number: how many statistics there were. Their sampled targets follow from the seed and
                 this number alone, so that a run that goes on from a saved state has the same.
         """
-        self._armed, self._number, self._blocks = due, number, blocks
+        self._armed, self._number, self.left_out = due, number, left_out
 
     def join(self, rank: int, ranks: int) -> None:
         """Say which of several ranks this is: each draws other targets, and statistics are of the
@@ -163,7 +164,7 @@ class Collector:
         expected = fisher or self.request.fisher_for(likelihood or Categorical())
         known = fisher or self.request.fisher or likelihood
         share = self.request.share(examples, expected)
-        return ForwardRecord(expected if known else None, share, examples, blocks=self._blocks)
+        return ForwardRecord(expected if known else None, share, examples, left_out=self.left_out)
 
     def probes_for(
         self, record: ForwardRecord, block: BlockSpec, forms: FactorForms, weight: Tensor
@@ -227,7 +228,8 @@ class Collector:
         return self._generators[device]
 
     def _add(self, taken: BlockSums, record: ForwardRecord, examples: int, seconds: float) -> None:
-        self._sums.add(taken, record.rows, examples, record.flops * examples)
+        work = record.flops * (record.examples or examples)  # also where examples count elsewhere
+        self._sums.add(taken, record.rows, examples, work)
         trained = set(self.trained())  # not what stands in for a sharded weight in a forward pass
         weights = {name: record.weights[name] for name in taken if name in record.weights}
         self._sums.follow(

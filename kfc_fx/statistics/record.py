@@ -54,8 +54,8 @@ class ForwardRecord:
     """Spent on statistics within the loss's own backward pass."""
     graphs: int = 0
     """Runs of captured graphs in it."""
-    blocks: Collection[str] | None = None
-    """Whose statistics are wanted; None for all."""
+    left_out: Collection[str] = ()
+    """Blocks whose statistics are not wanted."""
     missing: str = ""
     """Why it gives no statistics; empty where it does."""
     again: Callable[[], AbstractContextManager[None]] | None = None
@@ -64,7 +64,7 @@ class ForwardRecord:
 
     def wants(self, block: str) -> bool:
         """Whether the statistics of a block are wanted."""
-        return self.blocks is None or block in self.blocks
+        return block not in self.left_out
 
     def drop(self, block: str) -> None:
         """Take nothing of a block: what it is has changed while the pass ran."""

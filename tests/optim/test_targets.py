@@ -111,11 +111,14 @@ def test_one_optimizer_steps_two_models():
     first, second = kfc_fx.compile(mlp(0)), kfc_fx.compile(mlp(1))
     opt = kfc_fx.KFC([*first.parameters(), *second.parameters()], lr=0.01)
     train(opt, first, second)
+    # a budget for each model, as if it was alone
     assert_equal(parameters(first), parameters(reference(0)))
     assert_equal(parameters(second), parameters(reference(1)))
     assert set(opt.factors) == {"0.0", "0.2", "1.0", "1.2"}
     assert opt.diagnostics.steps == 6
-    assert opt.diagnostics.statistics_steps == 12
+    alone = kfc_fx.KFC(kfc_fx.compile(mlp(0)), lr=0.01)
+    train(alone, alone._models[0].compilation.model)
+    assert opt.diagnostics.statistics_steps == 2 * alone.diagnostics.statistics_steps
     assert opt.update_source.count("def apply(") == 2
     assert "4 by adam" in repr(opt)
 
