@@ -88,7 +88,10 @@ def test_a_weight_without_its_bias_is_refused():
 def test_named_parameters_are_taken():
     net = conv_network()
     compiled = kfc_fx.compile(net)
-    opt = kfc_fx.KFC(compiled.named_parameters(), model=compiled, lr=0.01, seed=3)
+    statistics = kfc_fx.Statistics(budget=None)
+    opt = kfc_fx.KFC(
+        compiled.named_parameters(), 0.01, model=compiled, statistics=statistics, seed=3
+    )
     other, plain = make()
     train(compiled, opt, 2)
     train(other, plain, 2)

@@ -22,7 +22,7 @@ def mlp() -> nn.Sequential:
 
 def make(fisher: str = "empirical", **options) -> tuple[nn.Module, kfc_fx.KFC]:
     net = kfc_fx.compile(mlp(), likelihood="categorical")
-    statistics = kfc_fx.Statistics(fisher=fisher, samples=None)  # type: ignore[arg-type]
+    statistics = kfc_fx.Statistics(fisher=fisher, samples=None, budget=None)  # type: ignore[arg-type]
     return net, kfc_fx.KFC(net, statistics=statistics, seed=0, **options)
 
 
