@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "statistics": {"capture", "errors", "ops", "plan", DTYPES, GEOMETRY},
     "codegen": {"linalg", "plan", CPU_MATMUL},
     "rewrite": {"capture", "plan", "statistics"},
-    "engine": {"artifacts", "codegen", "errors", "linalg", "statistics"},
+    "engine": {"artifacts", "codegen", "errors", "linalg", "plan", "statistics"},
     "distributed": {"codegen", "engine", "errors", "plan", "statistics"},
     "compilation": {"capture", "errors", "plan", "rewrite", "statistics"},
     "install": {"capture", "compilation", "errors", "plan", "statistics"},
