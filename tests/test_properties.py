@@ -12,7 +12,7 @@ from tests.strategies import networks
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 FIXED = settings(
-    max_examples=16,
+    max_examples=12,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

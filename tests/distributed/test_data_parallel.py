@@ -8,12 +8,6 @@ import torch
 from tests.distributed import changing_models, data_parallel, one_rank_differs
 from tests.distributed.launch import run_ranks
 
-FEW = [
-    "factors_and_first_steps_are_those_of_one_process",
-    "uneven_batches_count_by_their_examples",
-]
-"""What is run by three ranks too."""
-
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch without distributed"
 )
@@ -29,7 +23,7 @@ def test_two_ranks(program):
 @pytest.mark.parametrize(
     ("program", "names"),
     [
-        ("data_parallel", FEW),
+        ("data_parallel", ["uneven_batches_count_by_their_examples"]),
         ("one_rank_differs", ["an_expert_that_one_rank_does_not_use_is_a_block_on_all"]),
         ("changing_models", ["a_group_of_some_ranks_divides_among_them"]),
     ],

@@ -109,7 +109,8 @@ def test_parts_of_a_refresh_are_those_of_the_whole():
     for options in OPTIONS:
         opt, engine, sums = armed(**options)
         own = opt._models[0]
-        own._accumulate(engine, sums, 1)
+        keys = [stack.key for stack in engine.spec.stacks]
+        own._accumulate(engine, sums, 1, keys, may_lack=False)
         numbers = option_numbers(engine.spec, opt.options)
         names = [block.name for block in engine.blocks]
         parts = [engine.refreshed_blocks(chosen, numbers) for chosen in (names[::2], names[1::2])]

@@ -8,10 +8,7 @@ import torch
 from tests.distributed.launch import run_ranks
 from tests.distributed.sharded import SCENARIOS
 
-FEW = [
-    "steps_are_those_of_one_process",
-    "decay_averages_and_groups_are_those_of_one_process",
-]
+FEW = ["steps_are_those_of_one_process"]
 """What four ranks run too."""
 
 pytestmark = pytest.mark.skipif(

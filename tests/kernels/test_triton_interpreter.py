@@ -33,13 +33,15 @@ SUITES = sorted(
 )
 
 
-def test_kernels_in_the_interpreter() -> None:
-    """All suites in one process: it takes longer to start than most of them to run."""
+@pytest.mark.parametrize("part", [0, 1])
+def test_kernels_in_the_interpreter(part: int) -> None:
+    """Half of the suites in one process: it takes longer to start than most of them to run."""
+    suites = SUITES[part::2]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", *map(str, SUITES)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", *map(str, suites)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    for suite in SUITES:
+    for suite in suites:
         assert suite.name in done.stdout
     assert " passed" in done.stdout, done.stdout
     assert " skipped" not in done.stdout, done.stdout

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 
-import pytest
 import torch
 from typer.testing import CliRunner
 
@@ -15,9 +14,9 @@ from kfc_fx.tools.faults.battery import battery, kills
 from kfc_fx.tools.faults.outcome import Outcome, Reference, try_fault
 
 
-@pytest.mark.parametrize("scaling", ["adam", "inverse"])
-def test_every_fault_leaves_a_whole_state(scaling):
-    outcomes = list(battery(scaling, points=1, interrupt_points=3))
+def test_every_fault_leaves_a_whole_state():
+    """Of the default; ``kfc-fx bench faults`` has all scalings."""
+    outcomes = list(battery("adam", points=1, interrupt_points=3))
     wrong = [outcome for outcome in outcomes if not outcome.is_right]
     assert not wrong
     assert len({outcome.fault for outcome in outcomes}) == len(outcomes) == 25
