@@ -459,7 +459,7 @@ class ModelStep:
                 engine.accumulate(screened)
             diagnostics.statistics_steps += 1
         lacks = not sums.blocks or bool(self.collector.missing)
-        if self.collector.armed and lacks and not may_lack:
+        if self.collector.armed and lacks and not (may_lack or self.collector.may_lack):
             self._note_missed(step, some=bool(sums.blocks))
 
     def apply(

@@ -45,6 +45,7 @@ class Collector:
         them now."""
         self._batch_dim = batch_dim
         self._armed = False
+        self._ran = False
         self.left_out: Collection[str] = ()
         """Blocks whose statistics the next forward pass does not take."""
         self._sums = Sums()
@@ -103,6 +104,7 @@ class Collector:
     def take(self) -> Sums:
         """The sums so far. The collector starts anew, and takes no more of a pass that runs."""
         self._missing = self._missing_alone = ""
+        self._ran = False
         for running in list(self._opened):
             running.close()
         self._generators.clear()
@@ -114,6 +116,12 @@ class Collector:
     def taking(self) -> bool:
         """Whether a backward pass of the loss is under way that statistics are taken in."""
         return bool(self._opened)
+
+    @property
+    def may_lack(self) -> bool:
+        """Whether it is no lack that there are no statistics: armed passes have run, without the
+        few blocks whose statistics are wanted."""
+        return self._ran and bool(self.left_out) and not self.missing
 
     @property
     def missing(self) -> str:
@@ -160,6 +168,7 @@ class Collector:
         Args:
             fisher: what its Γ is taken from, if not what the request says.
         """
+        self._ran = True
         likelihood = self.choice.likelihood
         expected = fisher or self.request.fisher_for(likelihood or Categorical())
         known = fisher or self.request.fisher or likelihood

@@ -142,6 +142,37 @@ def test_blocks_that_are_not_due_give_no_statistics():
     assert seen[4] == {"0", "2", "4", "6"}
 
 
+class TwoHeads(nn.Module):
+    """A cheap head and a dear one, by turns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cheap, self.dear = nn.Linear(6, 4), nn.Sequential(nn.Linear(6, 90), nn.Linear(90, 4))
+
+    def forward(self, x: torch.Tensor, cheap: bool) -> torch.Tensor:
+        return self.cheap(x) if cheap else self.dear(x)
+
+
+def test_due_blocks_that_a_pass_does_not_call_are_no_lack(recwarn):
+    net = kfc_fx.compile(TwoHeads())
+    opt = kfc_fx.KFC(net, statistics=kfc_fx.Statistics(budget=4.0))
+    for step, (x, y) in enumerate(batches(9)):
+        F.cross_entropy(net(x, step == 1), y).backward()
+        opt.step()
+        opt.zero_grad()
+    counts = opt.schedule.most
+    assert counts["4x7"] == opt.schedule.full > min(counts.values())
+    assert opt.diagnostics.missed_statistics == 0
+    assert not recwarn.list
+    while not opt.schedule.statistics_due(opt.diagnostics.steps):
+        F.cross_entropy(net(x, False), y).backward()
+        opt.step()
+    opt.zero_grad()
+    F.cross_entropy(nn.functional.linear(x, net.cheap.weight), y).backward()  # past kfc_fx
+    with pytest.warns(kfc_fx.KfcWarning, match="no backward pass gave any"):
+        opt.step()
+
+
 @pytest.mark.parametrize("stop", [1, 3, 7, 12])
 def test_a_run_goes_on_bit_for_bit(stop):
     whole, opt = make(10.0)
