@@ -23,7 +23,9 @@ needs_triton = pytest.mark.skipif(
     reason="needs a GPU, or the interpreter, in which test_triton_interpreter.py runs it",
 )
 # The interpreter runs every program of a launch as numpy calls, so examples are few.
-few_examples = settings(max_examples=6 if INTERPRETED else 60, deadline=None, database=None)
+few_examples = settings(
+    max_examples=6 if INTERPRETED else 60, deadline=None, database=None, derandomize=True
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPSILON = torch.finfo(torch.float32).eps
 
