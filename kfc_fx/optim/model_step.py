@@ -14,7 +14,6 @@ from torch import Tensor
 
 from kfc_fx.capture.wrappers import refuse_tensor_parallel
 from kfc_fx.codegen.part import of_stacks
-from kfc_fx.codegen.spec import UpdateSpec
 from kfc_fx.compilation import Compilation
 from kfc_fx.distributed.divided_engine import DividedEngine
 from kfc_fx.distributed.ranks import Ranks
@@ -26,8 +25,8 @@ from kfc_fx.engine.state import SavedState
 from kfc_fx.engine.step_inputs import OptionNumbers, StepNumbers
 from kfc_fx.errors import StatisticsError, StepError, warn
 from kfc_fx.optim.binding import Binding
-from kfc_fx.optim.budget import most_due
 from kfc_fx.optim.diagnostics import Diagnostics
+from kfc_fx.optim.dues import Dues
 from kfc_fx.optim.engines import Engine
 from kfc_fx.optim.exact_fisher import ExactFisher
 from kfc_fx.optim.gradients import all_finite, named_gradients, relative_distance
@@ -36,7 +35,7 @@ from kfc_fx.optim.options import KFCOptions
 from kfc_fx.optim.put_back import put_back_if_raised
 from kfc_fx.optim.rates import generic_numbers, option_numbers
 from kfc_fx.optim.request import check_model, request_of
-from kfc_fx.optim.schedule import Schedule, averaging_rate
+from kfc_fx.optim.schedule import Schedule
 from kfc_fx.optim.states.entries import Entries, parameter_entries
 from kfc_fx.optim.states.state_dict import Place
 from kfc_fx.statistics.collector import Collector
@@ -83,10 +82,7 @@ class ModelStep:
         self._ranks = ranks
         self.binding: Binding = Binding(compilation, options, ranks, outside)
         self.collector: Collector = compilation.attach(request_of(compilation, options), ())
-        statistics = options.statistics
-        self.schedule: Schedule = Schedule(
-            statistics.every, statistics.refresh_every, options.first_steps
-        )
+        self._dues = Dues(options, by_block=compilation.options.backend == "eager")
         self._diagnostics = self._fresh_diagnostics()
         self.exact: ExactFisher = ExactFisher(
             compilation, self.collector, options, self._diagnostics
@@ -97,6 +93,11 @@ class ModelStep:
 
     def _fresh_diagnostics(self) -> Diagnostics:
         return Diagnostics(damping=getattr(self._options.scaling, "damping", None))
+
+    @property
+    def schedule(self) -> Schedule:
+        """When statistics and refreshes are due."""
+        return self._dues.schedule
 
     # -- around steps ------------------------------------------------------------------------
 
@@ -175,7 +176,7 @@ class ModelStep:
         self.diagnostics.restore(record["counters"])
         self.collector.choice.restore(record["likelihood"])
         self.collector.draw_from(record["seed"])
-        self.schedule = replace(self.schedule, most=record["most"])
+        self._dues.schedule = replace(self.schedule, most=record["most"])
         self.collector.take()
         self.arm()
 
@@ -183,7 +184,7 @@ class ModelStep:
         """Begin anew, without any state."""
         self.binding.take_over(SavedState.empty())
         self._diagnostics.restore(self._fresh_diagnostics().counters())
-        self.schedule = replace(self.schedule, most={})
+        self._dues.schedule = replace(self.schedule, most={})
         self.collector.take()
         self.arm()
 
@@ -210,11 +211,9 @@ class ModelStep:
         waiting = engine is not None and engine.waiting
         self.collector.join(self._ranks.rank, self._ranks.count)
         step = self._diagnostics.steps
-        due, left_out = self.schedule.statistics_due(step), frozenset[str]()
-        if engine is not None and due and self._by_block and not self._all_due(engine):
-            idle = (s for s in engine.spec.stacks if not self.schedule.statistics_due(step, s.key))
-            left_out = frozenset(block.name for stack in idle for block in stack.blocks)
-        self.collector.arm(due or waiting, self._diagnostics.statistics_steps, left_out)
+        due = self._dues.any_statistics(engine, step) or waiting
+        left_out = self._dues.left_out(engine, step) if due else frozenset[str]()
+        self.collector.arm(due, self._diagnostics.statistics_steps, left_out)
 
     def collect(self, batches: Iterable[Any]) -> None:
         """Take the statistics of some batches.
@@ -340,7 +339,7 @@ class ModelStep:
             with engine.transaction(), self._diagnostics.transaction():
                 yield
         except BaseException:
-            self.schedule = schedule
+            self._dues.schedule = schedule
             raise
 
     def use_statistics(
@@ -353,26 +352,25 @@ class ModelStep:
             everything: take all stacks for due.
         """
         step, diagnostics = self._diagnostics.steps, self._diagnostics
-        everything = everything or self._all_due(engine)
+        everything = everything or self._dues.all_due(engine)
         keys = frozenset(stack.key for stack in engine.spec.stacks)
-        counted = keys if everything else self._due(keys, self.schedule.statistics_due)
-        spec = of_stacks(engine.spec, counted)
+        counted = keys if everything else self._dues.of_statistics(engine, step)
         sums = self.collector.sums
         sums.drop_lost()
         incomplete = everything and bool(self.collector.left_out)
         if incomplete:  # blocks have joined since the forward pass: the next one takes those of all
             sums = Sums()
-        if shared is not None and shared.has_statistics:
+        if shared is not None and shared.has_statistics and counted:
             with diagnostics.timed("statistics"):
-                sums = shared.summed(sums, spec)
-        if everything and sums.blocks and keys != self.schedule.most.keys():
-            self._share_out(engine.spec, sums)
+                sums = shared.summed(sums, of_stacks(engine.spec, counted))
+        if everything and sums.blocks:
+            self._dues.share_out(engine.spec, sums, self.collector)
         can_refresh = bool(sums.blocks) or engine.can_refresh()  # alike on all ranks, unlike later
         with shared.attempt.local() if shared else nullcontext():
             self._accumulate(engine, sums, step, counted, may_lack=incomplete)
         waiting = engine.waiting and not sums.blocks
         at_once = engine.spec.factors_in_basis and bool(sums.blocks)
-        stacks = keys if everything else self._due(keys, self.schedule.refresh_due)
+        stacks = keys if everything else self._dues.of_refresh(engine, step)
         if at_once:
             stacks = counted
         settled = isinstance(engine, DividedEngine)  # by the collective that brings the steps
@@ -404,37 +402,6 @@ class ModelStep:
             return engine.refresh(options, stacks)
         return []
 
-    def _all_due(self, engine: Engine) -> bool:
-        """Whether all stacks are due where any is: nothing bounds them, or some have no factors."""
-        return not self.schedule.most or not engine.started or engine.waiting
-
-    def _due(
-        self, stacks: Collection[str], is_due: Callable[[int, str | None], bool]
-    ) -> frozenset[str]:
-        """The stacks, by key, that are due at this step."""
-        step = self._diagnostics.steps
-        return frozenset(key for key in stacks if is_due(step, key))
-
-    @property
-    def _by_block(self) -> bool:
-        """Whether statistics are taken of the blocks alone that are due: a compiled backward pass
-        takes those of all."""
-        return self.compilation.options.backend == "eager"
-
-    def _share_out(self, spec: UpdateSpec, sums: Sums) -> None:
-        """Bound how often stacks are due in the early phase, by what they cost for this batch."""
-        collector = self.collector
-        most = most_due(
-            spec,
-            sums,
-            collector.request,
-            self.schedule,
-            self._options.statistics.budget,
-            fisher=collector.request.fisher_for(collector.likelihood or Categorical()),
-            by_block=self._by_block,
-        )
-        self.schedule = replace(self.schedule, most=most)
-
     def _accumulate(
         self,
         engine: Engine,
@@ -446,14 +413,9 @@ class ModelStep:
     ) -> None:
         diagnostics = self._diagnostics
         if sums.blocks:
-            decay, count = self._options.statistics.decay, diagnostics.statistics_steps
-
-            def rate_of(stack: str) -> float:
-                own = max(0, count - self.schedule.left_out(step, stack))
-                return averaging_rate(own, decay)
-
+            count = diagnostics.statistics_steps
             held = [stack for stack in engine.held_stacks if stack.key in stacks]
-            screened = screen(sums, held, rate_of)
+            screened = screen(sums, held, lambda stack: self._dues.rate(stack, step, count))
             diagnostics.count("dropped_statistics", screened.dropped, DROPPED)
             with diagnostics.timed("statistics"):
                 engine.accumulate(screened)

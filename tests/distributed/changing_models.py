@@ -138,6 +138,24 @@ def a_layer_that_is_trained_again_keeps_its_block() -> None:
     assert "down" in {block.name for block in opt._engine.blocks}
 
 
+def a_stack_that_is_gone_is_due_no_longer() -> None:
+    for distribute in ("refresh", "update"):
+        torch.manual_seed(3)
+        layers = [nn.Conv2d(2, 2, 3, padding=1), nn.Flatten(), nn.Linear(72, 90), nn.Tanh()]
+        inner = kfc_fx.compile(nn.Sequential(*layers, nn.Linear(90, 90), nn.Linear(90, 3)))
+        statistics = kfc_fx.Statistics(budget=2.0, samples=None)
+        opt = kfc_fx.KFC(inner, statistics=statistics, distribute=distribute)
+        averaged_by_hand(inner, opt, *own_batch(0))
+        counts = opt.schedule.most
+        assert counts["2x19"] == opt.schedule.full > max(counts["90x73"], counts["90x91"])
+        inner[0] = nn.Identity()  # in place of what alone is due at most early steps
+        for step in range(1, 12):
+            averaged_by_hand(inner, opt, *own_batch(step))
+        assert opt.diagnostics.steps == 12
+        assert opt.diagnostics.statistics_steps < 12
+        assert_replicas_equal(inner)
+
+
 def a_whole_state_comes_from_all_owners() -> None:
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
@@ -324,6 +342,7 @@ SCENARIOS = [
     moments_of_large_parameters_are_divided,
     a_layer_that_is_replaced_between_statistics_trains,
     a_layer_that_is_trained_again_keeps_its_block,
+    a_stack_that_is_gone_is_due_no_longer,
     a_whole_state_comes_from_all_owners,
     the_state_of_all_blocks_is_brought_to_one_rank,
     a_state_that_lacks_blocks_is_refused,

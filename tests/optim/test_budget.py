@@ -173,6 +173,29 @@ def test_due_blocks_that_a_pass_does_not_call_are_no_lack(recwarn):
         opt.step()
 
 
+def test_stacks_that_are_gone_are_due_no_longer():
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 90), nn.Tanh(), nn.Linear(90, 90)]
+    net = kfc_fx.compile(nn.Sequential(*layers, nn.Tanh(), nn.Linear(90, 4)))
+    opt = kfc_fx.KFC(net, statistics=kfc_fx.Statistics(budget=3.0))
+    train(net, opt, batches(1))
+    counts = opt.schedule.most
+    assert counts["6x7"] == opt.schedule.full > max(counts["90x7"], counts["90x91"])
+    net[0] = nn.Identity()  # in place of the cheap one, which alone is due at most early steps
+    train(net, opt, batches(3)[1:])
+    assert "6x7" not in opt._engine.state
+    seen = []
+    for step, (x, y) in enumerate(batches(12)[3:], 3):
+        due = [key for key in opt._engine.state if opt.schedule.statistics_due(step, key)]
+        assert collector_of(net).armed == bool(due)
+        seen.append(bool(due))
+        F.cross_entropy(net(x), y).backward()
+        opt.step()
+        opt.zero_grad()
+    assert set(seen) == {True, False}
+    assert opt.diagnostics.missed_statistics == 0
+
+
 @pytest.mark.parametrize("stop", [1, 3, 7, 12])
 def test_a_run_goes_on_bit_for_bit(stop):
     whole, opt = make(10.0)
