@@ -17,7 +17,8 @@ def layer_flops(sites: Iterable[SiteSpec], model: nn.Module) -> int:
     and for the gradients: those of inputs, and those of the weights that are trained.
 
     Sizes of maps and texts are those of the capture. What is no layer of the plan, such as the
-    products within attention, counts for nothing: it is a lower bound.
+    products within attention, counts for nothing. The gradient of the model's own input, which
+    nobody asks for, is counted.
     """
     found = 0.0
     for site in sites:
