@@ -19,6 +19,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from kfc_fx.engine.work import EIGH
+
 aten: Any = torch.ops.aten
 
 
@@ -97,7 +99,7 @@ def _held_bytes(tensor: Tensor) -> int:
 
 
 def _symmetric(side: int, _: int) -> float:
-    return 9 * side**3
+    return EIGH * side**3
 
 
 def _qr(rows: int, columns: int) -> float:
