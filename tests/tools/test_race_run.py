@@ -265,11 +265,11 @@ def test_an_interval_holds_both_of_kfc_s(task: TaskSpec, data: RaceData) -> None
     entered = race_run.make(task, "kfc-adam", 0.01, 0, data, 8)
     (kfc,) = entered.optimizers
     assert hasattr(kfc, "schedule")
-    own = kfc._models[0]
-    own.schedule = replace(kfc.schedule, every=4, refresh_every=6)
+    dues = kfc._models[0]._dues
+    dues.schedule = replace(kfc.schedule, every=4, refresh_every=6)
     racer = race_costs.Racer("kfc-adam", entered, lambda: None)
     assert race_costs.whole_interval([racer]) == race_costs.turn_steps([racer]) == 60
-    own.schedule = replace(kfc.schedule, every=6)
+    dues.schedule = replace(kfc.schedule, every=6)
     assert (race_costs.whole_interval([racer]), race_costs.turn_steps([racer])) == (30, 10)
 
 
