@@ -6,7 +6,7 @@ import itertools
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +16,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from kfc_fx.capture.checkpoints import run_by_op
+from kfc_fx.capture.messages import messages_captured
 from kfc_fx.capture.sparse_tensors import sparse_tensors_captured
 from kfc_fx.errors import OptionError, first_line, warn
 
@@ -48,6 +49,11 @@ def compile_forward(model: Callable[..., Any], handle_graph: GraphHandler) -> Ca
     return torch.compile(own, backend=handle_graph)
 
 
+RECOMPILES, ALL_RECOMPILES = 64, 2048
+"""Dynamo's limits for a frame, eight times its own: those are meant for one model, but behind a
+graph break a frame is that of all models of its class."""
+
+
 def forget_frames(traceback: TracebackType | None) -> None:
     """Let dynamo try the frames of a traceback anew, those that it has given up among them: of
     user code, and of modules of torch. Frames of this folder stay as they are: some of them dynamo
@@ -68,13 +74,19 @@ OWN = str(Path(__file__).parent)
 @contextmanager
 def dynamo_settings(backend: str) -> Iterator[None]:
     """Settings under which models are captured, of any number of frames, for a backend."""
-    sparse = sparse_tensors_captured() if backend == "eager" else nullcontext()
-    with _config(), sparse:
+    with ExitStack() as stack:
+        stack.enter_context(_config())
+        if backend == "eager":
+            stack.enter_context(sparse_tensors_captured())
+            stack.enter_context(messages_captured())
         yield
 
 
 def _config() -> AbstractContextManager[None]:
-    return torch._dynamo.config.patch(
+    config = torch._dynamo.config
+    return config.patch(
+        recompile_limit=max(config.recompile_limit, RECOMPILES),
+        accumulated_recompile_limit=max(config.accumulated_recompile_limit, ALL_RECOMPILES),
         # Dynamo would skip the whole frame around a fused LSTM or GRU; as one op of the graph it
         # leaves the layers around it to be seen.
         allow_rnn=True,

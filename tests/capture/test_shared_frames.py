@@ -221,3 +221,41 @@ def test_an_input_of_a_wrong_shape_raises_torchs_error_and_changes_nothing(kind,
         "`print`" in found.reason for found in compiled.kfc.plan.breaks
     )  # and no fault of ours
     assert opt.diagnostics.missed_statistics == 0
+
+
+class Calling(nn.Module):
+    """A layer on each side of a function that breaks the graph, in a frame of its own."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.first, self.second, self.function = nn.Linear(4, 6), nn.Linear(6, 3), function
+
+    def forward(self, x):
+        return self.second(self.function(self.first(x)))
+
+
+class Holding(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) * 2
+
+
+def breaking():
+    def function(x):
+        print(end="")
+        return x.tanh()
+
+    return function
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_models_of_one_class_do_not_use_up_each_other_s_frames(backend):
+    models = [build(lambda: Holding(Calling(breaking()))) for _ in range(12)]
+    for model in models:
+        compiled, opt = make(model, backend=backend)
+        F.cross_entropy(compiled(X), Y).backward()
+        opt.step()
+        assert blocks_of(compiled) == {"inner.first", "inner.second"}
