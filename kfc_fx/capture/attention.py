@@ -25,17 +25,39 @@ def expand_attention(module: fx.GraphModule) -> bool:
         Whether anything changed.
     """
     calls = [n for n in module.graph.nodes if n.target is F.multi_head_attention_forward]
+    traces: dict[object, fx.GraphModule] = {}
     for node in calls:
-        _expand(node)
+        tensors = list(dict.fromkeys(node.all_input_nodes))
+        kind = _kind(node, tensors)
+        if kind not in traces:
+            traces[kind] = _traced(node, tensors)
+        _expand(node, tensors, traces[kind])
     return bool(calls)
 
 
-def _expand(node: fx.Node) -> None:
-    tensors = list(dict.fromkeys(node.all_input_nodes))
+def _kind(node: fx.Node, tensors: list[fx.Node]) -> object:
+    """What two calls have in common whose ops are the same: arguments, and the layout of tensors.
+    Layers of one kind follow each other in a transformer, and tracing one is dear."""
+    places = {used: f"tensor {n}" for n, used in enumerate(tensors)}
     values = [used.meta["example_value"] for used in tensors]
-    call = _call_on(node, tensors)
+    return (
+        repr(map_arg((node.args, node.kwargs), places.__getitem__)),
+        *(
+            (v.dtype, v.device, v.requires_grad, v.is_leaf, repr(v.shape), repr(v.stride()))
+            for v in values
+        ),
+    )
+
+
+def _traced(node: fx.Node, tensors: list[fx.Node]) -> fx.GraphModule:
+    """The ops of a call, whose inputs are the tensors."""
+    values = [used.meta["example_value"] for used in tensors]
     # "symbolic" takes up the fake mode of the examples: tensors that the call makes are fake too.
-    traced = make_fx(call, tracing_mode="symbolic", pre_dispatch=True)(*values)
+    call = _call_on(node, tensors)
+    return make_fx(call, tracing_mode="symbolic", pre_dispatch=True)(*values)
+
+
+def _expand(node: fx.Node, tensors: list[fx.Node], traced: fx.GraphModule) -> None:
     packed = _packed_weight(node)
     copies: dict[fx.Node, Any] = {}
     inputs = iter(tensors)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kfc_fx
+from kfc_fx.capture import attention
 from tests.models import backward, first_factors, losses
 from tests.options import kfc
 
@@ -182,6 +183,41 @@ def test_transformer_layers(norm_first):
     for index in range(2):
         kinds = ("self_attn.in_proj_weight", "self_attn.out_proj", "linear1", "linear2", "norm1")
         assert {f"0.layers.{index}.{kind}" for kind in kinds} <= names
+
+
+class Layers(nn.Module):
+    """Attention of three kinds, and over fewer keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        heads, dropout = (2, 2, 4, 2, 2), (0.0, 0.0, 0.0, 0.5, 0.0)
+        self.layers = nn.ModuleList(
+            nn.MultiheadAttention(WIDTH, h, dropout=p, batch_first=True)
+            for h, p in zip(heads, dropout, strict=True)
+        )
+        self.embed, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 5)
+
+    def forward(self, x):
+        x = self.embed(x)
+        for number, layer in enumerate(self.layers):
+            keys = x[:, :2] if number == 4 else x
+            x = x + layer(x, keys, keys, need_weights=False)[0]
+        return self.head(x.mean(1))
+
+
+def test_calls_of_one_kind_are_traced_once(monkeypatch):
+    traced = []
+    own = attention.make_fx
+    monkeypatch.setattr(attention, "make_fx", lambda *a, **k: traced.append(a) or own(*a, **k))
+    torch.manual_seed(0)
+    net, x = Layers(), torch.randn(6, 3, WIDTH)
+    torch.manual_seed(1)
+    expected = net(x)
+    compiled = kfc_fx.compile(net)
+    torch.manual_seed(1)
+    torch.testing.assert_close(compiled(x), expected, rtol=0, atol=0)
+    assert len(traced) == 4  # the second layer is as the first
+    assert len(compiled.kfc.plan.blocks) == 5 * 2 + 2
 
 
 def test_attention_under_autocast():
