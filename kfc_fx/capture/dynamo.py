@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -26,6 +27,11 @@ GraphHandler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 """Receives a captured graph and its example inputs, returns what is to run in its place."""
 
 _serial = itertools.count()
+RECOMPILES, ALL_RECOMPILES = (
+    torch._dynamo.config.recompile_limit,
+    torch._dynamo.config.accumulated_recompile_limit,
+)
+"""How often dynamo compiles a frame for one model, at a time and in all."""
 
 
 def compile_forward(model: Callable[..., Any], handle_graph: GraphHandler) -> Callable[..., Any]:
@@ -46,12 +52,12 @@ def compile_forward(model: Callable[..., Any], handle_graph: GraphHandler) -> Ca
     own = types.FunctionType(
         code, call_model.__globals__, code.co_name, None, call_model.__closure__
     )
+    _forwards.add(own)
     return torch.compile(own, backend=handle_graph)
 
 
-RECOMPILES, ALL_RECOMPILES = 64, 2048
-"""Dynamo's limits for a frame, eight times its own: those are meant for one model, but behind a
-graph break a frame is that of all models of its class."""
+_forwards: weakref.WeakSet[types.FunctionType] = weakref.WeakSet()
+"""Those of all compiled models that there are."""
 
 
 def forget_frames(traceback: TracebackType | None) -> None:
@@ -83,10 +89,11 @@ def dynamo_settings(backend: str) -> Iterator[None]:
 
 
 def _config() -> AbstractContextManager[None]:
-    config = torch._dynamo.config
-    return config.patch(
-        recompile_limit=max(config.recompile_limit, RECOMPILES),
-        accumulated_recompile_limit=max(config.accumulated_recompile_limit, ALL_RECOMPILES),
+    models = max(1, len(_forwards))
+    return torch._dynamo.config.patch(
+        # Limits of a frame: behind a graph break it is that of all models of its class.
+        recompile_limit=RECOMPILES * models,
+        accumulated_recompile_limit=ALL_RECOMPILES * models,
         # Dynamo would skip the whole frame around a fused LSTM or GRU; as one op of the graph it
         # leaves the layers around it to be seen.
         allow_rnn=True,

@@ -124,6 +124,8 @@ class StateEntry:
 
     shape: tuple[int, ...]
     initial: Literal["zeros", "ones", "identity"]
+    is_moment: bool = False
+    """Whether it is a moving average of gradients or of their squares, which may be rounded."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,8 @@ class UpdateSpec:
     factors_in_basis: bool
     """Whether the EMA of a factor that has an eigenbasis Q is kept as Q and the diagonal of
     ``Qᵀ F Q``. Every statistic must be followed by a refresh then."""
+    half_moments: bool = False
+    """Whether moments are kept in bfloat16, those that would be in float32."""
     given_steps: bool = False
     """Whether the steps of the blocks come from elsewhere, and the update has no state of them."""
     given_generic: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ from kfc_fx.distributed.owners import owners_of
 from kfc_fx.distributed.packing import Slot, packed, size_of, unpacked
 from kfc_fx.distributed.ranks import Ranks
 from kfc_fx.engine.engine import UpdateEngine
-from kfc_fx.engine.state import refreshed_entries
+from kfc_fx.engine.state import dtype_of, refreshed_entries
 from kfc_fx.engine.step_inputs import OptionNumbers
 
 
@@ -71,11 +71,16 @@ def refreshed_by_owners(
         for key, value in unpacked(layout, part).items():
             name, _, entry = key.rpartition(".")
             blocks.setdefault(name, {})[entry] = value
-    dtypes = {b.name: getattr(torch, s.dtype) for s in spec.stacks for b in s.blocks}
+    entries = {s.key: refreshed_entries(spec, s) for s in spec.stacks}
+    dtypes = {
+        block.name: {n: dtype_of(spec, stack, own) for n, own in entries[stack.key].items()}
+        for stack in spec.stacks
+        for block in stack.blocks
+    }
     devices = {b.name: s.device for s in spec.stacks for b in s.blocks}
     engine.take_refreshed(
         {
-            name: {key: value.to(devices[name], dtypes[name]) for key, value in own.items()}
+            name: {key: value.to(devices[name], dtypes[name][key]) for key, value in own.items()}
             for name, own in blocks.items()
         }
     )

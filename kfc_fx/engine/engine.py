@@ -40,6 +40,7 @@ from kfc_fx.engine.step_inputs import (
     refresh_arguments,
 )
 from kfc_fx.errors import StepError
+from kfc_fx.linalg.half import HALF
 
 MOST_STATIC = 2
 """Sets of parameters with gradients whose steps are recorded; each has buffers of its own."""
@@ -85,7 +86,7 @@ class UpdateEngine:
         """By stack and name."""
         in_blocks = {name for block in self.blocks for name in block.parameters}
         self.generic: dict[str, dict[str, Tensor]] = {
-            name: {key: self._placed(name, value, wide=True) for key, value in entry.items()}
+            name: {key: self._moment(name, value) for key, value in entry.items()}
             for name, entry in saved.generic.items()
             if name not in in_blocks and all(self._fits(name, value) for value in entry.values())
         }
@@ -431,6 +432,12 @@ class UpdateEngine:
         dtype = torch.promote_types(own.dtype, torch.float32) if wide else own.dtype
         return value.detach().to(own.device, dtype)
 
+    def _moment(self, name: str, value: Tensor) -> Tensor:
+        """A moment of a generic parameter, as it is kept."""
+        placed = self._placed(name, value, wide=True)
+        halves = self.spec.half_moments and placed.dtype == torch.float32
+        return placed.to(HALF) if halves else placed
+
     def _without_gradient(self, gradients: Mapping[str, Tensor]) -> set[str]:
         """Parameters of blocks that lack a gradient: the whole block stays as it is."""
         return {
@@ -450,7 +457,8 @@ class UpdateEngine:
                 gradient = self._placed(name, gradients[name], wide=True)
                 momentum = numbers.momenta.generic[name]
                 moments = moments_at_start(spec, gradient, momentum, decay, step)
-                self.generic[name] = dict(zip(GENERIC_STATE, moments, strict=True))
+                kept = [self._moment(name, moment) for moment in moments]
+                self.generic[name] = dict(zip(GENERIC_STATE, kept, strict=True))
 
     def _start_average(self, spec: UpdateSpec) -> None:
         for name in spec.parameters if spec.average else ():

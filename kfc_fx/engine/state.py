@@ -14,6 +14,7 @@ from kfc_fx.codegen.scalings.rules import rule_of
 from kfc_fx.codegen.spec import StackSpec, StateEntry, UpdateSpec
 from kfc_fx.engine.on_demand import OnDemand
 from kfc_fx.linalg.eigenbasis import from_basis, in_basis
+from kfc_fx.linalg.half import HALF
 
 OPTIONAL = ("m", "p", "examples")
 """Entries that a saved block may lack: its momentum was zero, or its scaling, with the same factors
@@ -145,7 +146,7 @@ def stacked_state(
     for stack in spec.stacks:
         own = state.setdefault(stack.key, {})
         for name, entry in state_entries(spec, stack).items():
-            tensor = _initial(entry, stack)
+            tensor = _initial(spec, entry, stack)
             parts = {
                 span: saved[block][name]
                 for block, span in stack.spans.items()
@@ -196,8 +197,15 @@ def _with_both_forms(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _initial(entry: StateEntry, stack: StackSpec) -> Tensor:
-    dtype = getattr(torch, stack.dtype)
+def dtype_of(spec: UpdateSpec, stack: StackSpec, entry: StateEntry) -> torch.dtype:
+    """The type in which an entry of the state of a stack is kept."""
+    dtype: torch.dtype = getattr(torch, stack.dtype)
+    halves = spec.half_moments and entry.is_moment and dtype == torch.float32
+    return HALF if halves else dtype
+
+
+def _initial(spec: UpdateSpec, entry: StateEntry, stack: StackSpec) -> Tensor:
+    dtype = dtype_of(spec, stack, entry)
     tensor = torch.zeros(entry.shape, dtype=dtype, device=stack.device)
     if entry.initial == "ones":
         tensor.fill_(1)

@@ -21,6 +21,7 @@ from kfc_fx.inspect.inspection import Inspection
 from kfc_fx.inspect.methods import counted_call
 from kfc_fx.inspect.peak import PeakCounter
 from kfc_fx.inspect.update_costs import engine_without_data, state_bytes, statistics_without_data
+from kfc_fx.linalg.half import HALF
 from kfc_fx.optim.groups import Group
 from kfc_fx.optim.options import KFCOptions
 from kfc_fx.optim.rates import option_numbers
@@ -35,9 +36,13 @@ ALTERNATIVES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("adam", {"input_factor": "dense"}),
     ("adam", {"basis_limit": 128}),
     ("adam", {"every": 10}),
+    ("adam", {"state_dtype": torch.bfloat16}),
 )
-"""Options that change what is held. Other intervals of statistics and of refreshes keep the
-averages of factors whole."""
+"""Options that change what is held, of the statistics or of the optimizer. Other intervals of
+statistics and of refreshes keep the averages of factors whole."""
+
+OWN = ("state_dtype",)
+"""Those of the optimizer."""
 
 
 @dataclass(frozen=True)
@@ -104,22 +109,27 @@ def memory_document(inspection: Inspection) -> dict[str, Any]:
 
 
 def kfc_row(inspection: Inspection, scaling: str, changed: Mapping[str, Any]) -> MemoryRow:
-    """Bytes of KFC with a scaling, and options of its statistics.
+    """Bytes of KFC with a scaling, and options of its statistics or its own.
 
     Raises:
         OptionError: the scaling fits no layer of the model.
     """
     general = inspection.optimizer.options
-    statistics = Statistics(**changed)
-    options = replace(general, scaling=scaling, generic=None, statistics=statistics)
+    own = {name: value for name, value in changed.items() if name in OWN}
+    of_statistics = {name: value for name, value in changed.items() if name not in OWN}
+    statistics = Statistics(**of_statistics)
+    options = replace(general, scaling=scaling, generic=None, statistics=statistics, **own)
     group: Group = {"lr": 0.01, "betas": options.betas, "weight_decay": 0.0}
     parameters = inspection.parameters
     groups = dict.fromkeys(parameters, group)
     spec = update_spec("memory", inspection.plan, options, parameters, groups)
-    given = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+    given = [f"{name}={value!r}" for name, value in own.items()]
+    if of_statistics:
+        inner = ", ".join(f"{name}={value!r}" for name, value in of_statistics.items())
+        given.append(f"Statistics({inner})")
     return MemoryRow(
         optimizer=f'KFC "{scaling}"',
-        options=given and f"Statistics({given})",
+        options=", ".join(given),
         state=whole_state_bytes(spec, parameters),
         statistics=sum(s.nbytes for s in statistics_without_data(spec).sums.values()),
         refresh=_refresh_peak(spec, options, parameters),
@@ -133,7 +143,8 @@ def whole_state_bytes(spec: UpdateSpec, parameters: Mapping[str, Tensor]) -> int
     for entry in spec.generic:
         own = parameters[entry.name]
         wide = torch.promote_types(own.dtype, torch.float32)
-        generic += len(GENERIC_STATE) * own.numel() * wide.itemsize
+        kept = HALF if spec.half_moments and wide == torch.float32 else wide
+        generic += len(GENERIC_STATE) * own.numel() * kept.itemsize
     return blocks + generic
 
 

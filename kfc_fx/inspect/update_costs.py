@@ -11,7 +11,7 @@ from torch import Tensor
 from kfc_fx.codegen.spec import StackSpec, UpdateSpec
 from kfc_fx.engine.engine import UpdateEngine
 from kfc_fx.engine.screening import ScreenedStatistics
-from kfc_fx.engine.state import SavedState, state_entries
+from kfc_fx.engine.state import SavedState, dtype_of, state_entries
 from kfc_fx.engine.step_inputs import StepNumbers, refresh_arguments
 from kfc_fx.inspect.counting import Work, WorkCounter
 from kfc_fx.inspect.methods import counted_call
@@ -31,9 +31,8 @@ class UpdateWork:
 
 def state_bytes(spec: UpdateSpec, stack: StackSpec) -> dict[str, int]:
     """Bytes of each state tensor of a stack, by name."""
-    size = getattr(torch, stack.dtype).itemsize
     return {
-        name: torch.Size(entry.shape).numel() * size
+        name: torch.Size(entry.shape).numel() * dtype_of(spec, stack, entry).itemsize
         for name, entry in state_entries(spec, stack).items()
     }
 

@@ -17,6 +17,7 @@ from kfc_fx.distributed.refresh import refresh_layouts
 from kfc_fx.distributed.statistics import statistics_layout
 from kfc_fx.inspect.inspection import Inspection
 from kfc_fx.inspect.update_costs import state_bytes
+from kfc_fx.linalg.half import HALF
 from kfc_fx.plan.spec import BlockSpec
 
 Way = Literal["none", "refresh", "update", "shard"]
@@ -171,9 +172,10 @@ def _state(
     kept = 2 if spec.generic_rule == "adamw" else 1
     for generic in spec.generic:
         rows = divided(generic.shape, ranks) if way != "shard" else None
-        moments = 4 * kept * parameters[generic.name].numel()
+        size = kept * (HALF if spec.half_moments else torch.float32).itemsize
+        moments = size * parameters[generic.name].numel()
         if rows is not None:
-            load = [own + 4 * kept * rows.numbers(rank) for rank, own in enumerate(load)]
+            load = [own + size * rows.numbers(rank) for rank, own in enumerate(load)]
         elif way == "shard":
             load = [own + -(-moments // ranks) for own in load]
         else:

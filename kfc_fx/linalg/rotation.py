@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kfc_fx.kernels.cpu_matmul import matmul
+from kfc_fx.linalg.half import HALF, rounded, widened
 
 Turn = tuple[Tensor, Tensor]
 """The old basis of a factor and the new one."""
@@ -83,8 +84,8 @@ def turn_moments(
     places.
 
     Args:
-        m: ``[L, R, C]``.
-        v: ``[L, R, C]``.
+        m: ``[L, R, C]``, or in bfloat16, as what is returned is then.
+        v: the same.
         gamma: bases of the output factor; of a diagonal factor none, whose basis is I.
         omega: bases of the input factor; of a separable one ``channel`` and ``offset``.
     """
@@ -113,15 +114,16 @@ def _squared(turn: Tensor | None) -> Tensor | None:
     return None if turn is None else turn.square()
 
 
-def _turned(moment: Tensor, turns: list[Tensor | None]) -> Tensor:
+def _turned(kept: Tensor, turns: list[Tensor | None]) -> Tensor:
     gamma, omega, channel, offset = turns
+    (moment,) = widened([kept])
     if gamma is not None:
         moment = rotate_rows(gamma.mT, moment)
     if omega is not None:
         moment = rotate_columns(moment, omega)
     if channel is not None and offset is not None:
         moment = rotate_product(moment, channel, offset)
-    return moment
+    return rounded(moment) if kept.dtype == HALF else moment
 
 
 def _with_bias(turned: Tensor, matrix: Tensor, weight: Tensor | None = None) -> Tensor:

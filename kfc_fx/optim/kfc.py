@@ -79,6 +79,9 @@ class KFC(torch.optim.Optimizer):
             None for no average. See :meth:`averaged`.
         master_weights: update parameters in bfloat16 or float16 through a copy in float32, which
             keeps the steps that rounding would drop.
+        state_dtype: what moments are kept in. ``torch.bfloat16`` takes half the bytes: they are
+            computed with in float32 and rounded up or down by chance, which seeds do not change.
+            Bases and factors stay as they are. None: float32, or the parameter's float64.
         compile_update: run the step, but not the refreshes, through ``torch.compile`` with
             ``fullgraph=True``: its pointwise ends become one loop. The first step compiles.
         cuda_graph: replay the step, but not statistics and refreshes, as a CUDA graph, which spares
@@ -117,6 +120,7 @@ class KFC(torch.optim.Optimizer):
         generic: str | Generic | None = None,
         average: float | None = None,
         master_weights: bool = False,
+        state_dtype: torch.dtype | None = None,
         compile_update: bool = False,
         cuda_graph: bool | None = None,
         maximize: bool = False,
@@ -136,9 +140,19 @@ class KFC(torch.optim.Optimizer):
         )
         refuse_unknown(unknown, scaling_of("scaling", scaling))
         options = KFCOptions(
-            *(scaling, blocks, generic, statistics, average),
-            *(master_weights, compile_update, cuda_graph, maximize, seed),
-            *(distribute, compare_every),
+            scaling=scaling,
+            blocks=blocks,
+            generic=generic,
+            statistics=statistics,
+            average=average,
+            master_weights=master_weights,
+            state_dtype=state_dtype,
+            compile_update=compile_update,
+            cuda_graph=cuda_graph,
+            maximize=maximize,
+            seed=seed,
+            distribute=distribute,
+            compare_every=compare_every,
         )
         self.options: KFCOptions = options
         target = target_of(params, model)

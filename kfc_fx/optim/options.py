@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Annotated, Any, Literal, get_args
 
+import torch
+
 from kfc_fx.codegen.spec import Clip
 from kfc_fx.errors import OptionError
 from kfc_fx.optim.block_options import BlockOptions, patterns_of
@@ -21,6 +23,10 @@ SHARED = ("clip", "clip_by", "clip_samples", "quadratic_model", "adapt_damping")
 step of all their blocks together."""
 Distribute = Literal["refresh", "update", "none"]
 """What of a step the ranks share among them."""
+STATE_DTYPE = Check(
+    lambda value: value is None or value in (torch.float32, torch.bfloat16),
+    "None, torch.float32 or torch.bfloat16",
+)
 STATISTICS = Check(lambda value: isinstance(value, Statistics), "a kfc_fx.Statistics(...)")
 
 
@@ -40,6 +46,7 @@ class KFCOptions(Checked):
     statistics: Annotated[Statistics, STATISTICS]
     average: Annotated[float | None, either(POSITIVE, None)]
     master_weights: Annotated[bool, FLAG]
+    state_dtype: Annotated[torch.dtype | None, STATE_DTYPE]
     compile_update: Annotated[bool, FLAG]
     cuda_graph: Annotated[bool | None, either(FLAG, None)]
     maximize: Annotated[bool, FLAG]

@@ -58,6 +58,8 @@ def _generic_line(engines: Sequence[Engine]) -> str:
 
 
 def _switches(options: KFCOptions) -> Iterator[str]:
+    if options.state_dtype is not None:
+        yield f"state_dtype: {str(options.state_dtype).removeprefix('torch.')}"
     if options.average is not None:
         yield f"average: over {options.average:g} steps"
     for name in ("master_weights", "compile_update", "maximize"):

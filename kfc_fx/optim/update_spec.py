@@ -109,6 +109,7 @@ def update_spec(
         ),
         partial=False,
         orthogonal_iteration_from=ORTHOGONAL_ITERATION_FROM,
+        half_moments=options.state_dtype == torch.bfloat16,
         factors_in_basis=options.statistics.every == options.statistics.refresh_every,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import warnings
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kfc_fx
+from kfc_fx.capture import dynamo
 from kfc_fx.plan.coverage import NOT_USED
 from tests.capture.test_broken_programs import EarlyExit, Net, Printing, Whole, build
 from tests.models import collector_of, make_always_due, past
@@ -291,7 +293,8 @@ def test_a_counter_on_a_module_costs_one_graph_more():
     assert not compiled.kfc.plan.breaks
 
 
-def test_the_break_of_a_frame_that_was_compiled_too_often_says_so():
+def test_the_break_of_a_frame_that_was_compiled_too_often_says_so(monkeypatch):
+    monkeypatch.setattr(dynamo, "_forwards", weakref.WeakSet())  # models of other tests are there
     compiled, opt = make(Growing())
     for _ in range(12):
         step(compiled, opt)

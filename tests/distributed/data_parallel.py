@@ -125,6 +125,30 @@ def blocks_of_several_scalings_dtypes_and_options_stay_equal() -> None:
             assert_replicas_equal(ddp)
 
 
+def moments_in_bfloat16_are_the_same_whoever_keeps_them() -> None:
+    found = {}
+    for distribute in ("none", "update", "refresh"):
+        ddp, opt = made("adam", distribute=distribute, state_dtype=torch.bfloat16)
+        for step in range(8):
+            step_of(ddp, opt, *own_batch(step))
+            assert_replicas_equal(ddp)
+        x, y = own_batch(8)
+        found[distribute] = F.cross_entropy(ddp.module(x), y).item()
+        opt.consolidate_state_dict(to=0)
+        (state, *_) = everywhere(opt.state_dict() if dist.get_rank() == 0 else None)
+        halves = [e[name] for e in state["state"].values() for name in ("m", "v") if name in e]
+        assert {moment.dtype for moment in halves} <= {torch.bfloat16}
+        again, other = made("adam", distribute=distribute, state_dtype=torch.bfloat16)
+        again.module.load_state_dict(ddp.module.state_dict())
+        other.load_state_dict(state)
+        for step in range(8, 12):
+            step_of(ddp, opt, *own_batch(step))
+            step_of(again, other, *own_batch(step))
+        for own, expected in zip(again.parameters(), ddp.parameters(), strict=True):
+            assert torch.equal(own, expected)
+    assert max(found.values()) < 1.1 * min(found.values()), found
+
+
 def accumulation_with_no_sync_counts_all_micro_batches() -> None:
     ddp, opt = made()
     for step in range(4):
@@ -304,6 +328,7 @@ SCENARIOS = [
     inverse_stays_with_one_process,
     replicas_are_equal_to_the_bit,
     blocks_of_several_scalings_dtypes_and_options_stay_equal,
+    moments_in_bfloat16_are_the_same_whoever_keeps_them,
     accumulation_with_no_sync_counts_all_micro_batches,
     static_graphs_and_unused_parameters_train,
     compiled_before_or_after_it_is_wrapped,

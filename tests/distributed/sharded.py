@@ -211,14 +211,17 @@ def a_group_of_its_own_trains_apart() -> None:
 
 
 def checkpoints_resume_bit_for_bit() -> None:
-    for flattened in (False, True):
+    for flattened, dtype in ((False, None), (True, None), (True, torch.bfloat16)):
         folder = everywhere(tempfile.mkdtemp())[0]
         options = StateDictOptions(flatten_optimizer_state_dict=flattened)
         model = kfc_fx.compile(sharded())
         settings = {"statistics": kfc_fx.Statistics(every=2, refresh_every=2), "average": 4.0}
+        settings["state_dtype"] = dtype
         opt = kfc_fx.KFC(model, seed=2, **settings)
         for step in range(4):
             step_of(model, opt, *own_batch(step))
+        kept = {e[n].dtype for e in opt.state.values() for n in ("m", "v") if n in e}
+        assert kept == {dtype or torch.float32}, kept
         names = ("model", "opt")
         state = dict(zip(names, get_state_dict(model, opt, options=options), strict=True))
         dcp.save(state, checkpoint_id=folder)

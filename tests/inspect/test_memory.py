@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import kfc_fx
 from kfc_fx.inspect.inputs import parse_input
 from kfc_fx.inspect.inspection import inspect_model
-from kfc_fx.inspect.memory import ALTERNATIVES, memory_of
+from kfc_fx.inspect.memory import ALTERNATIVES, OWN, memory_of
 from kfc_fx.inspect.peak import PeakCounter
 from kfc_fx.inspect.quantities import bytes_text
 from kfc_fx.optim.scalings.table import SCALINGS
@@ -63,7 +63,9 @@ def held(*states):
 def test_state_is_what_an_optimizer_holds(kind, scaling, changed, memories):
     rows = iter(memories(kind).rows[2:])
     (row,) = (row for way, row in zip(WAYS, rows, strict=True) if way == (scaling, changed))
-    opt = trained(kind, scaling=scaling, statistics=kfc_fx.Statistics(**changed))
+    own = {name: value for name, value in changed.items() if name in OWN}
+    of_statistics = {name: value for name, value in changed.items() if name not in OWN}
+    opt = trained(kind, scaling=scaling, statistics=kfc_fx.Statistics(**of_statistics), **own)
     assert row.state == held(opt._engine.state, opt._engine.generic)
 
 

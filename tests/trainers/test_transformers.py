@@ -14,7 +14,7 @@ from tests.distributed.launch import torchrun
 from tests.trainers.needed import assert_same, needed
 
 transformers = needed("transformers")
-needed("accelerate")
+accelerate = needed("accelerate")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*use_reentrant parameter.*"),
     pytest.mark.filterwarnings(
@@ -156,6 +156,7 @@ def test_a_checkpoint_resumes_bit_for_bit(whole, tmp_path):
 
 
 def test_what_is_saved_is_loaded_by_from_pretrained(whole, tmp_path):
+    accelerate.PartialState()  # of the process, which ended with the test that made the trainer
     whole.save_model(str(tmp_path / "result"))
     loaded = transformers.GPT2LMHeadModel.from_pretrained(str(tmp_path / "result"))
     assert loaded.lm_head.weight is loaded.transformer.wte.weight

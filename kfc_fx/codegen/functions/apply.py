@@ -9,6 +9,7 @@ import torch
 from kfc_fx.codegen.pieces.context import Context, StackContext, kept
 from kfc_fx.codegen.pieces.generic import generic_arguments, generic_steps
 from kfc_fx.codegen.pieces.matrices import scatter, step_by_parameter
+from kfc_fx.codegen.pieces.moments import half, wide
 from kfc_fx.codegen.scalings.rules import rule_of, step_rule_of, steps_by_vector, vector_rule_of
 from kfc_fx.codegen.spec import Clip, ScalingSpec, StackSpec, UpdateSpec
 from kfc_fx.codegen.text.update_graph import UpdateGraph, Value, merged, values_at
@@ -69,9 +70,8 @@ def _precondition_graph(spec: UpdateSpec) -> UpdateGraph:
     result = {"v": vectors, "views": update.call(merged, *views)}
     moving = [s for s, _ in found if spec.clip == "model" and context.has_momentum(s)]
     if moving:
-        momenta = [
-            context.of_stack("split", s, _views, matrix=context.state("p", s)) for s in moving
-        ]
+        held = {s.key: wide(update, spec, {"p": [context.state("p", s)]})["p"][0] for s in moving}
+        momenta = [context.of_stack("split", s, _views, matrix=held[s.key]) for s in moving]
         result["momenta"] = update.call(merged, *momenta)
     if context.result:
         result["state"] = context.result
@@ -176,10 +176,13 @@ def _vector_steps(
         scaled = update.call(torch._foreach_mul, moved, context.arguments[scale])
         moved = named("scaled_vectors", scaled)
     if context.has_momentum(one):
-        momentum, v, old = context.momentum(stacks), moved, context.states("p", stacks)
+        momentum, v = context.momentum(stacks), moved
+        old = wide(update, context.spec, {"p": context.states("p", stacks)})["p"]
         p = update.call(torch._foreach_add, update.call(torch._foreach_mul, old, momentum), v)
         moved = named("p", kept(update, context.actives(stacks), p, old))
-        context.keep("p", stacks, moved)
+        rounded = half(update, context.spec, moved)
+        new = named("kept_p", rounded) if context.spec.half_moments else moved
+        context.keep("p", stacks, new)
         if context.steps_ahead(one):
             ahead = update.call(torch._foreach_mul, moved, momentum)
             moved = named("ahead", update.call(torch._foreach_add, ahead, v))

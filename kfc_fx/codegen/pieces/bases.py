@@ -25,7 +25,9 @@ def basis_entries(stack: StackSpec, momentum: str | None) -> dict[str, StateEntr
     """
     bases = {f"q_{name}": StateEntry(s, "identity") for name, s in stack.basis_shapes.items()}
     moments = ("v",) if momentum is None else ("v", momentum)
-    return bases | {name: StateEntry(stack.matrix_shape, "zeros") for name in moments}
+    return bases | {
+        name: StateEntry(stack.matrix_shape, "zeros", is_moment=True) for name in moments
+    }
 
 
 def eigenvalue_entries(spec: UpdateSpec, stack: StackSpec) -> dict[str, StateEntry]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kfc_fx.codegen.pieces.context import Context
+from kfc_fx.codegen.pieces.moments import half, wide
 from kfc_fx.codegen.spec import UpdateSpec, counted
 from kfc_fx.codegen.text.update_graph import (
     UpdateGraph,
@@ -85,7 +86,9 @@ def _body(spec: UpdateSpec):  # type: ignore[no-untyped-def]
         ]
         gradients = update.named_list("own_gradients", named)
         rule = _adamw if spec.generic_rule == "adamw" else _sgd
-        descent, *state = rule(update, spec, given, gradients)
+        moments = {**given, **wide(update, spec, given)}
+        descent, *state = rule(update, spec, moments, gradients)
+        state = [half(update, spec, moment) for moment in state]
         steps = update.call(torch._foreach_mul, descent, given["rates"])
         return (steps, *state) if state else steps
 

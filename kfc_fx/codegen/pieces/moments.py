@@ -13,7 +13,12 @@ import torch
 from kfc_fx.codegen.pieces.bases import bases_of
 from kfc_fx.codegen.pieces.context import StackContext, kept
 from kfc_fx.codegen.pieces.matrices import gather, rotate
+from kfc_fx.codegen.spec import UpdateSpec
 from kfc_fx.codegen.text.update_graph import UpdateGraph, Value, complements
+from kfc_fx.linalg.half import halved, widened
+
+MOMENTS = ("v", "m", "p")
+"""Names of moments in the state of a stack."""
 
 
 def stacked_gradient(local: StackContext) -> Value:
@@ -25,6 +30,19 @@ def rotated(local: StackContext, gradient: Value) -> Value:
     """``Q_Γᵀ ∇ Q_Ω`` of a stack."""
     basis = bases_of(local)
     return local.let("rotated", rotate(local, basis, gradient)) if basis else gradient
+
+
+def wide(update: UpdateGraph, spec: UpdateSpec, arguments: Mapping[str, Value]) -> dict[str, Value]:
+    """The lists of moments among arguments, as they are computed with."""
+    held = {name: arguments[name] for name in MOMENTS if name in arguments}
+    if not spec.half_moments:
+        return held
+    return {n: update.let(f"wide_{n}", update.call(widened, own)) for n, own in held.items()}
+
+
+def half(update: UpdateGraph, spec: UpdateSpec, moments: Value) -> Value:
+    """A list of new moments as they are kept."""
+    return update.call(halved, moments) if spec.half_moments else moments
 
 
 def second_moments(update: UpdateGraph, arguments: Mapping[str, Value], gradients: Value) -> Value:

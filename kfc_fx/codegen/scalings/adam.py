@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -14,10 +14,12 @@ from kfc_fx.codegen.pieces.decompositions import Made
 from kfc_fx.codegen.pieces.matrices import rotate, step_by_parameter
 from kfc_fx.codegen.pieces.moments import (
     first_moments,
+    half,
     rotated,
     second_moments,
     stacked_gradient,
     step_ahead,
+    wide,
 )
 from kfc_fx.codegen.pieces.orthogonal import moved, towards_polar
 from kfc_fx.codegen.spec import StackSpec, StateEntry
@@ -90,7 +92,8 @@ def _scaled(
     if context.spec.partial:
         given["active"] = context.actives(stacks)
 
-    def body(update: UpdateGraph, values: Mapping[str, Value]) -> object:
+    def body(update: UpdateGraph, values: dict[str, Value]) -> object:
+        values |= wide(update, context.spec, values)
         new_v = second_moments(update, values, values["rotated"])
         new_m = ahead = values["rotated"]
         if momentum is not None:
@@ -101,7 +104,8 @@ def _scaled(
         scale = update.let("scale", update.call(torch._foreach_sqrt, new_v))
         update.effect(torch._foreach_add_, scale, values["eps"] * values["root"])
         scaled = update.call(torch._foreach_div, ahead, scale)
-        return (scaled, new_v) if momentum is None else (scaled, new_v, new_m)
+        kept = [half(update, context.spec, new) for new in (new_v, new_m)]
+        return (scaled, *kept[:1]) if momentum is None else (scaled, *kept)
 
     section = f'both moments of all "{one.scaling}" stacks, and the gradients that they scale'
     names = ["scaled", "v"] if momentum is None else ["scaled", "v", "m"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -12,7 +12,14 @@ from kfc_fx.codegen.pieces.bases import decompositions as decompositions
 from kfc_fx.codegen.pieces.context import Context, StackContext
 from kfc_fx.codegen.pieces.decompositions import Made
 from kfc_fx.codegen.pieces.matrices import rotate
-from kfc_fx.codegen.pieces.moments import rotated, second_moments, stacked_gradient, vector
+from kfc_fx.codegen.pieces.moments import (
+    half,
+    rotated,
+    second_moments,
+    stacked_gradient,
+    vector,
+    wide,
+)
 from kfc_fx.codegen.spec import StackSpec, StateEntry
 from kfc_fx.codegen.text.update_graph import UpdateGraph, Value
 
@@ -77,13 +84,15 @@ def _scaled(context: Context, stacks: Sequence[StackSpec], turned: Sequence[Valu
     if context.spec.partial:
         given["active"] = context.actives(stacks)
 
-    def body(update: UpdateGraph, values: Mapping[str, Value]) -> object:
+    def body(update: UpdateGraph, values: dict[str, Value]) -> object:
+        values |= wide(update, context.spec, values)
         new_v = second_moments(update, values, values["rotated"])
         correction = 1 - values["second_moment_decay"] ** values["step"]
         corrected = update.call(torch._foreach_div, new_v, correction)
         scale = update.let("scale", update.call(torch._foreach_mul, corrected, values["examples"]))
         update.effect(torch._foreach_add_, scale, values["damping"])
-        return update.call(torch._foreach_div, values["rotated"], scale), new_v
+        scaled = update.call(torch._foreach_div, values["rotated"], scale)
+        return scaled, half(update, context.spec, new_v)
 
     section = f'second moments of all "{one.scaling}" stacks, and the gradients that they scale'
     names = [context.name(name, one.scaling) for name in ("scaled", "v")]

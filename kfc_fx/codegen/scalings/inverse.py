@@ -34,7 +34,7 @@ def state_entries(stack: StackSpec, *, momentum: bool) -> dict[str, StateEntry]:
         entries["q_offset"] = StateEntry(factors["offset"], "identity")
         entries["input_scale"] = StateEntry((stack.depth, 1, stack.first.columns), "ones")
     if momentum:
-        entries["p"] = StateEntry(stack.matrix_shape, "zeros")
+        entries["p"] = StateEntry(stack.matrix_shape, "zeros", is_moment=True)
     return entries
 
 

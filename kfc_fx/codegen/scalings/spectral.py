@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from kfc_fx.codegen.pieces.context import Context, StackContext
 from kfc_fx.codegen.pieces.decompositions import Decomposition, Made, decomposed
 from kfc_fx.codegen.pieces.matrices import rotate_input, step_by_parameter
-from kfc_fx.codegen.pieces.moments import first_moments, stacked_gradient, step_ahead
+from kfc_fx.codegen.pieces.moments import (
+    first_moments,
+    half,
+    stacked_gradient,
+    step_ahead,
+    wide,
+)
 from kfc_fx.codegen.spec import StackSpec, StateEntry, UpdateSpec
 from kfc_fx.codegen.text.update_graph import UpdateGraph, Value
 from kfc_fx.linalg.polar import polar_factor, polar_factor_by_gram
@@ -44,7 +50,7 @@ def state_entries(stack: StackSpec, *, momentum: bool) -> dict[str, StateEntry]:
     if stack.has_bias_apart:
         entries["w_bias"] = StateEntry((stack.depth, 1, 1), "ones")
     if momentum:
-        entries["m"] = StateEntry(stack.matrix_shape, "zeros")
+        entries["m"] = StateEntry(stack.matrix_shape, "zeros", is_moment=True)
     return entries
 
 
@@ -99,17 +105,21 @@ def _moments(context: Context, stacks: Sequence[StackSpec], gradients: Sequence[
     if context.spec.partial:
         given["active"] = context.actives(stacks)
 
-    def body(update: UpdateGraph, values: Mapping[str, Value]) -> object:
+    is_half = context.spec.half_moments
+
+    def body(update: UpdateGraph, values: dict[str, Value]) -> object:
+        values |= wide(update, context.spec, values)
         own = context.spec.has_own_momenta(one.scaling)
         new_m = first_moments(update, values, values["stacked"], own=own)
-        if not context.steps_ahead(one):
-            return new_m
-        return step_ahead(update, values["stacked"], new_m, values["momentum"]), new_m
+        if context.steps_ahead(one):
+            ahead = step_ahead(update, values["stacked"], new_m, values["momentum"])
+            return ahead, half(update, context.spec, new_m)
+        return (new_m, half(update, context.spec, new_m)) if is_half else new_m
 
     section = f'momentum of all "{stacks[0].scaling}" stacks'
     call = context.of_scaling("moments", one.scaling, section, body, **given)
     m, ahead = context.name("m", one.scaling), context.name("ahead", one.scaling)
-    if context.steps_ahead(one):
+    if context.steps_ahead(one) or is_half:
         moved, new = context.update.let_tuple([ahead, m], call)
     else:
         moved = new = context.update.let(m, call)
