@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
+
+# Pytest listens to every logger that passes nothing on, and torch writes down all that it compiles
+# for whoever listens to this one.
+logging.getLogger("torch.__trace").propagate = True
 
 
 @pytest.fixture
