@@ -65,13 +65,13 @@ def test_the_printed_text_is_what_runs(options):
     program = opt._engine.program
     namespace: dict = {"__name__": "printed"}
     exec(compile(opt.update_source, "printed", "exec"), namespace)
-    interpreted = {name: fx.Interpreter(graph).run for name, graph in program.graphs.items()}
+    interpreted = {name: fx.Interpreter(program.graph(name)).run for name in program.updates}
     results = []
     for functions in (dict(program.functions), namespace, interpreted):
         model, again = trained(**options)
         target = again._engine.program.functions
         for name in list(target):
-            target[name] = _by_name(functions[name], program.graphs[name])
+            target[name] = _by_name(functions[name], program.graph(name))
         F.cross_entropy(model(X), Y).backward()
         again.step()
         results.append([p.detach() for p in model.parameters()])

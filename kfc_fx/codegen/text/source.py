@@ -25,15 +25,19 @@ class UpdateProgram:
     spec: UpdateSpec
     source: str
     functions: dict[str, Callable[..., Any]]
-    graphs: Mapping[str, fx.GraphModule]
-    """By function; the functions within one are submodules of its graph."""
+    updates: Mapping[str, UpdateGraph]
+    """What each function was printed from."""
     arguments: Mapping[str, tuple[str, ...]]
     """Names of the arguments of each function, in their order."""
+
+    def graph(self, function: str) -> fx.GraphModule:
+        """The graph of a function; the functions within it are submodules of it."""
+        return self.updates[function].module()
 
     @property
     def state_of_step(self) -> dict[str, list[str]]:
         """Names of the state entries that ``apply`` reads, by stack."""
-        graph = self.graphs["apply"]
+        graph = self.graph("apply")
         state = next((n for n in _placeholders(graph) if n.target == "state"), None)
         found: dict[str, list[str]] = {}
         for user in state.users if state else ():
@@ -64,7 +68,7 @@ def build_program(spec: UpdateSpec, header: str, updates: Sequence[UpdateGraph])
         spec,
         source,
         _load(source, [update.name for update in updates]),
-        {update.name: update.module() for update in updates},
+        {update.name: update for update in updates},
         {update.name: update.arguments for update in updates},
     )
 
