@@ -49,6 +49,45 @@ def trainers() -> list[list[str]]:
     return rows
 
 
+def scripts() -> list[list[str]]:
+    """KFC beside the optimizers of public scripts."""
+    rows = [
+        [
+            "script",
+            "lines, flags",
+            "loss: own, KFC",
+            "first step, s",
+            "median step, ms",
+            "likelihood",
+            "blocks, generic",
+        ]
+    ]
+    for row in figures("scripts-cpu")["rows"]:
+        own, kfc = row["own"], row["kfc"]
+        error = own.get("error") or kfc.get("error")
+        if error:
+            rows.append([row["script"], f"{row['lines']}", error, "", "", "", ""])
+            continue
+        pairs = [
+            f"{name} {own['losses'][name]:.3g}, {loss:.3g}".removeprefix("loss ")
+            for name, loss in kfc["losses"].items()
+        ]
+        models = kfc["models"]
+        counts = [f"{model['blocks']}, {len(model['generic'])}" for model in models]
+        rows.append(
+            [
+                row["script"],
+                f"{row['lines']}, {len(row['flags'])}",
+                "; ".join(pairs),
+                f"{own['first']:.2f}, {kfc['first']:.2f}",
+                f"{1e3 * own['median']:.0f}, {1e3 * kfc['median']:.0f}",
+                "; ".join(model["likelihood"].partition("(")[0] for model in models),
+                "; ".join(counts),
+            ]
+        )
+    return rows
+
+
 def memory() -> list[list[str]]:
     """Peak memory and optimizer state of large models."""
     rows = [["model", "parameters", "GB", "state / parameters", "peak, GB", "peak with AdamW, GB"]]
@@ -210,6 +249,7 @@ def gpu_layers() -> list[list[str]]:
 TABLES = {
     "steps": steps,
     "trainers": trainers,
+    "scripts": scripts,
     "memory": memory,
     "distributed": distributed,
     "rank": rank,

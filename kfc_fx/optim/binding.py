@@ -311,12 +311,14 @@ class Binding:
         """The engine of the last step, if there was one."""
         return self._engine
 
-    def learning_rates(self, engine: Engine, groups: Sequence[Group]) -> LearningRates:
-        """The rates of a step, rebuilt only when one has changed."""
-        key = (id(engine), self._changes, tuple(float(group["lr"]) for group in groups))
+    def learning_rates(
+        self, engine: Engine, groups: Sequence[Group], share: float
+    ) -> LearningRates:
+        """A share of the rates of a step, rebuilt only when one has changed."""
+        key = (id(engine), self._changes, share, *(float(group["lr"]) for group in groups))
         if self._rates[0] != key:
             ratio = self._options.generic_ratio
-            self._rates = (key, learning_rates(engine.spec, self.by_name(groups), ratio))
+            self._rates = (key, learning_rates(engine.spec, self.by_name(groups), ratio, share))
         return self._rates[1]
 
     def momenta(self, engine: Engine, groups: Sequence[Group]) -> Momenta:

@@ -75,6 +75,8 @@ class KFC(torch.optim.Optimizer):
         generic: rule for parameters without a block: :class:`kfc_fx.GenericAdamW`,
             :class:`kfc_fx.GenericSGD` or a name; by default that of the scaling, "adamw" beside
             "adam" and "spectral", "sgd" beside the others.
+        warmup: steps over which all rates rise to their own, the k-th of them by k / ``warmup``, on
+            top of any scheduler; None for none. A run that goes on is past them.
         average: τ in steps of the Polyak average ``θ̄ ← ξ θ̄ + (1 − ξ) θ``, ``ξ = e^(−1/τ)``;
             None for no average. See :meth:`averaged`.
         master_weights: update parameters in bfloat16 or float16 through a copy in float32, which
@@ -118,6 +120,7 @@ class KFC(torch.optim.Optimizer):
         blocks: Mapping[str, str | Scaling | Mapping[str, Any]] | None = None,
         statistics: Statistics = Statistics(),  # noqa: B008 - frozen
         generic: str | Generic | None = None,
+        warmup: int | None = None,
         average: float | None = None,
         master_weights: bool = False,
         state_dtype: torch.dtype | None = None,
@@ -144,6 +147,7 @@ class KFC(torch.optim.Optimizer):
             blocks=blocks,
             generic=generic,
             statistics=statistics,
+            warmup=warmup,
             average=average,
             master_weights=master_weights,
             state_dtype=state_dtype,

@@ -33,7 +33,7 @@ from kfc_fx.optim.gradients import all_finite, named_gradients, relative_distanc
 from kfc_fx.optim.groups import Group
 from kfc_fx.optim.options import KFCOptions
 from kfc_fx.optim.put_back import put_back_if_raised
-from kfc_fx.optim.rates import generic_numbers, option_numbers
+from kfc_fx.optim.rates import generic_numbers, option_numbers, warm_up_share
 from kfc_fx.optim.request import check_model, request_of
 from kfc_fx.optim.schedule import Schedule
 from kfc_fx.optim.states.entries import Entries, parameter_entries
@@ -511,11 +511,12 @@ class ModelStep:
 
     def _numbers(self, engine: Engine, groups: Groups) -> StepNumbers:
         options = self._options
-        rates = self.binding.learning_rates(engine, groups)
+        share = warm_up_share(options.warmup, self._diagnostics.steps + 1)
+        rates = self.binding.learning_rates(engine, groups, share)
         shrink: dict[str, float] = {}
         if engine.spec.weight_decay:
             shrink = {
-                name: 1 - float(group["lr"]) * group["weight_decay"]
+                name: 1 - share * float(group["lr"]) * group["weight_decay"]
                 for name, group in self.binding.by_name(groups).items()
             }
         decay = 0.0

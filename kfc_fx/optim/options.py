@@ -44,6 +44,7 @@ class KFCOptions(Checked):
     blocks: Any
     generic: Any
     statistics: Annotated[Statistics, STATISTICS]
+    warmup: Annotated[int | None, either(COUNT, None)]
     average: Annotated[float | None, either(POSITIVE, None)]
     master_weights: Annotated[bool, FLAG]
     state_dtype: Annotated[torch.dtype | None, STATE_DTYPE]

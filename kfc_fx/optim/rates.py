@@ -30,18 +30,23 @@ class LearningRates:
 
 
 def learning_rates(
-    spec: UpdateSpec, groups: Mapping[str, Group], generic_ratio: float
+    spec: UpdateSpec, groups: Mapping[str, Group], generic_ratio: float, share: float = 1.0
 ) -> LearningRates:
     """The rates of the stacks and of the generic parameters.
 
     Args:
         groups: parameter group by parameter name.
         generic_ratio: learning rate of generic parameters relative to their group's.
+        share: of all rates, that the step is taken with.
     """
+
+    def rate(name: str) -> float:
+        return share * float(groups[name]["lr"])
+
     columns: dict[str, list[float]] = {}
     for stack in spec.stacks:
         rates = [
-            (float(groups[block.weight]["lr"]), float(groups[block.bias or block.weight]["lr"]))
+            (rate(block.weight), rate(block.bias or block.weight))
             for block in stack.blocks
             for _ in range(block.groups)
         ]
@@ -50,8 +55,17 @@ def learning_rates(
         else:
             width = stack.first.columns - 1
             columns[stack.key] = [r for w, b in rates for r in (*([w] * width), b)]
-    generic = {p.name: generic_ratio * float(groups[p.name]["lr"]) for p in spec.generic}
+    generic = {p.name: generic_ratio * rate(p.name) for p in spec.generic}
     return LearningRates(stack_columns(columns, spec.stacks), generic)
+
+
+def warm_up_share(warmup: int | None, step: int) -> float:
+    """The share of the rate that a step is taken with.
+
+    Args:
+        step: from one.
+    """
+    return 1.0 if warmup is None else min(1.0, step / warmup)
 
 
 def momenta(spec: UpdateSpec, options: KFCOptions, groups: Mapping[str, Group]) -> Momenta:

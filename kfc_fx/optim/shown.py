@@ -58,6 +58,8 @@ def _generic_line(engines: Sequence[Engine]) -> str:
 
 
 def _switches(options: KFCOptions) -> Iterator[str]:
+    if options.warmup is not None:
+        yield f"warmup: over {options.warmup} steps"
     if options.state_dtype is not None:
         yield f"state_dtype: {str(options.state_dtype).removeprefix('torch.')}"
     if options.average is not None:
