@@ -19,6 +19,10 @@ from kfc_fx.statistics.sums import add
 OwnerOf = Callable[[str], Collector | None]
 """Parameter name to the collector that its statistics are for."""
 
+BY_OP = 32
+"""How many times statistics are taken before graphs with them are compiled, by a backend that
+compiles. That takes longer than the model's own graphs do, and a run starts as fast without."""
+
 
 @dataclass(eq=False)
 class ArmedPass:
@@ -29,6 +33,11 @@ class ArmedPass:
     """Runs of captured graphs in it."""
     _owners: dict[str, ForwardRecord] = field(default_factory=dict)
     _chosen: tuple[int, Emitters] | None = None
+
+    @property
+    def is_early(self) -> bool:
+        """Whether it is one of the first with statistics, which a run may be over after."""
+        return all(collector.number < BY_OP for collector in self.records)
 
     @property
     def has_emitted(self) -> bool:

@@ -301,6 +301,6 @@ class Runs:
         for block, forms in emitting.probed:
             parameter = self._model.get_parameter(block.weight)
             probes += running.probes_for(block, forms, parameter)
-        emitted = emitting(inputs, probes)
+        emitted = emitting(inputs, probes, by_op=running.is_early)
         running.note(emitted)
         return emitted.outputs

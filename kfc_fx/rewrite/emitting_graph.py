@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx
 
+from kfc_fx.capture.checkpoints import run_by_op
 from kfc_fx.capture.dynamo import compile_emitting
 from kfc_fx.capture.graph import Stage
 from kfc_fx.plan.forms import statistic_shapes
@@ -47,6 +48,8 @@ class EmittingGraph:
     """What each pass of the rewrite left behind."""
     run: Callable[..., Any]
     """The last stage as the backend compiled it."""
+    run_by_op: Callable[..., Any]
+    """The last stage op by op."""
     probed: tuple[Emitter, ...]
     """The blocks with Γ. It takes a probe of each of their statistics, in this order."""
     counted: tuple[tuple[BlockSpec, Span], ...]
@@ -59,14 +62,18 @@ class EmittingGraph:
         """Every block that emits, with the forms of its factors."""
         return (*self.probed, *dict.fromkeys(self.alone))
 
-    def __call__(self, inputs: Sequence[Any], probes: Sequence[Tensor]) -> Emitted:
+    def __call__(
+        self, inputs: Sequence[Any], probes: Sequence[Tensor], *, by_op: bool = False
+    ) -> Emitted:
         """Run the graph. Where the rows of groups are data, reading them waits for the device.
 
         Args:
             inputs: those of the plain graph.
             probes: of the statistics of :attr:`probed`, in the order of ``statistic_shapes``.
+            by_op: run it op by op, whatever the backend is.
         """
-        outputs, rows, returned = self.run(*inputs, *probes)
+        run = self.run_by_op if by_op else self.run
+        outputs, rows, returned = run(*inputs, *probes)
         statistics = [
             (block, dict(zip(statistic_shapes(block, forms), values, strict=True)))
             for (block, forms), values in zip(self.alone, returned, strict=True)
@@ -96,9 +103,12 @@ def emitting_graph(
     live = [site for site in sites if site.weight in emitters]
     stages = emitting_stages(canonical, live, emitters)
     own = [emitters[site.weight] for site in live]
+    module = stages[-1].module
+    by_op = run_by_op(module)
     return EmittingGraph(
         stages=tuple(stages),
-        run=compile_emitting(backend, stages[-1].module),
+        run=by_op if backend == "eager" else compile_emitting(backend, module),
+        run_by_op=by_op,
         probed=tuple(emitter for emitter in emit if emitter[1].output != "absent"),
         counted=tuple((b, b.span(site)) for (b, _), site in zip(own, live, strict=True)),
         alone=tuple(emitter for emitter in own if emitter[1].output == "absent"),

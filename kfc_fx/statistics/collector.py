@@ -79,6 +79,11 @@ class Collector:
         """Whether the next forward pass takes statistics."""
         return self._armed
 
+    @property
+    def number(self) -> int:
+        """How many statistics there were before these."""
+        return self._number
+
     def arm(self, due: bool = True, number: int = 0, left_out: Collection[str] = ()) -> None:
         """Let the next forward passes take statistics, or not.
 
