@@ -39,14 +39,15 @@ def _kind(node: fx.Node, tensors: list[fx.Node]) -> object:
     """What two calls have in common whose ops are the same: arguments, and the layout of tensors.
     Layers of one kind follow each other in a transformer, and tracing one is dear."""
     places = {used: f"tensor {n}" for n, used in enumerate(tensors)}
-    values = [used.meta["example_value"] for used in tensors]
-    return (
-        repr(map_arg((node.args, node.kwargs), places.__getitem__)),
-        *(
-            (v.dtype, v.device, v.requires_grad, v.is_leaf, repr(v.shape), repr(v.stride()))
-            for v in values
-        ),
-    )
+    arguments = repr(map_arg((node.args, node.kwargs), places.__getitem__))
+    return arguments, *(_layout(used.meta["example_value"]) for used in tensors)
+
+
+def _layout(value: object) -> object:
+    if not isinstance(value, torch.Tensor):
+        return repr(value)  # a number that may change
+    sizes = repr(value.shape), repr(value.stride())
+    return value.dtype, value.device, value.requires_grad, value.is_leaf, *sizes
 
 
 def _traced(node: fx.Node, tensors: list[fx.Node]) -> fx.GraphModule:

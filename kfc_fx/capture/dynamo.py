@@ -89,11 +89,12 @@ def dynamo_settings(backend: str) -> Iterator[None]:
 
 
 def _config() -> AbstractContextManager[None]:
-    models = max(1, len(_forwards))
-    return torch._dynamo.config.patch(
+    config, models = torch._dynamo.config, len(_forwards)
+    total = config.accumulated_recompile_limit
+    return config.patch(
         # Limits of a frame: behind a graph break it is that of all models of its class.
-        recompile_limit=RECOMPILES * models,
-        accumulated_recompile_limit=ALL_RECOMPILES * models,
+        recompile_limit=max(config.recompile_limit, RECOMPILES * models),
+        accumulated_recompile_limit=max(total, ALL_RECOMPILES * models),
         # Dynamo would skip the whole frame around a fused LSTM or GRU; as one op of the graph it
         # leaves the layers around it to be seen.
         allow_rnn=True,

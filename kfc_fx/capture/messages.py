@@ -62,9 +62,9 @@ def log(logger: str, level: int, place: Place, message: str, *values: Any) -> No
 
 
 @fx.has_side_effect
-def log_once(logger: str, method: str, message: str) -> None:
+def log_once(logger: str, method: str, message: str, *values: Any) -> None:
     """Give a message by a method of a logger that gives each but once."""
-    getattr(logging.getLogger(logger), method)(message)
+    getattr(logging.getLogger(logger), method)(message, *values)
 
 
 @fx.has_side_effect
@@ -114,12 +114,10 @@ def _warning(own: Any) -> Any:
     def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
         if self.value is warnings.warn:
             texts = _constants(args[:1])
-            category = args[1].as_python_constant() if len(args) == 2 else UserWarning
-            caller = _caller(tx, kwargs)
-            known = len(args) < 3 and KINDS.get(category.__name__) is category
-            if texts and known and caller and _general(tx):
+            category, caller = _category(args[1:]), _caller(tx, kwargs)
+            if texts and category and caller and _general(tx):
                 module = caller.f_globals["__name__"]
-                return _record(tx, warn, module, _place(caller), category.__name__, *texts)
+                return _record(tx, warn, module, _place(caller), category, *texts)
         return own(self, tx, args, kwargs)
 
     return call_function
@@ -169,11 +167,22 @@ def _place(tx: Any) -> Place:
     return tx.f_code.co_filename, tx.lineno, tx.f_code.co_name
 
 
+def _category(args: Sequence[Any]) -> str | None:
+    """The name of the kind of warning that is asked for behind the text, if it is a known one."""
+    if not args:
+        return UserWarning.__name__
+    kind = args[0].as_python_constant() if args[0].is_python_constant() else None
+    return next((name for name, own in KINDS.items() if own is kind and len(args) == 1), None)
+
+
 def _caller(tx: Any, kwargs: dict[str, Any]) -> Any:
     """The frame that ``warnings.warn`` of a frame speaks of, if its module is known, else None."""
     if set(kwargs) - {"stacklevel"}:
         return None
-    level = kwargs["stacklevel"].as_python_constant() if kwargs else 1
+    given = kwargs.get("stacklevel")
+    if given is not None and not given.is_python_constant():
+        return None
+    level = 1 if given is None else given.as_python_constant()
     for _ in range(level - 1):
         tx = getattr(tx, "parent", None)
     if tx is None:

@@ -59,7 +59,9 @@ def says_levels(x: torch.Tensor) -> None:
 IN_GRAPH: dict[str, Callable[[torch.Tensor], None]] = {
     "levels": says_levels,
     "once": say_once,
+    "once with values": lambda x: plain.warning_once("but %s", "once"),  # type: ignore[attr-defined]
     "warning": lambda x: warnings.warn("plain warning", stacklevel=1),
+    "warning of a kind": lambda x: warnings.warn("of a kind", FutureWarning, stacklevel=1),
     "caller's warning": lambda x: deep_warning(),
 }
 OUTSIDE: dict[str, Callable[[torch.Tensor], None]] = {
@@ -69,6 +71,8 @@ OUTSIDE: dict[str, Callable[[torch.Tensor], None]] = {
     "with keywords": lambda x: plain.warning("here", stacklevel=2),
     "own logger": lambda x: own.warning("as it says"),
     "unknown logger": lambda x: unknown.warning("kept apart"),
+    "instance": lambda x: warnings.warn(UserWarning("as an object"), stacklevel=1),
+    "kind by its name": lambda x: warnings.warn("named", category=FutureWarning, stacklevel=1),
     "own kind": lambda x: warnings.warn("of a kind", ResourceWarning, stacklevel=1),
 }
 
