@@ -123,7 +123,9 @@ def compile_plain(
 
 
 def compile_emitting(backend: str, module: fx.GraphModule) -> Callable[..., Any]:
-    """The emitting graph for a ``backend`` that compiles, compiled at its first call."""
+    """The emitting graph for ``backend``, compiled at its first call."""
+    if backend == "eager":
+        return run_by_op(module)
     return _CompiledOnce(module, backend)
 
 

@@ -104,11 +104,11 @@ def emitting_graph(
     stages = emitting_stages(canonical, live, emitters)
     own = [emitters[site.weight] for site in live]
     module = stages[-1].module
-    by_op = run_by_op(module)
+    run = compile_emitting(backend, module)
     return EmittingGraph(
         stages=tuple(stages),
-        run=by_op if backend == "eager" else compile_emitting(backend, module),
-        run_by_op=by_op,
+        run=run,
+        run_by_op=run if backend == "eager" else run_by_op(module),
         probed=tuple(emitter for emitter in emit if emitter[1].output != "absent"),
         counted=tuple((b, b.span(site)) for (b, _), site in zip(own, live, strict=True)),
         alone=tuple(emitter for emitter in own if emitter[1].output == "absent"),

@@ -65,12 +65,12 @@ def moments(opt: kfc_fx.KFC) -> list[Tensor]:
 @pytest.mark.parametrize("generic", ["adamw", "sgd"])
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_it_trains_as_with_moments_in_float32(scaling, generic):
-    wide = train(*made(scaling=scaling, generic=generic), 30)
+    wide = train(*made(scaling=scaling, generic=generic), 20)
     model, opt = made(scaling=scaling, generic=generic, state_dtype=HALF)
-    found = train(model, opt, 30)
+    found = train(model, opt, 20)
     assert {moment.dtype for moment in moments(opt)} == {HALF}
     if scaling == "spectral":  # whose polar factor makes much of the little that rounding adds
-        assert found[-1] < 0.1 * found[0]
+        assert found[-1] < 0.3 * found[0]
         return
     for own, expected in zip(found[::5], wide[::5], strict=True):
         assert own == pytest.approx(expected, rel=0.1, abs=0.01)
@@ -106,12 +106,12 @@ def test_resumed_bit_for_bit(scaling, tmp_path):
     model, opt = made(**options)
     train(model, opt, 7)
     torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, tmp_path / "state.pt")
-    expected = train(model, opt, 25)
+    expected = train(model, opt, 14)
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
     again, other = made(**options)
     again.load_state_dict(saved["model"])
     other.load_state_dict(saved["opt"])
-    assert train(again, other, 25) == expected
+    assert train(again, other, 14) == expected
 
 
 @pytest.mark.parametrize(("saved", "loaded"), [(None, HALF), (HALF, None)])
@@ -123,7 +123,7 @@ def test_a_run_goes_on_with_moments_of_the_other_type(saved, loaded):
     other.load_state_dict(opt.state_dict())
     assert train(again, other, 1) == pytest.approx(train(model, opt, 1), rel=1e-5)
     assert {moment.dtype for moment in moments(other)} == {loaded or torch.float32}
-    train(again, other, 20)
+    train(again, other, 3)
 
 
 def test_parameters_without_a_gradient_keep_their_moments():
@@ -139,17 +139,14 @@ def test_parameters_without_a_gradient_keep_their_moments():
         assert torch.equal(opt.state[model.hidden.weight][name], before[name])
 
 
-@pytest.mark.parametrize("scaling", ["adam", "inverse"])
-def test_a_compiled_step_and_a_recorded_one_are_the_step(scaling, monkeypatch):
-    model, opt = made(scaling=scaling, state_dtype=HALF, cuda_graph=False)
-    expected = train(model, opt, 12)
-    compiled = train(*made(scaling=scaling, state_dtype=HALF, compile_update=True), 12)
+def test_a_compiled_step_and_a_recorded_one_are_the_step(monkeypatch):
+    expected = train(*made(state_dtype=HALF, cuda_graph=False), 12)
+    compiled = train(*made(state_dtype=HALF, compile_update=True), 12)
     assert compiled == pytest.approx(expected, rel=0.02, abs=1e-3)
     monkeypatch.setattr(engines, "captures", lambda spec, parameters, wanted: wanted is not False)
     monkeypatch.setattr(static_step, "record", lambda body, device: body)
-    if scaling == "adam":  # "inverse" clips by ν, which a recorded step does not
-        recorded = train(*made(scaling=scaling, state_dtype=HALF, cuda_graph=True), 12)
-        assert recorded == pytest.approx(expected, rel=0.02, abs=1e-3)
+    recorded = train(*made(state_dtype=HALF, cuda_graph=True), 12)
+    assert recorded == pytest.approx(expected, rel=0.02, abs=1e-3)
 
 
 def test_the_quadratic_model_reads_the_momentum():

@@ -68,8 +68,7 @@ def ops_of_a_step(network: nn.Module, **options) -> DispatchedOps:
     raise AssertionError("every step had statistics or a refresh")
 
 
-@pytest.mark.parametrize("share", [0.0, 0.7])
-def test_a_step_of_resnet50_dispatches_a_tenth_of_a_loop_over_layers(share, monkeypatch):
+def test_a_step_of_resnet50_dispatches_a_tenth_of_a_loop_over_layers(monkeypatch):
     """Channels are an eighth: their number changes nothing but the time this takes. Products are
     counted as everywhere but on processors where oneDNN multiplies, which takes no batches."""
     monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
@@ -77,7 +76,7 @@ def test_a_step_of_resnet50_dispatches_a_tenth_of_a_loop_over_layers(share, monk
     torch.manual_seed(0)
     network = resnet50_shaped(8)
     assert len(list(network.parameters())) == 161
-    options = {"input_factor": "separable", "orthogonalize": share}
+    options = {"input_factor": "separable"}
     together = ops_of_a_step(network, **options).calls
     monkeypatch.setattr(update_spec, "stack_blocks", apart)
     monkeypatch.setattr(orthogonal, "shared", lambda stack: stack.key)
