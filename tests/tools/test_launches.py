@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
-import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
