@@ -82,7 +82,8 @@ def test_a_regression_is_taken_for_nothing_else(seed, shape, spread, error, kind
 
 @pytest.mark.parametrize("library", ["torchvision", "transformers", "diffusers"])
 def test_models_of_other_libraries_tell_theirs(library: str, subtests):
-    pytest.importorskip(library, reason=f"{library} is not installed: pip install kfc_fx[zoo]")
+    for needed in (library, *(["diffusers"] if library == "transformers" else [])):
+        pytest.importorskip(needed, reason=f"{needed} is not installed: pip install kfc_fx[zoo]")
     for case in model_losses(library):
         with subtests.test(case.name):
             assert found_likelihood(case) == case.decision
