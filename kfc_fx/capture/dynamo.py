@@ -31,7 +31,7 @@ RECOMPILES, ALL_RECOMPILES = (
     torch._dynamo.config.recompile_limit,
     torch._dynamo.config.accumulated_recompile_limit,
 )
-"""How often dynamo compiles a frame for one model, at a time and in all."""
+"""How often dynamo compiles a frame, at a time and in all: its own limits, meant for one model."""
 
 
 def compile_forward(model: Callable[..., Any], handle_graph: GraphHandler) -> Callable[..., Any]:
@@ -57,7 +57,7 @@ def compile_forward(model: Callable[..., Any], handle_graph: GraphHandler) -> Ca
 
 
 _forwards: weakref.WeakSet[types.FunctionType] = weakref.WeakSet()
-"""Those of all compiled models that there are."""
+"""Those of all compiled models that there are, and of their entries."""
 
 
 def forget_frames(traceback: TracebackType | None) -> None:

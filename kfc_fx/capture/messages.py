@@ -8,6 +8,7 @@ it.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 from torch import fx
+from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX as RESUMED
 from torch._dynamo.variables import ConstantVariable, functions, misc
 
 LEVELS = {
@@ -163,8 +165,10 @@ def _is_plain(logger: logging.Logger, method: str) -> bool:
 
 
 def _place(tx: Any) -> Place:
-    """Where a frame that dynamo traces stands."""
-    return tx.f_code.co_filename, tx.lineno, tx.f_code.co_name
+    """Where a frame that dynamo traces stands, one that goes on behind a break by its own name."""
+    behind = re.fullmatch(rf"{RESUMED}_(.+)_at_\d+", tx.f_code.co_name)
+    function = behind[1] if behind else tx.f_code.co_name
+    return tx.f_code.co_filename, tx.lineno, function
 
 
 def _category(args: Sequence[Any]) -> str | None:

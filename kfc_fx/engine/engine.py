@@ -40,7 +40,7 @@ from kfc_fx.engine.step_inputs import (
     refresh_arguments,
 )
 from kfc_fx.errors import StepError
-from kfc_fx.linalg.half import HALF
+from kfc_fx.linalg.half import kept_dtype
 
 MOST_STATIC = 2
 """Sets of parameters with gradients whose steps are recorded; each has buffers of its own."""
@@ -435,8 +435,7 @@ class UpdateEngine:
     def _moment(self, name: str, value: Tensor) -> Tensor:
         """A moment of a generic parameter, as it is kept."""
         placed = self._placed(name, value, wide=True)
-        halves = self.spec.half_moments and placed.dtype == torch.float32
-        return placed.to(HALF) if halves else placed
+        return placed.to(kept_dtype(placed.dtype, halves=self.spec.half_moments))
 
     def _without_gradient(self, gradients: Mapping[str, Tensor]) -> set[str]:
         """Parameters of blocks that lack a gradient: the whole block stays as it is."""

@@ -14,7 +14,7 @@ from kfc_fx.codegen.scalings.rules import rule_of
 from kfc_fx.codegen.spec import StackSpec, StateEntry, UpdateSpec
 from kfc_fx.engine.on_demand import OnDemand
 from kfc_fx.linalg.eigenbasis import from_basis, in_basis
-from kfc_fx.linalg.half import HALF
+from kfc_fx.linalg.half import kept_dtype
 
 OPTIONAL = ("m", "p", "examples")
 """Entries that a saved block may lack: its momentum was zero, or its scaling, with the same factors
@@ -199,9 +199,8 @@ def _with_both_forms(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def dtype_of(spec: UpdateSpec, stack: StackSpec, entry: StateEntry) -> torch.dtype:
     """The type in which an entry of the state of a stack is kept."""
-    dtype: torch.dtype = getattr(torch, stack.dtype)
-    halves = spec.half_moments and entry.is_moment and dtype == torch.float32
-    return HALF if halves else dtype
+    halves = spec.half_moments and entry.is_moment
+    return kept_dtype(getattr(torch, stack.dtype), halves=halves)
 
 
 def _initial(spec: UpdateSpec, entry: StateEntry, stack: StackSpec) -> Tensor:

@@ -21,7 +21,7 @@ from kfc_fx.inspect.inspection import Inspection
 from kfc_fx.inspect.methods import counted_call
 from kfc_fx.inspect.peak import PeakCounter
 from kfc_fx.inspect.update_costs import engine_without_data, state_bytes, statistics_without_data
-from kfc_fx.linalg.half import HALF
+from kfc_fx.linalg.half import kept_dtype
 from kfc_fx.optim.groups import Group
 from kfc_fx.optim.options import KFCOptions
 from kfc_fx.optim.rates import option_numbers
@@ -143,7 +143,7 @@ def whole_state_bytes(spec: UpdateSpec, parameters: Mapping[str, Tensor]) -> int
     for entry in spec.generic:
         own = parameters[entry.name]
         wide = torch.promote_types(own.dtype, torch.float32)
-        kept = HALF if spec.half_moments and wide == torch.float32 else wide
+        kept = kept_dtype(wide, halves=spec.half_moments)
         generic += len(GENERIC_STATE) * own.numel() * kept.itemsize
     return blocks + generic
 

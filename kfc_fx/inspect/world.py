@@ -17,7 +17,7 @@ from kfc_fx.distributed.refresh import refresh_layouts
 from kfc_fx.distributed.statistics import statistics_layout
 from kfc_fx.inspect.inspection import Inspection
 from kfc_fx.inspect.update_costs import state_bytes
-from kfc_fx.linalg.half import HALF
+from kfc_fx.linalg.half import kept_dtype
 from kfc_fx.plan.spec import BlockSpec
 
 Way = Literal["none", "refresh", "update", "shard"]
@@ -172,7 +172,7 @@ def _state(
     kept = 2 if spec.generic_rule == "adamw" else 1
     for generic in spec.generic:
         rows = divided(generic.shape, ranks) if way != "shard" else None
-        size = kept * (HALF if spec.half_moments else torch.float32).itemsize
+        size = kept * kept_dtype(torch.float32, halves=spec.half_moments).itemsize
         moments = size * parameters[generic.name].numel()
         if rows is not None:
             load = [own + size * rows.numbers(rank) for rank, own in enumerate(load)]

@@ -16,6 +16,11 @@ IN_CACHE = 1 << 15
 """Numbers that a core's cache holds while they are rounded."""
 
 
+def kept_dtype(dtype: torch.dtype, *, halves: bool) -> torch.dtype:
+    """The type in which moments are kept that are computed with in ``dtype``."""
+    return HALF if halves and dtype == torch.float32 else dtype
+
+
 def widened(values: Sequence[Tensor]) -> list[Tensor]:
     """Each in float32, to be computed with; those in another type than bfloat16 as they are."""
     return [value.float() if value.dtype == HALF else value for value in values]

@@ -76,7 +76,7 @@ class KFC(torch.optim.Optimizer):
             :class:`kfc_fx.GenericSGD` or a name; by default that of the scaling, "adamw" beside
             "adam" and "spectral", "sgd" beside the others.
         warmup: steps over which all rates rise to their own, the k-th of them by k / ``warmup``, on
-            top of any scheduler; None for none. A run that goes on is past them.
+            top of any scheduler; None for none. Steps before a run was saved count.
         average: τ in steps of the Polyak average ``θ̄ ← ξ θ̄ + (1 − ξ) θ``, ``ξ = e^(−1/τ)``;
             None for no average. See :meth:`averaged`.
         master_weights: update parameters in bfloat16 or float16 through a copy in float32, which

@@ -63,6 +63,11 @@ class KFCOptions(Checked):
         object.__setattr__(self, "blocks", patterns_of(self.blocks))
         object.__setattr__(self, "generic", generic)
         self._check_exact_fisher()
+        if self.warmup is not None and self.clipping == "model":
+            raise OptionError(
+                "warmup has nothing to change with quadratic_model, which chooses the size of "
+                "every step: leave one of them out"
+            )
         _check_shared(self.vectors)
 
     @classmethod

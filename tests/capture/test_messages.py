@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import kfc_fx
 
@@ -169,6 +170,67 @@ def test_a_message_that_names_a_size_makes_no_graph_of_that_size_alone() -> None
     for size in range(3, 12):
         compiled(torch.ones(size, 3)).sum().backward()
     assert len([g for g in compiled.kfc.graphs if g.parameter_positions]) <= 4
+
+
+class Breaking(nn.Module):
+    """Frames in which a message stands alone, on both sides of a break."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        plain.info("before")
+        print(end="")
+        x = self.linear(x)
+        print(end="")
+        plain.info("behind")
+        return x
+
+
+class Looped(nn.Module):
+    """A layer that speaks, called several times, or once more in a backward pass."""
+
+    def __init__(self, times: int = 1, *, again: bool = False, loud: bool = True) -> None:
+        super().__init__()
+        self.linear, self.times, self.again, self.loud = nn.Linear(3, 3), times, again, loud
+
+    def layer(self, x: torch.Tensor) -> torch.Tensor:
+        if self.loud:
+            plain.info("layer")
+        return self.linear(x).tanh()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.loud = not self.loud or self.times > 1 or self.again
+        for _ in range(self.times):
+            x = checkpoint(self.layer, x, use_reentrant=False) if self.again else self.layer(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Breaking, lambda: Looped(3), lambda: Looped(again=True), lambda: Looped(loud=False)],
+    ids=["alone", "in a loop", "checkpointed", "by turns"],
+)
+def test_each_call_of_each_place_is_heard(make, caplog: pytest.LogCaptureFixture) -> None:
+    def calls(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
+        def all_calls() -> None:
+            train(model, optimizer)
+            with torch.no_grad():
+                model(torch.ones(5, 3))
+            plain.setLevel(logging.ERROR)
+            model(torch.ones(5, 3))
+            plain.setLevel(logging.INFO)
+
+        return said(all_calls, caplog)[0]
+
+    model = make()
+    expected = calls(model, torch.optim.SGD(model.parameters(), 0.01))
+    assert expected
+    compiled = kfc_fx.compile(make())
+    # Sampled targets have a backward pass of their own, in which a checkpoint runs once more.
+    statistics = kfc_fx.Statistics(every=2, fisher="empirical")
+    assert calls(compiled, kfc_fx.KFC(compiled, statistics=statistics)) == expected
 
 
 def test_messages_stand_between_the_operations_that_they_stand_between(

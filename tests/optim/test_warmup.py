@@ -74,6 +74,13 @@ def test_a_resumed_run_is_past_it():
         assert torch.equal(own, expected)
 
 
+def test_it_is_refused_where_steps_have_a_size_of_their_own():
+    with pytest.raises(
+        kfc_fx.OptionError, match="warmup has nothing to change with quadratic_model"
+    ):
+        made(scaling=kfc_fx.Inverse(quadratic_model=True), warmup=4)
+
+
 def test_one_step_is_none_and_zero_is_refused():
     net, opt = made(warmup=1)
     plain, other = made()

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import kfc_fx
 from kfc_fx.compilation import armed_pass
 from kfc_fx.rewrite import emitting_graph
+from tests.models import backward, make, token_network
 
 X, Y = torch.randn(12, 6, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 4
 
@@ -68,14 +69,21 @@ def test_a_run_that_goes_on_compiles_where_the_other_would(calls, monkeypatch):
         assert torch.equal(own, expected)
 
 
-def test_factors_are_those_of_the_compiled_graph(monkeypatch):
+@pytest.mark.parametrize("fisher", ["sampled", "empirical"])
+def test_factors_and_steps_are_those_of_the_compiled_graph(fisher, monkeypatch):
     found = []
     for early in (0, 32):
         monkeypatch.setattr(armed_pass, "BY_OP", early)
-        net, opt = made()
-        for _ in range(6):
-            step(net, opt)
-        found.append([opt.factors[name] for name in ("0", "2")])
-    for by_op, compiled in zip(*found, strict=True):
-        torch.testing.assert_close(by_op.omega, compiled.omega)
-        torch.testing.assert_close(by_op.gamma, compiled.gamma)
+        net, opt = make(token_network(), backend="aot_eager", fisher=fisher, every=2)
+        for _ in range(4):
+            backward(net)
+            opt.step()
+            opt.zero_grad()
+        found.append((dict(opt.factors), [*net.parameters(), *net.buffers()]))
+    (compiled, expected), (by_op, own) = found
+    assert {"conv", "norm", "grouped", "tokens", "head"} <= compiled.keys() == by_op.keys()
+    for name, factors in compiled.items():
+        torch.testing.assert_close(by_op[name].gamma, factors.gamma, rtol=1e-4, atol=1e-6)
+        if factors.dense is not None:
+            torch.testing.assert_close(by_op[name].omega, factors.omega, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -67,7 +68,8 @@ def ops_of_a_step(network: nn.Module, **options) -> DispatchedOps:
     raise AssertionError("every step had statistics or a refresh")
 
 
-def test_a_step_of_resnet50_dispatches_a_tenth_of_a_loop_over_layers(monkeypatch):
+@pytest.mark.parametrize("share", [0.0, 0.7])
+def test_a_step_of_resnet50_dispatches_a_tenth_of_a_loop_over_layers(share, monkeypatch):
     """Channels are an eighth: their number changes nothing but the time this takes. Products are
     counted as everywhere but on processors where oneDNN multiplies, which takes no batches."""
     monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
@@ -75,7 +77,7 @@ def test_a_step_of_resnet50_dispatches_a_tenth_of_a_loop_over_layers(monkeypatch
     torch.manual_seed(0)
     network = resnet50_shaped(8)
     assert len(list(network.parameters())) == 161
-    options = {"input_factor": "separable"}
+    options = {"input_factor": "separable", "orthogonalize": share}
     together = ops_of_a_step(network, **options).calls
     monkeypatch.setattr(update_spec, "stack_blocks", apart)
     monkeypatch.setattr(orthogonal, "shared", lambda stack: stack.key)
