@@ -10,7 +10,7 @@ from functools import cached_property
 from types import ModuleType
 from typing import Literal
 
-from kfc_fx.plan.forms import FactorForms, statistic_shapes
+from kfc_fx.plan.forms import FactorForms, statistic_shapes, takes_matrix_step
 from kfc_fx.plan.spec import BlockSpec
 
 GenericRule = Literal["adamw", "sgd"]
@@ -31,6 +31,9 @@ class ScalingSpec:
     same scaling with other options."""
     generator: ModuleType
     """A module that is a :class:`~kfc_fx.codegen.scalings.rules.ScalingRule`."""
+    row_parts: int = 1
+    """Matrices of equal height that the rows of a block are, each with a polar factor of its own:
+    the heads of attention layers, and their queries, keys and values where these are one layer."""
 
     def __str__(self) -> str:
         return self.name
@@ -117,6 +120,17 @@ class StackSpec:
         """Stacked shape of ``[W b]`` and of everything shaped like the gradient."""
         return self.depth, self.first.rows, self.first.columns
 
+    @property
+    def row_parts(self) -> int:
+        """Matrices that the rows of an entry are, each with a polar factor of its own."""
+        return self.scaling.row_parts if takes_matrix_step(self.first) else 1
+
+    @property
+    def polar_shape(self) -> tuple[int, int, int]:
+        """Stacked shape of the matrices that have a polar factor each."""
+        depth, rows, columns = self.matrix_shape
+        return depth * self.row_parts, rows // self.row_parts, columns
+
 
 @dataclass(frozen=True)
 class StateEntry:
@@ -167,6 +181,8 @@ class UpdateSpec:
     factors_in_basis: bool
     """Whether the EMA of a factor that has an eigenbasis Q is kept as Q and the diagonal of
     ``Qᵀ F Q``. Every statistic must be followed by a refresh then."""
+    cautious_decay: bool = False
+    """Whether numbers that a step takes away from zero do not decay in it."""
     half_moments: bool = False
     """Whether moments are kept in bfloat16, those that would be in float32."""
     given_steps: bool = False

@@ -44,7 +44,7 @@ class BlockOptions:
         for value in dict.fromkeys([self.scaling, *special]):
             same = sum(value.name == other.name for other in specs)
             name = f"{value.name}_{same + 1}" if same else value.name
-            specs[value] = ScalingSpec(name, value.generator)  # type: ignore[arg-type]
+            specs[value] = ScalingSpec(name, value.generator, value.row_parts)  # type: ignore[arg-type]
         object.__setattr__(self, "specs", specs)
 
     @property
@@ -63,7 +63,10 @@ class BlockOptions:
         general = self.statistics.input_factor
         input_factor: InputFactorOption = self._chosen(block.name, "input_factor", general)
         forms = scaling.forms(block, input_factor, self.statistics.basis_limit)
-        return None if forms is None else BlockChoice(self.specs[scaling], forms)
+        if forms is None:
+            return None
+        scaling.check_rows(block)
+        return BlockChoice(self.specs[scaling], forms)
 
     def forms_of(self, block: BlockSpec) -> FactorForms | None:
         """Forms of a block's factors; None for a block that is generic, which needs none."""

@@ -65,6 +65,8 @@ class KFC(torch.optim.Optimizer):
             0.07 ("spectral") or 0.03 ("eigen", "inverse"). A block whose scaling ``blocks`` changes
             wants a parameter group with a rate of its own.
         weight_decay: decoupled, ``θ ← (1 − lr·weight_decay) θ``.
+        cautious_decay: let a number decay only where its step does not take it away from zero (Chen
+            et al. 2025).
         scaling: how a gradient is scaled by the factors of its block: :class:`kfc_fx.Adam`,
             :class:`kfc_fx.Spectral`, :class:`kfc_fx.Eigen` or :class:`kfc_fx.Inverse`, which have
             the options of each, or a name that stands for its defaults.
@@ -116,6 +118,7 @@ class KFC(torch.optim.Optimizer):
         lr: float | Tensor | None = None,
         *,
         weight_decay: float = 0.0,
+        cautious_decay: bool = False,
         scaling: str | Scaling = "adam",
         blocks: Mapping[str, str | Scaling | Mapping[str, Any]] | None = None,
         statistics: Statistics = Statistics(),  # noqa: B008 - frozen
@@ -148,6 +151,7 @@ class KFC(torch.optim.Optimizer):
             generic=generic,
             statistics=statistics,
             warmup=warmup,
+            cautious_decay=cautious_decay,
             average=average,
             master_weights=master_weights,
             state_dtype=state_dtype,

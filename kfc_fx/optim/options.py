@@ -45,6 +45,7 @@ class KFCOptions(Checked):
     generic: Any
     statistics: Annotated[Statistics, STATISTICS]
     warmup: Annotated[int | None, either(COUNT, None)]
+    cautious_decay: Annotated[bool, FLAG]
     average: Annotated[float | None, either(POSITIVE, None)]
     master_weights: Annotated[bool, FLAG]
     state_dtype: Annotated[torch.dtype | None, STATE_DTYPE]

@@ -64,7 +64,7 @@ def _switches(options: KFCOptions) -> Iterator[str]:
         yield f"state_dtype: {str(options.state_dtype).removeprefix('torch.')}"
     if options.average is not None:
         yield f"average: over {options.average:g} steps"
-    for name in ("master_weights", "compile_update", "maximize"):
+    for name in ("cautious_decay", "master_weights", "compile_update", "maximize"):
         if getattr(options, name):
             yield f"{name}: True"
 

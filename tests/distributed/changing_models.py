@@ -205,6 +205,7 @@ def moments(opt: kfc_fx.KFC) -> dict[str, Tensor]:
 def moments_of_large_parameters_are_divided() -> None:
     for generic in ("adamw", "sgd"):
         options = {"generic": generic, "weight_decay": 0.1, "average": 3.0}
+        options["cautious_decay"] = True
         options |= {"scaling": "inverse", "statistics": WHOLE, "seed": 1}
         inner, alone = (kfc_fx.compile(net(Table, double=True)) for _ in range(2))
         opt = kfc_fx.KFC(inner, distribute="update", **options)

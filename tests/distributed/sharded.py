@@ -120,7 +120,12 @@ def steps_are_those_of_one_process() -> None:
 
 
 def decay_averages_and_groups_are_those_of_one_process() -> None:
-    options = {"weight_decay": 0.1, "average": 4.0, "blocks": {"head": "spectral"}}
+    options = {
+        "weight_decay": 0.1,
+        "cautious_decay": True,
+        "average": 4.0,
+        "blocks": {"head": "spectral"},
+    }
     alone, its = one_process("inverse", 4, **options)
     for kind in kinds():
         model = kfc_fx.compile(sharded(kind, double=True))

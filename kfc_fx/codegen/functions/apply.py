@@ -13,6 +13,7 @@ from kfc_fx.codegen.pieces.moments import half, wide
 from kfc_fx.codegen.scalings.rules import rule_of, step_rule_of, steps_by_vector, vector_rule_of
 from kfc_fx.codegen.spec import Clip, ScalingSpec, StackSpec, UpdateSpec
 from kfc_fx.codegen.text.update_graph import UpdateGraph, Value, merged, values_at
+from kfc_fx.linalg.cautious import cautious_shrink
 
 BOUND_TEXT = ", scaled by sqrt(clip / ν) where ν = vᵀ(F + γ)v > clip"
 CLIP_TEXTS: dict[Clip, str] = {
@@ -254,6 +255,16 @@ def _finish(context: Context, steps: Sequence[Value]) -> UpdateGraph:
             "written", update.call(merged, parameters, arguments["master_weights"])
         )
     everything = update.call(list, written.values())
+    shrink = arguments["shrink"] if spec.weight_decay else None
+    if spec.cautious_decay:
+        names = [parameter.name for parameter in spec.generic]
+        subtracted = {name: generic[index] for index, name in enumerate(names)}
+        shrink = update.let(
+            "cautious",
+            update.call(
+                cautious_shrink, written, {} if found is None else found, subtracted, shrink
+            ),
+        )
     if spec.weight_decay and spec.average:
         everything = update.let("everything", everything)
     if spec.average:  # nothing takes memory after the first write, and can fail for want of it
@@ -261,7 +272,7 @@ def _finish(context: Context, steps: Sequence[Value]) -> UpdateGraph:
         context.result["average"] = update.let("new_average", copies)
     update.section("the only writes to the parameters")
     if spec.weight_decay:
-        update.effect(torch._foreach_mul_, everything, arguments["shrink"])
+        update.effect(torch._foreach_mul_, everything, shrink)
     if found is not None:
         moved = update.call(values_at, written, found)
         update.effect(torch._foreach_add_, moved, update.call(list, found.values()))

@@ -64,13 +64,19 @@ def rotate(
     Args:
         bases: by factor, of those in ``stack.basis_shapes``.
     """
-    if "gamma" in bases:
-        left = bases["gamma"] if back else transposed(bases["gamma"])
-        if local.stack.forms.output_parts > 1:
-            matrix = local.update.call(rotate_rows, left, matrix)
-        else:
-            matrix = left @ matrix
-    return rotate_input(local, bases, matrix, back=back)
+    return rotate_input(local, bases, rotate_output(local, bases, matrix, back=back), back=back)
+
+
+def rotate_output(
+    local: StackContext, bases: Mapping[str, Value], matrix: Value, *, back: bool = False
+) -> Value:
+    """``Q_Γᵀ M``, or ``Q_Γ M`` with ``back``; M where there is no ``gamma`` among the bases."""
+    if "gamma" not in bases:
+        return matrix
+    left = bases["gamma"] if back else transposed(bases["gamma"])
+    if local.stack.forms.output_parts > 1:
+        return local.update.call(rotate_rows, left, matrix)
+    return left @ matrix
 
 
 def rotate_input(

@@ -12,7 +12,7 @@ import torch
 
 from kfc_fx.codegen.pieces.bases import bases_of
 from kfc_fx.codegen.pieces.context import Context, StackContext
-from kfc_fx.codegen.pieces.matrices import transposed
+from kfc_fx.codegen.pieces.matrices import rotate_output, transposed
 from kfc_fx.codegen.spec import StackSpec
 from kfc_fx.codegen.text.update_graph import Value
 from kfc_fx.linalg.polar import orthogonalizers
@@ -25,14 +25,16 @@ def is_orthogonalized(stack: StackSpec) -> bool:
     return takes_matrix_step(stack.first) and _side(stack) > 1
 
 
-def towards_polar(context: Context, stacks: Sequence[StackSpec], values: Value) -> dict[str, Value]:
+def towards_polar(
+    context: Context, stacks: Sequence[StackSpec], values: Sequence[Value]
+) -> dict[str, Value]:
     """What moves matrices towards their polar factors, at their own Frobenius norms.
 
     That is M ``[depth, side, side]`` of a stack, such that ``M X``, or ``X M`` of a tall X, is X
     moved.
 
     Args:
-        values: a list, one entry X ``[depth, rows, columns]`` for each stack.
+        values: X of each stack, ``stack.polar_shape``.
 
     Returns:
         M by the key of each stack whose entries are matrices.
@@ -52,14 +54,14 @@ def towards_polar(context: Context, stacks: Sequence[StackSpec], values: Value) 
 def _of_one_place(
     context: Context,
     stacks: Sequence[StackSpec],
-    values: Value,
+    values: Sequence[Value],
     sides: dict[int, list[int]],
     suffix: str,
 ) -> dict[str, Value]:
     """M by key, of stacks on one device; ``sides`` has the indices of those that share a side."""
     update = context.update
     members = [index for side in sides.values() for index in side]
-    count = sum(stacks[index].depth for index in members)
+    count = sum(stacks[index].polar_shape[0] for index in members)
     many = "1 matrix" if count == 1 else f"{count} matrices"
     update.section(f"towards the polar factors of {many}, those of one shorter side together")
     grams = []
@@ -74,21 +76,33 @@ def _of_one_place(
     for place, (width, side) in enumerate(sides.items()):
         parts = [towards[place]]
         if len(side) > 1:
-            split = towards[place].split([stacks[index].depth for index in side])
+            split = towards[place].split([stacks[index].polar_shape[0] for index in side])
             split = update.let(f"towards_polar_{width}{suffix}", split)
             parts = [split[number] for number in range(len(side))]
         found |= {stacks[index].key: part for index, part in zip(side, parts, strict=True)}
     return found
 
 
+def parted(local: StackContext, matrix: Value) -> Value:
+    """The matrices that have a polar factor each, ``stack.polar_shape``: of a matrix in the
+    eigenbases, whose rows are turned back for it, since those of a basis mix all parts."""
+    gamma = {name: basis for name, basis in bases_of(local).items() if name == "gamma"}
+    return rotate_output(local, gamma, matrix, back=True).reshape(*local.stack.polar_shape)
+
+
 def moved(local: StackContext, matrix: Value, towards: Value) -> tuple[Value, dict[str, Value]]:
     """A matrix of a stack moved by M, and the bases to rotate it back by.
 
-    Where the side has one basis Q, by which the matrix is rotated back anyway, ``Q M`` takes its
-    place, a product of that side alone.
+    The rows of one that was :func:`parted` are turned back already. Of others, where the side has
+    one basis Q, by which the matrix is rotated back anyway, ``Q M`` takes its place, a product of
+    that side alone.
     """
     bases, tall = bases_of(local), _is_tall(local.stack)
     factor = "omega" if tall else "gamma"
+    if local.stack.row_parts > 1:
+        matrix = matrix @ towards if tall else towards @ matrix
+        matrix = local.let("moved", matrix.reshape(*local.stack.matrix_shape))
+        return matrix, {name: basis for name, basis in bases.items() if name != "gamma"}
     if factor in bases and local.stack.parts[factor] == 1:
         shape = local.stack.basis_shapes[factor]
         both = local.update.let("moved_basis", bases[factor] @ towards, shape)
@@ -109,14 +123,14 @@ def _precision(stacks: Iterable[StackSpec]) -> list[torch.dtype]:
 
 
 def _side(stack: StackSpec) -> int:
-    return min(stack.matrix_shape[1:])
+    return min(stack.polar_shape[1:])
 
 
 def _is_tall(stack: StackSpec) -> bool:
-    return stack.matrix_shape[1] > stack.matrix_shape[2]
+    return stack.polar_shape[1] > stack.polar_shape[2]
 
 
-def _gram(values: Value, index: int, stack: StackSpec) -> Value:
+def _gram(values: Sequence[Value], index: int, stack: StackSpec) -> Value:
     """Of the shorter side."""
     if _is_tall(stack):
         return transposed(values[index]) @ values[index]

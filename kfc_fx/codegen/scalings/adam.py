@@ -21,7 +21,7 @@ from kfc_fx.codegen.pieces.moments import (
     step_ahead,
     wide,
 )
-from kfc_fx.codegen.pieces.orthogonal import moved, towards_polar
+from kfc_fx.codegen.pieces.orthogonal import moved, parted, towards_polar
 from kfc_fx.codegen.spec import StackSpec, StateEntry
 from kfc_fx.codegen.text.update_graph import UpdateGraph, Value, complements_of_powers
 
@@ -64,12 +64,16 @@ def steps(context: Context, stacks: Sequence[StackSpec]) -> Iterator[Value]:
     momentum = context.momentum(stacks) if context.has_momentum(one) else None
     root = update.let("root", (1 - decay**count) ** 0.5)
     scaled = _scaled(context, stacks, found, momentum, root)
-    parts = (
-        towards_polar(context, stacks, scaled) if one.scaling in context.spec.orthogonalize else {}
-    )
+    matrices = [scaled[index] for index in range(len(stacks))]
+    parts: dict[str, Value] = {}
+    if one.scaling in context.spec.orthogonalize:
+        for index, stack in enumerate(stacks):
+            if stack.row_parts > 1:
+                matrices[index] = context.of_stack("part", stack, _part, scaled=matrices[index])
+        parts = towards_polar(context, stacks, matrices)
     rates = _rates(context, stacks, momentum, root)
     for index, stack in enumerate(stacks):
-        given = {"scaled": scaled[index]}
+        given = {"scaled": matrices[index]}
         if stack.key in parts:
             given["towards_polar"] = parts[stack.key]
         yield context.of_stack("step", stack, _step, **given, rate=rates[index])
@@ -132,6 +136,10 @@ def _rates(
     else:
         found = update.call(torch._foreach_mul, rates, -root / (1 - momentum**weights))
     return update.let(context.name("rates", one.scaling), found)
+
+
+def _part(local: StackContext) -> Value:
+    return parted(local, local.arguments["scaled"])
 
 
 def _step(local: StackContext) -> object:

@@ -129,21 +129,31 @@ def _moments(context: Context, stacks: Sequence[StackSpec], gradients: Sequence[
 
 def _step(local: StackContext) -> object:
     update, stack, arguments = local.update, local.stack, local.arguments
-    rows, columns = stack.matrix_shape[1:]
+    rows, columns = stack.polar_shape[1:]
     whitening = {name: local.state(f"w_{name}") for name in stack.factor_shapes}
     if stack.has_bias_apart:
         whitening["bias"] = local.state("w_bias")
     white = local.let("white", rotate_input(local, whitening, arguments["gradient"]))
-    polar = local.let("polar", _polar_factor(update, stack, white))
+    if stack.row_parts > 1:
+        white = update.let("parts", white.reshape(*stack.polar_shape), stack.polar_shape)
+    polar = _polar_factor(update, stack, white)
+    if stack.row_parts > 1:
+        polar = polar.reshape(*stack.matrix_shape)
+    polar = local.let("polar", polar)
     if _in_bfloat16(stack):
         whitening = {name: matrix.to(torch.bfloat16) for name, matrix in whitening.items()}
     moved = rotate_input(local, whitening, polar, back=True)
     if _in_bfloat16(stack):
         moved = moved.to(getattr(torch, stack.dtype))
-    moved = local.let("direction", moved)
+    if stack.row_parts > 1:
+        moved = moved.reshape(*stack.polar_shape)
+    moved = update.let("direction", moved, stack.polar_shape)
     norm = update.call(torch.linalg.matrix_norm, moved, keepdim=True).clamp(min=1e-30)
     norm = update.let("norm", norm, remark="above zero")
     size = update.call(min, rows, columns) ** 0.5
+    if stack.row_parts > 1:
+        moved = (moved * (size / norm)).reshape(*stack.matrix_shape)
+        return step_by_parameter(local, moved * -arguments["lr"])
     return step_by_parameter(local, moved * (-arguments["lr"] * size / norm))
 
 
@@ -169,9 +179,9 @@ def _in_bfloat16(stack: StackSpec) -> bool:
     if stack.device.startswith("cuda"):
         return True
     least = LEAST_LATE_IN_BFLOAT16 if _is_long(stack) else LEAST_IN_BFLOAT16
-    return stack.dtype == "float32" and min(stack.matrix_shape[1:]) >= least
+    return stack.dtype == "float32" and min(stack.polar_shape[1:]) >= least
 
 
 def _is_long(stack: StackSpec) -> bool:
-    short, long = sorted(stack.matrix_shape[1:])
+    short, long = sorted(stack.polar_shape[1:])
     return long > LONGER_ON_CPU * short

@@ -8,14 +8,15 @@ from typing import Annotated, ClassVar
 from kfc_fx.codegen.scalings import adam
 from kfc_fx.codegen.scalings.rules import ScalingRule
 from kfc_fx.codegen.spec import GenericRule
+from kfc_fx.errors import OptionError
 from kfc_fx.optim.checks import BETAS, FLAG, POSITIVE, SHARE
-from kfc_fx.optim.scalings.scaling import Scaling
+from kfc_fx.optim.scalings.scaling import PolarScaling
 from kfc_fx.plan.forms import FactorForms, InputFactorOption, cut, factor_forms
 from kfc_fx.plan.spec import BlockSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adam(Scaling):
+class Adam(PolarScaling):
     """Adam in the eigenbasis of Ω ⊗ Γ, ``scaling="adam"``: the default, which needs no tuning.
 
     Args:
@@ -28,9 +29,14 @@ class Adam(Scaling):
             itself (0) to its polar factor (1), the nearest semi-orthogonal matrix, which Muon
             takes of the momentum; the Frobenius norm stays. 0.7 is between the two: the polar
             factor alone forgets what the second moment says.
+        split: matrices of equal height that the rows of a matrix are, each of which has a polar
+            factor of its own: 3 for a layer that computes queries, keys and values at once.
+        heads: those that the rows of each of these are again: of an attention layer the heads.
+            Rows of one matrix stand next to each other.
 
     Raises:
-        OptionError: a field is of the wrong type or out of range.
+        OptionError: a field is of the wrong type or out of range, or ``split`` or ``heads`` are
+            given without ``orthogonalize``.
     """
 
     name: ClassVar[str] = "adam"
@@ -43,6 +49,11 @@ class Adam(Scaling):
     eps: Annotated[float, POSITIVE] = 1e-8
     nesterov: Annotated[bool, FLAG] = True
     orthogonalize: Annotated[float, SHARE] = 0.7
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.row_parts > 1 and not self.orthogonalizes:
+            raise OptionError("split and heads part what is orthogonalized: orthogonalize is 0")
 
     def forms(
         self, block: BlockSpec, input_factor: InputFactorOption, basis_limit: int

@@ -7,8 +7,9 @@ from typing import Annotated, ClassVar, Literal, get_args
 
 from kfc_fx.codegen.scalings.rules import ScalingRule, steps_by_vector
 from kfc_fx.codegen.spec import Clip, GenericRule
+from kfc_fx.errors import OptionError
 from kfc_fx.optim.checks import COUNT, POSITIVE, Checked, either, one_of
-from kfc_fx.plan.forms import FactorForms, InputFactorOption, factor_forms
+from kfc_fx.plan.forms import FactorForms, InputFactorOption, factor_forms, takes_matrix_step
 from kfc_fx.plan.spec import BlockSpec
 
 ClipBy = Literal["factors", "exact"]
@@ -42,6 +43,22 @@ class Scaling(Checked):
         """The forms of a block's factors; None where the scaling does not fit the block, whose
         parameters are generic then."""
         return factor_forms(block, input_factor)
+
+    @property
+    def row_parts(self) -> int:
+        """Matrices of equal height that the rows of a matrix are, each with a polar factor of its
+        own."""
+        return 1
+
+    def check_rows(self, block: BlockSpec) -> None:
+        """Raise :class:`OptionError` for a matrix whose rows are not :attr:`row_parts` equal
+        parts."""
+        parts, rows = self.row_parts, block.rows
+        if parts > 1 and takes_matrix_step(block) and (rows % parts or rows == parts):
+            raise OptionError(
+                f"split * heads is {parts}, and block {block.name!r} has {rows} rows, which are "
+                "not as many matrices of equal height: name the layers that are by blocks="
+            )
 
     def numbers(self) -> dict[str, float]:
         """Options that the generated code takes as arguments, by their names there."""
@@ -81,6 +98,18 @@ class Scaling(Checked):
     def needs_inputs(self) -> bool:
         """Whether the exact Fisher matrix is asked, which takes the inputs of the last batch."""
         return self.clipping in ("exact", "model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolarScaling(Scaling):
+    """A scaling that takes the polar factor of a matrix, or moves towards it."""
+
+    split: Annotated[int, COUNT] = 1
+    heads: Annotated[int, COUNT] = 1
+
+    @property
+    def row_parts(self) -> int:
+        return self.split * self.heads
 
 
 @dataclass(frozen=True, kw_only=True)

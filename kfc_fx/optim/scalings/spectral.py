@@ -9,13 +9,13 @@ from kfc_fx.codegen.scalings import spectral
 from kfc_fx.codegen.scalings.rules import ScalingRule
 from kfc_fx.codegen.spec import GenericRule
 from kfc_fx.optim.checks import DECAY, FLAG, POSITIVE
-from kfc_fx.optim.scalings.scaling import Scaling
+from kfc_fx.optim.scalings.scaling import PolarScaling
 from kfc_fx.plan.forms import FactorForms, InputFactorOption, factor_forms, takes_matrix_step
 from kfc_fx.plan.spec import BlockSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spectral(Scaling):
+class Spectral(PolarScaling):
     """Steepest descent under the spectral norm in the metric of Ω, ``scaling="spectral"``.
 
     It needs no Fisher pass and keeps no Γ. It is for matrices: the tables of embeddings, the
@@ -28,6 +28,10 @@ class Spectral(Scaling):
             nothing.
         damping: γ beside Ω, relative to its mean eigenvalue. It is large, since all directions of
             a step have one length: those of small eigenvalues would be noise.
+        split: matrices of equal height that the rows of a matrix are, each of which has a polar
+            factor of its own: 3 for a layer that computes queries, keys and values at once.
+        heads: those that the rows of each of these are again: of an attention layer the heads.
+            Rows of one matrix stand next to each other.
 
     Raises:
         OptionError: a field is of the wrong type or out of range.
