@@ -181,6 +181,8 @@ class UpdateSpec:
     factors_in_basis: bool
     """Whether the EMA of a factor that has an eigenbasis Q is kept as Q and the diagonal of
     ``Qᵀ F Q``. Every statistic must be followed by a refresh then."""
+    bounds_gradients: bool = False
+    """Whether the gradient of a block has a largest norm."""
     cautious_decay: bool = False
     """Whether numbers that a step takes away from zero do not decay in it."""
     half_moments: bool = False

@@ -400,6 +400,7 @@ class UpdateEngine:
             options=numbers.options,
             generic_options=numbers.generic,
             clip=numbers.clip,
+            max_block_norm=numbers.max_block_norm,
             average_decay=numbers.average_decay,
         )
 

@@ -72,6 +72,8 @@ class StepNumbers:
     generic: GenericNumbers
     clip: float | None
     """Bound on ν."""
+    max_block_norm: float | None
+    """Largest norm of a block's gradient."""
     shrink: Mapping[str, float]
     """By parameter name, what weight decay multiplies it by; read where some is decayed."""
     average_decay: float
@@ -115,6 +117,7 @@ class StepInputs:
     options: OptionNumbers
     generic_options: GenericNumbers
     clip: float | None
+    max_block_norm: float | None
     average_decay: float
     steps: Mapping[str, Tensor] = field(default_factory=dict)
     """Of blocks by parameter name, where they come from elsewhere."""
@@ -182,6 +185,7 @@ def _named(spec: UpdateSpec, inputs: StepInputs) -> dict[str, Any]:
         "generic_second_moment_decay": inputs.generic_options.second_moment_decay,
         "generic_eps": inputs.generic_options.eps,
         "clip": inputs.clip,
+        "max_block_norm": inputs.max_block_norm,
         "shrink": inputs.shrink,
         "average_decay": inputs.average_decay,
         "v": inputs.vectors,

@@ -106,6 +106,7 @@ def _numbers(spec: UpdateSpec, options: KFCOptions, groups: Mapping[str, Group])
         options=option_numbers(spec, options),
         generic=generic_numbers(options),
         clip=options.bound.clip if options.bound else None,
+        max_block_norm=options.max_block_norm,
         shrink=dict.fromkeys(spec.parameters, 1.0),
         average_decay=0.5,
     )

@@ -65,6 +65,8 @@ class KFC(torch.optim.Optimizer):
             0.07 ("spectral") or 0.03 ("eigen", "inverse"). A block whose scaling ``blocks`` changes
             wants a parameter group with a rate of its own.
         weight_decay: decoupled, ``θ ← (1 − lr·weight_decay) θ``.
+        max_block_norm: largest Frobenius norm of the gradient ``[W b]`` of a block. A larger one is
+            scaled down to it before anything else is computed from it; None for no bound.
         cautious_decay: let a number decay only where its step does not take it away from zero (Chen
             et al. 2025).
         scaling: how a gradient is scaled by the factors of its block: :class:`kfc_fx.Adam`,
@@ -118,6 +120,7 @@ class KFC(torch.optim.Optimizer):
         lr: float | Tensor | None = None,
         *,
         weight_decay: float = 0.0,
+        max_block_norm: float | None = None,
         cautious_decay: bool = False,
         scaling: str | Scaling = "adam",
         blocks: Mapping[str, str | Scaling | Mapping[str, Any]] | None = None,
@@ -151,6 +154,7 @@ class KFC(torch.optim.Optimizer):
             generic=generic,
             statistics=statistics,
             warmup=warmup,
+            max_block_norm=max_block_norm,
             cautious_decay=cautious_decay,
             average=average,
             master_weights=master_weights,

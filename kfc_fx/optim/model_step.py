@@ -530,6 +530,7 @@ class ModelStep:
             options=self._option_numbers(engine),
             generic=generic_numbers(options),
             clip=options.bound.clip if options.bound else None,
+            max_block_norm=options.max_block_norm,
             shrink=shrink,
             average_decay=decay,
         )

@@ -45,6 +45,7 @@ class KFCOptions(Checked):
     generic: Any
     statistics: Annotated[Statistics, STATISTICS]
     warmup: Annotated[int | None, either(COUNT, None)]
+    max_block_norm: Annotated[float | None, either(POSITIVE, None)]
     cautious_decay: Annotated[bool, FLAG]
     average: Annotated[float | None, either(POSITIVE, None)]
     master_weights: Annotated[bool, FLAG]
@@ -68,6 +69,11 @@ class KFCOptions(Checked):
             raise OptionError(
                 "warmup has nothing to change with quadratic_model, which chooses the size of "
                 "every step: leave one of them out"
+            )
+        if self.max_block_norm is not None and (self.clipping == "model" or self.adapt_damping):
+            raise OptionError(
+                "max_block_norm changes the gradient of the quadratic model, by which "
+                "quadratic_model and adapt_damping judge steps: leave one of them out"
             )
         _check_shared(self.vectors)
 

@@ -64,6 +64,8 @@ def _switches(options: KFCOptions) -> Iterator[str]:
         yield f"state_dtype: {str(options.state_dtype).removeprefix('torch.')}"
     if options.average is not None:
         yield f"average: over {options.average:g} steps"
+    if options.max_block_norm is not None:
+        yield f"max_block_norm: {options.max_block_norm:g}"
     for name in ("cautious_decay", "master_weights", "compile_update", "maximize"):
         if getattr(options, name):
             yield f"{name}: True"

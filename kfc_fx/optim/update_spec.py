@@ -100,6 +100,7 @@ def update_spec(
         nesterov=tuple(s for s in kept if values[s].takes_nesterov),
         orthogonalize=tuple(s for s, value in values.items() if value.orthogonalizes),
         weight_decay=decays,
+        bounds_gradients=options.max_block_norm is not None,
         cautious_decay=options.cautious_decay and decays,
         clip=options.clipping if any(v.steps_by_vector for v in values.values()) else "none",
         average=options.average is not None,

@@ -104,7 +104,7 @@ def replicas_are_equal_to_the_bit() -> None:
 def blocks_of_several_scalings_dtypes_and_options_stay_equal() -> None:
     blocks = {"down": "spectral", "head": kfc_fx.Eigen()}
     options = {"blocks": blocks, "average": 5.0, "weight_decay": 0.1, "generic": "sgd"}
-    options["cautious_decay"] = True
+    options |= {"cautious_decay": True, "max_block_norm": 0.5}
     found = {}
     for distribute in ("none", "update", "refresh"):
         ddp, opt = made("adam", distribute=distribute, **options)

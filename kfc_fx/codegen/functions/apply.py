@@ -53,7 +53,7 @@ def _precondition_graph(spec: UpdateSpec) -> UpdateGraph:
     """``precondition(gradients, state, lr, ...) -> {"v": by stack, "views": by parameter}``; for
     the quadratic model with ``"momenta"`` by parameter, and with ``"state"`` where it is new."""
     names = ["gradients", "state", "lr", *_options(spec, _by_vector(spec))]
-    names += ["active"] * spec.partial
+    names += ["active"] * spec.partial + ["max_block_norm"] * spec.bounds_gradients
     update = UpdateGraph("precondition")
     context = Context(update, spec, {name: update.argument(name) for name in names})
     if spec.clip == "shared":
@@ -218,9 +218,11 @@ def _arguments(spec: UpdateSpec) -> list[str]:
     computed, generic = not spec.given_steps, bool(spec.generic)
     # Where v is computed before the pause, so are the options that it takes.
     before = _by_vector(spec) if spec.pauses else []
+    before_all = len(before) == len(spec.scalings)
     wanted = [
         (True, ["parameters"]),
         (computed or generic, ["gradients"]),
+        (computed and not before_all and spec.bounds_gradients, ["max_block_norm"]),
         (computed, ["state"]),
         (not computed, ["steps"]),
         (computed or generic, ["lr"]),

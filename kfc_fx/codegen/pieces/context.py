@@ -97,13 +97,13 @@ class Context:
         **arguments: Value,
     ) -> Value:
         """Define a function for a stack and call it, on what it uses of the arguments and of
-        ``gradients``, the stack's own ``state`` and, where some block has no gradient in this
-        step, ``active``."""
+        ``gradients``, their bound, the stack's own ``state`` and, where some block has no gradient
+        in this step, ``active``."""
         given = dict(arguments)
-        for name in ("gradients", "state", "active"):
+        for name in ("gradients", "max_block_norm", "state", "active"):
             if name in self.arguments:
                 own = self.arguments[name]
-                given[name] = own if name == "gradients" else own[stack.key]
+                given[name] = own[stack.key] if name in ("state", "active") else own
 
         def build(update: UpdateGraph, values: dict[str, Value]) -> object:
             return body(StackContext(update, self.spec, stack, values))

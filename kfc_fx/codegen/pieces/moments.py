@@ -15,6 +15,7 @@ from kfc_fx.codegen.pieces.context import StackContext, kept
 from kfc_fx.codegen.pieces.matrices import gather, rotate
 from kfc_fx.codegen.spec import UpdateSpec
 from kfc_fx.codegen.text.update_graph import UpdateGraph, Value, complements
+from kfc_fx.linalg.bounded import bounded
 from kfc_fx.linalg.half import halved, widened
 
 MOMENTS = ("v", "m", "p")
@@ -22,8 +23,14 @@ MOMENTS = ("v", "m", "p")
 
 
 def stacked_gradient(local: StackContext) -> Value:
-    """``∇`` of a stack."""
-    return local.let("gradient", gather(local.update, local.stack, local.arguments["gradients"]))
+    """``∇`` of a stack, each block's no larger than the bound where there is one."""
+    gradient = gather(local.update, local.stack, local.arguments["gradients"])
+    if local.spec.bounds_gradients:
+        groups = local.stack.first.groups
+        largest = local.arguments["max_block_norm"]
+        found = [gradient, largest, groups] if groups > 1 else [gradient, largest]
+        gradient = local.update.call(bounded, *found)
+    return local.let("gradient", gradient)
 
 
 def rotated(local: StackContext, gradient: Value) -> Value:
