@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -11,12 +12,15 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from kfc_fx.distributed import generic_rows
+from tests.distributed import forked
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 60
@@ -27,13 +31,55 @@ LONGEST = 400
 Scenario = Callable[[], None]
 
 
-def run_ranks(module: str, ranks: int, *arguments: str, any_end: bool = False) -> str:
+def run_ranks(module: str, ranks: int, *arguments: str) -> str:
     """What a program of these tests prints; an error with it, where the program fails.
 
-    Args:
-        any_end: it may fail.
+    Its processes are forks of one that has imported torch already, and have the environment that
+    torchrun would give them.
     """
-    return torchrun(ranks, "-m", module, *arguments, any_end=any_end)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.distributed.forked"])
+    port = str(_free_port())
+    with tempfile.TemporaryDirectory() as folder:
+        written = [Path(folder) / str(rank) for rank in range(ranks)]
+        started = [
+            context.Process(
+                target=forked.run, args=(module, arguments, rank, ranks, port, str(written[rank]))
+            )
+            for rank in range(ranks)
+        ]
+        for process in started:
+            process.start()
+        ended = _all_ended(started)
+        printed, told = (
+            "".join(path.read_text() for path in sorted(Path(folder).glob(f"*.{stream}")))
+            for stream in ("stdout", "stderr")
+        )
+    assert ended, "\n".join([printed, *told.splitlines()[-80:]])
+    return printed
+
+
+def _all_ended(started: Sequence[BaseProcess]) -> bool:
+    """Whether all end well; as soon as one does not, and then none goes on."""
+    end = time.monotonic() + LONGEST
+    try:
+        left = list(started)
+        while left and time.monotonic() < end:
+            wait([process.sentinel for process in left], timeout=1)
+            if any(process.exitcode for process in left):
+                return False
+            left = [process for process in left if process.exitcode is None]
+        return not left
+    finally:
+        for process in started:
+            process.kill()
+            process.join()
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return int(free.getsockname()[1])
 
 
 def torchrun(
@@ -75,9 +121,7 @@ def run_machines(
         arguments: of torchrun, after what it is told of the machines.
         environments: of each, beside that of this process; the first is the host.
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={least}:{most}"]
     command += ["--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}"]
     command += ["--rdzv-conf=timeout=60,last_call_timeout=3", "--rdzv-id=test", *arguments]

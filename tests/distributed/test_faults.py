@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.distributed import faulty
-from tests.distributed.launch import run_machines, run_ranks, torchrun
+from tests.distributed.launch import run_machines, torchrun
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch without distributed"
@@ -45,12 +45,12 @@ def test_a_run_goes_on_without_a_machine_that_is_lost(tmp_path):
 
 
 def test_a_rank_that_does_not_come_ends_the_others_at_the_time_out_of_their_group(tmp_path):
-    printed = run_ranks(FAULTY, 2, "late", str(tmp_path), any_end=True)
+    printed = torchrun(2, "-m", FAULTY, "late", str(tmp_path), any_end=True)
     found = re.search(r"after (\d+) s: rank 0 has waited \d+ s for the other ranks", printed)
     assert 7 <= int(found.group(1)) < 20
 
 
 def test_a_rank_that_has_failed_alone_ends_the_others_with_its_message(tmp_path):
-    printed = run_ranks(FAULTY, 2, "alone", str(tmp_path), any_end=True)
+    printed = torchrun(2, "-m", FAULTY, "alone", str(tmp_path), any_end=True)
     found = re.search(r"after (\d+) s: rank 1 has failed after 11 steps .*TypeError", printed)
     assert int(found.group(1)) < 20

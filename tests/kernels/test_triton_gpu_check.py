@@ -149,7 +149,9 @@ def test_benchmarks_fill_the_table(
     monkeypatch.setattr(gpu_check, "ceilings", lambda device: ceilings)
     monkeypatch.setattr(gpu_timing, "small_residual_network", tiny_network)
     monkeypatch.setattr(
-        gpu_check, "step_timings", lambda device: gpu_timing.step_timings(device, batch=2)
+        gpu_check,
+        "step_timings",
+        lambda device: gpu_timing.step_timings(device, batch=2, warm_up=2),
     )
     results: dict[str, object] = {}
     before = torch.get_float32_matmul_precision()

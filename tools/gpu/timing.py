@@ -192,7 +192,7 @@ def _peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def step_timings(device: torch.device, batch: int = 256) -> dict[str, float]:
+def step_timings(device: torch.device, batch: int = 256, warm_up: int = 20) -> dict[str, float]:
     """Milliseconds of a plain step and of a step with statistics, on a plain residual network."""
     torch.manual_seed(0)
     network = small_residual_network().to(device)
@@ -210,7 +210,7 @@ def step_timings(device: torch.device, batch: int = 256) -> dict[str, float]:
         model = kfc_fx.compile(small_residual_network().to(device))
         statistics = kfc_fx.Statistics(every=interval, refresh_every=1_000_000)
         optimizer = kfc_fx.KFC(model, lr=1e-3, statistics=statistics)
-        for _ in range(20):
+        for _ in range(warm_up):
             step(model, optimizer)
         optimizer.diagnostics.steps = optimizer.schedule.early_phase + 1  # no refresh from here on
         times = [host_time([partial(step, model, optimizer)], device).median for _ in range(3)]
