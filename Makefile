@@ -30,7 +30,7 @@ demo: $(READY)
 
 test: lint
 	@echo "==> tests"
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist worksteal
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 4 --dist worksteal
 
 docs:
 	@$(MAKE) --no-print-directory EXTRAS=docs site
