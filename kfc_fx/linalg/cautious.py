@@ -27,27 +27,10 @@ def cautious_shrink(
     Returns:
         As many tensors, in the shapes of the parameters.
     """
-    up = [name for name in parameters if name in added]
-    down = [name for name in parameters if name not in added]
-    outward = _products(parameters, added, up)
-    outward |= dict(zip(down, _negative(_products(parameters, subtracted, down)), strict=True))
-    factors = [
-        (own <= 0).to(torch.promote_types(own.dtype, torch.float32))
-        for own in (outward[name] for name in parameters)
-    ]
-    torch._foreach_mul_(factors, [own - 1 for own in shrink])
-    torch._foreach_add_(factors, 1)
+    factors = []
+    for (name, parameter), own in zip(parameters.items(), shrink, strict=True):
+        step = added[name] if name in added else -subtracted[name]
+        outward = parameter * step
+        inward = (outward <= 0).to(torch.promote_types(outward.dtype, torch.float32))
+        factors.append(inward.mul_(own - 1).add_(1))
     return factors
-
-
-def _products(
-    first: Mapping[str, Tensor], second: Mapping[str, Tensor], names: Sequence[str]
-) -> dict[str, Tensor]:
-    if not names:
-        return {}
-    found = torch._foreach_mul([first[n] for n in names], [second[n] for n in names])
-    return dict(zip(names, found, strict=True))
-
-
-def _negative(products: Mapping[str, Tensor]) -> Sequence[Tensor]:
-    return torch._foreach_neg(list(products.values())) if products else ()

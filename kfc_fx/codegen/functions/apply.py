@@ -260,7 +260,7 @@ def _finish(context: Context, steps: Sequence[Value]) -> UpdateGraph:
     shrink = arguments["shrink"] if spec.weight_decay else None
     if spec.cautious_decay:
         names = [parameter.name for parameter in spec.generic]
-        subtracted = {name: generic[index] for index, name in enumerate(names)}
+        subtracted = {} if generic is None else {n: generic[i] for i, n in enumerate(names)}
         shrink = update.let(
             "cautious",
             update.call(
