@@ -6,7 +6,16 @@ import pytest
 import torch
 
 import kfc_fx
-from tests.models import IMAGES, LABELS, backward, collector_of, parameters, token_network
+from tests.models import (
+    IMAGES,
+    LABELS,
+    backward,
+    collector_of,
+    count_calls_of_emitting_graphs,
+    count_compiled_emitting_graphs,
+    parameters,
+    token_network,
+)
 from tests.options import kfc
 
 SIZES = (12, 7, 5)
@@ -80,3 +89,59 @@ def test_a_compiled_graph_is_not_retained_by_the_user_on_a_curvature_step():
     loss = torch.nn.functional.cross_entropy(compiled(IMAGES.double()), LABELS)
     with pytest.raises(RuntimeError, match="retain_graph=False"):
         loss.backward(retain_graph=True)
+
+
+SHARES = [
+    ("inductor", {"samples": 4}),
+    ("aot_eager", {"samples": 4, "fisher": "sampled"}),
+    ("aot_eager", {"samples": "auto", "factor": 8}),
+    ("aot_eager", {"samples": "auto", "factor": 16, "fisher": "sampled"}),
+]
+
+
+@pytest.mark.parametrize(("backend", "options"), SHARES, ids=str)
+def test_a_share_of_the_batch_is_that_of_eager(backend, options, monkeypatch):
+    """Of batches of three sizes: a graph is compiled for two of them, and the third runs op by
+    op."""
+    options = {"fisher": "empirical", "scaling": "inverse", "every": 1, **options}
+    factor = options.pop("factor", 1)
+    compiled_graphs = count_compiled_emitting_graphs(monkeypatch)
+    found = []
+    for own in ("eager", backend):
+        net = token_network(dropout=0.0).double()
+        compiled = kfc_fx.compile(net, backend=own)
+        opt = kfc(compiled, lr=0.01, seed=0, **options)
+        graphs, sums = len(compiled_graphs), []
+        for size in (12, 8, 12, 6, 12):
+            x = IMAGES[:size].double().repeat(factor, 1, 1, 1)
+            backward(compiled, x, LABELS[:size].repeat(factor))
+            sums.append({n: dict(s) for n, s in collector_of(compiled).sums.blocks.items()})
+            opt.step()
+            opt.zero_grad()
+        found.append((sums, parameters(net)))
+        assert len(compiled_graphs) - graphs == (1 if own == "eager" else 2)
+    (whole, expected), (own_sums, own_parameters) = found
+    assert {"conv", "norm", "grouped", "tokens", "head"} <= whole[0].keys()
+    torch.testing.assert_close(own_sums, whole)
+    torch.testing.assert_close(own_parameters, expected)
+
+
+def test_a_block_that_is_not_due_when_a_graph_is_compiled_is_due_later(monkeypatch):
+    """Of "spectral", whose statistics are taken in the forward pass."""
+    calls = count_calls_of_emitting_graphs(monkeypatch)
+    found = []
+    for backend in ("eager", "aot_eager"):
+        net = token_network(dropout=0.0).double()
+        compiled = kfc_fx.compile(net, backend=backend)
+        _opt = kfc(compiled, lr=0.01, scaling="spectral", samples=4, every=1)
+        collector, sums = collector_of(compiled), []
+        for left_out in ({"conv", "head"}, set(), {"tokens"}):
+            collector.arm(True, left_out=left_out)
+            backward(compiled, IMAGES.double(), LABELS)
+            sums.append({name: dict(s) for name, s in collector.take().blocks.items()})
+        assert "head" not in sums[0]
+        assert "head" in sums[1]
+        assert "tokens" in sums[1].keys() - sums[2].keys()
+        found.append(sums)
+    torch.testing.assert_close(found[1], found[0])
+    assert len(calls) == 6

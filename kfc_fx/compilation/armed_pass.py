@@ -82,19 +82,25 @@ class ArmedPass:
         for block, span, rows in zip(*emitted.rows, strict=True):
             self.record_of(block.name).note_rows(block, span, rows)
         for block, statistics in emitted.inputs:
-            add(self.record_of(block.name).inputs, block.name, statistics)
+            record = self.record_of(block.name)
+            if record.wants(block.name):  # compiled code computes those of all
+                add(record.inputs, block.name, statistics)
 
     def record_of(self, block: str) -> ForwardRecord:
         """The record that takes the statistics of a block."""
         return self._owners[block]
 
-    def share_of(self, block: str) -> BatchShare | None:
+    def share_of(self, block: str, traced: bool = False) -> BatchShare | None:
         """The share of the batch that the statistics of a block are of; None where they are not
-        wanted."""
+        wanted.
+
+        Args:
+            traced: whether code is traced that other passes run too, which may want them.
+        """
         if block not in self._owners:
             return WHOLE
         record = self._owners[block]
-        return record.share if record.wants(block) else None
+        return record.share if traced or record.wants(block) else None
 
     def drop_changed(self, blocks: tuple[BlockSpec, ...]) -> None:
         """Drop the statistics of blocks that a later graph of the pass has made others.

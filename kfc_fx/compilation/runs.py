@@ -301,6 +301,7 @@ class Runs:
         for block, forms in emitting.probed:
             parameter = self._model.get_parameter(block.weight)
             probes += running.probes_for(block, forms, parameter)
-        emitted = emitting(inputs, probes, by_op=running.is_early)
+        shares = tuple(running.share_of(b.name, traced=True) for b, _ in emitting.emitters)
+        emitted = emitting(inputs, probes, shares, by_op=running.is_early)
         running.note(emitted)
         return emitted.outputs

@@ -65,7 +65,7 @@ def site_costs(graph: BoundGraph, share: BatchShare = WHOLE) -> list[SiteCost]:
 def _input_cost(node: fx.Node, share: BatchShare) -> SiteCost:
     observer = StatisticsObserver()
     (inputs,), options = _call_without_data(node)
-    with forward_shares(lambda _: share):
+    with forward_shares(lambda _block, _traced: share):
         run = partial(input_statistics, inputs, **options)
         work = counted_call(observer.counter, run)
     return SiteCost(node.meta["kfc_block"], work, tuple(observer.calls))

@@ -10,12 +10,6 @@ from kfc_fx.statistics.request import StatisticsRequest
 
 def check_model(compilation: Compilation, options: KFCOptions) -> None:
     """Raise :class:`OptionError` for options that do not go with a model or its backend."""
-    samples, backend = options.statistics.samples, compilation.options.backend
-    if samples not in (None, "auto") and backend != "eager":
-        raise OptionError(
-            f"Statistics: samples needs backend='eager', got {backend!r}: a compiled backward pass "
-            "has the share of the batch that it takes fixed in its code"
-        )
     if options.needs_inputs and any(p.is_complex() for p in compilation.model.parameters()):
         raise OptionError(
             "clip_by='exact', quadratic_model and adapt_damping take the exact Fisher matrix of "
@@ -29,7 +23,7 @@ def request_of(compilation: Compilation, options: KFCOptions) -> StatisticsReque
         forms=options.by_block.forms_of,
         fisher=options.statistics.fisher,
         scale_free=options.scale_free,
-        samples=options.statistics.samples if compilation.options.backend == "eager" else None,
+        samples=options.statistics.samples,
         keep_inputs=options.needs_inputs,
         seed=options.seed,
         maximize=options.maximize,

@@ -14,6 +14,10 @@ from kfc_fx.capture.graph import Stage
 from kfc_fx.plan.forms import statistic_shapes
 from kfc_fx.plan.spec import BlockSpec, SiteSpec
 from kfc_fx.rewrite.emitting import Emitter, Emitters, emitting_stages
+from kfc_fx.statistics.share import WHOLE
+
+MOST_FIXED = 2
+"""Shares and sizes of a batch that an emitting graph is compiled for."""
 
 Span = tuple[int, int]
 """The groups ``[start, stop)`` of a block."""
@@ -27,6 +31,35 @@ class RowCounts(NamedTuple):
     """The groups of the block that the rows are of."""
     rows: list[int]
     """N·|T| of each of these groups."""
+
+
+class EmittingRuns:
+    """What a backend makes of an emitting graph.
+
+    Statistics of the whole batch are compiled for any size of it. Of a share, which examples count
+    is fixed in the code. It is compiled for few shares and sizes, and others run op by op: steps
+    with statistics are rare, and batches of many sizes would be compiled again and again.
+    """
+
+    def __init__(self, backend: str, module: fx.GraphModule, by_op: Callable[..., Any]) -> None:
+        self._backend, self._module, self._by_op = backend, module, by_op
+        self._compiled: dict[object, Callable[..., Any]] = {}
+
+    def fitting(self, shares: tuple[object, ...], inputs: Sequence[Any]) -> Callable[..., Any]:
+        """What runs the graph on these inputs for these shares of the batch; compiled at its first
+        call."""
+        whole = self._backend == "eager" or all(share == WHOLE for share in shares)
+        key = None if whole else (shares, tuple(map(_size_of, inputs)))
+        fixed = len(self._compiled) - (None in self._compiled)
+        if key not in self._compiled:
+            if key is not None and fixed >= MOST_FIXED:
+                return self._by_op
+            self._compiled[key] = compile_emitting(self._backend, self._module)
+        return self._compiled[key]
+
+
+def _size_of(value: Any) -> object:
+    return tuple(value.shape) if isinstance(value, Tensor) else value
 
 
 @dataclass(frozen=True)
@@ -46,7 +79,7 @@ class EmittingGraph:
 
     stages: tuple[Stage, ...]
     """What each pass of the rewrite left behind."""
-    run: Callable[..., Any]
+    run: EmittingRuns
     """The last stage as the backend compiled it."""
     run_by_op: Callable[..., Any]
     """The last stage op by op."""
@@ -63,16 +96,23 @@ class EmittingGraph:
         return (*self.probed, *dict.fromkeys(self.alone))
 
     def __call__(
-        self, inputs: Sequence[Any], probes: Sequence[Tensor], *, by_op: bool = False
+        self,
+        inputs: Sequence[Any],
+        probes: Sequence[Tensor],
+        shares: tuple[object, ...] = (),
+        *,
+        by_op: bool = False,
     ) -> Emitted:
         """Run the graph. Where the rows of groups are data, reading them waits for the device.
 
         Args:
             inputs: those of the plain graph.
             probes: of the statistics of :attr:`probed`, in the order of ``statistic_shapes``.
+            shares: of the batch that the statistics of :attr:`emitters` are of; the whole where
+                none is given.
             by_op: run it op by op, whatever the backend is.
         """
-        run = self.run_by_op if by_op else self.run
+        run = self.run_by_op if by_op else self.run.fitting(shares, inputs)
         outputs, rows, returned = run(*inputs, *probes)
         statistics = [
             (block, dict(zip(statistic_shapes(block, forms), values, strict=True)))
@@ -104,11 +144,11 @@ def emitting_graph(
     stages = emitting_stages(canonical, live, emitters)
     own = [emitters[site.weight] for site in live]
     module = stages[-1].module
-    run = compile_emitting(backend, module)
+    by_op = run_by_op(module)
     return EmittingGraph(
         stages=tuple(stages),
-        run=run,
-        run_by_op=run if backend == "eager" else run_by_op(module),
+        run=EmittingRuns(backend, module, by_op),
+        run_by_op=by_op,
         probed=tuple(emitter for emitter in emit if emitter[1].output != "absent"),
         counted=tuple((b, b.span(site)) for (b, _), site in zip(own, live, strict=True)),
         alone=tuple(emitter for emitter in own if emitter[1].output == "absent"),

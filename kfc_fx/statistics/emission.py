@@ -21,6 +21,7 @@ from kfc_fx.capture.regions import is_run_again
 from kfc_fx.statistics.record import Destination, ForwardRecord, destinations_of
 from kfc_fx.statistics.rules.matrices import EmissionRule, MatrixRule
 from kfc_fx.statistics.rules.table import rule
+from kfc_fx.statistics.running import forward_share
 from kfc_fx.statistics.share import WHOLE, BatchShare
 
 
@@ -93,7 +94,7 @@ class Kept:
 def _are_hooked(y: Tensor) -> bool:
     """Whether what is saved for the backward pass goes through hooks."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is not None and not _is_traced(y)
+    return hooks is not None and not is_traced(y)
 
 
 class _Emission(torch.autograd.Function):
@@ -117,8 +118,9 @@ class _Emission(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         statistics: tuple[Tensor | None, ...]
-        if _is_traced(cotangent):
-            statistics = _statistics(ctx, cotangent, WHOLE)
+        if is_traced(cotangent):
+            # Forward and backward are traced together, in the forward pass.
+            statistics = _statistics(ctx, cotangent, forward_share(ctx.block, traced=True) or WHOLE)
         elif ctx.destinations and ctx.destinations[0].record.running:
             statistics = _taken(ctx, cotangent, ctx.destinations[0].record)
         else:
@@ -156,7 +158,7 @@ def _statistics(ctx: Any, cotangent: Tensor, share: BatchShare) -> tuple[Tensor,
     return ctx.rule.statistics(share, x, cotangent, *others)  # type: ignore[no-any-return]
 
 
-def _is_traced(cotangent: Tensor) -> bool:
+def is_traced(cotangent: Tensor) -> bool:
     """Whether AOTAutograd traces the backward pass: it must see the statistics, which the compiled
     one then computes. Before torch 2.12 ``is_compiling`` is False there."""
     return torch.compiler.is_compiling() or detect_fake_mode([cotangent]) is not None
@@ -164,7 +166,7 @@ def _is_traced(cotangent: Tensor) -> bool:
 
 def profiler_range(block: str, cotangent: Tensor) -> AbstractContextManager[object]:
     """A range of torch.profiler that names the block, but in no traced graph."""
-    if _is_traced(cotangent):
+    if is_traced(cotangent):
         return nullcontext()
     return torch.profiler.record_function(f"kfc_fx::statistics {block}")
 

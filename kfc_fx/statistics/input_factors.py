@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfc_fx.statistics.emission import profiler_range, unnested
+from kfc_fx.statistics.emission import is_traced, profiler_range, unnested
 from kfc_fx.statistics.rules.matrices import MatrixRule
 from kfc_fx.statistics.rules.table import rule
 from kfc_fx.statistics.running import forward_share
@@ -29,9 +29,10 @@ def input_statistics(
         options: the fields of the kind's rule.
 
     Returns:
-        The statistics; none where the armed forward pass that runs wants none of this block.
+        The statistics; none where the armed forward pass that runs wants none of this block, but
+        in traced code.
     """
-    share = forward_share(block)
+    share = forward_share(block, traced=is_traced(inputs[0]))
     if share is None:
         return ()
     own = rule(kind, options)

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 
 from kfc_fx.statistics.share import WHOLE, BatchShare
 
-ShareOf = Callable[[str], BatchShare | None]
-"""Block name to the share of the batch that its statistics are taken of; None for a block whose
-statistics are not wanted."""
+ShareOf = Callable[[str, bool], BatchShare | None]
+"""Block name, and whether code is traced that other passes run too, to the share of the batch that
+its statistics are taken of; None for a block whose statistics are not wanted, but in such code."""
 
 
 class _Running(threading.local):
@@ -36,7 +36,12 @@ def forward_shares(share_of: ShareOf) -> Iterator[None]:
         _running.shares.remove(share_of)
 
 
-def forward_share(block: str) -> BatchShare | None:
+def forward_share(block: str, *, traced: bool) -> BatchShare | None:
     """The share of the batch that the innermost forward pass takes the statistics of a block of;
-    None where it takes none."""
-    return _running.shares[-1](block) if _running.shares else WHOLE
+    None where it takes none.
+
+    Args:
+        traced: whether code is traced, which later passes run too, with the same share of the
+            batch, and with statistics of other blocks.
+    """
+    return _running.shares[-1](block, traced) if _running.shares else WHOLE

@@ -48,6 +48,7 @@ class BatchShare:
             return x, 1.0  # the length of a traced batch would be fixed by asking for it
         count = len(x) if x.dim() > 1 else 0
         kept = max(1, round(self.fraction * count))
+        locations = int(locations)  # of traced code with a share the sizes are fixed
         if locations > 1 and count == self.examples and self.rows < inf:
             kept = min(kept, max(self.least, ceil(self.rows * side / locations)))
         if kept >= count:

@@ -152,7 +152,7 @@ def test_torch_s_own_flags_are_taken_as_none_or_false():
         ({"lr_ratio": 2}, r"write generic=kfc_fx\.GenericAdamW\(lr_ratio=\.\.\.\) or generic=kfc_fx\.GenericSGD"),
         ({"wieght_decay": 0.1}, "KFC has no option 'wieght_decay'; the nearest name is 'weight_decay'$"),
         ({"orthogonalise": 1.0}, r"the nearest name is 'orthogonalize', write scaling=kfc_fx\.Adam\(orthogonalize"),
-        ({"xyz": 1}, "KFC has no option 'xyz'; it has average, blocks, compare_every"),
+        ({"xyz": 1}, "KFC has no option 'xyz'; it has average, blocks, cautious_decay, compare_every"),
     ],
 )  # fmt: skip
 def test_a_keyword_that_is_no_option_is_refused_with_the_line_to_write(options, message):
@@ -217,8 +217,8 @@ def test_the_repr_says_what_the_optimizer_does():
     assert (
         repr(opt)
         == """KFC(
-  scaling: Adam(betas=(0.9, 0.95), eps=1e-08, nesterov=True, orthogonalize=0.7)
-    '3': scaling Spectral(momentum=0.95, nesterov=True, damping=0.3)
+  scaling: Adam(betas=(0.9, 0.95), eps=1e-08, nesterov=True, orthogonalize=0.7, split=1, heads=1)
+    '3': scaling Spectral(momentum=0.95, nesterov=True, damping=0.3, split=1, heads=1)
   blocks: 3 by adam, 1 by spectral
   generic: 0 parameters by GenericAdamW(lr_ratio=None, betas=(0.9, 0.999)), lr ratio 1
   statistics: every 5 steps, refreshed every 20
@@ -243,10 +243,3 @@ def test_diagnostics_are_flat_numbers():
     assert found["seconds_update"] == opt.diagnostics.seconds["update"] > 0
     assert found["dropped_statistics"] == 0
     assert "damping" not in make()[1].diagnostics.as_dict()
-
-
-def test_a_number_of_samples_needs_the_eager_backend():
-    compiled = kfc_fx.compile(conv_network(), backend="aot_eager")
-    with pytest.raises(kfc_fx.OptionError, match="Statistics: samples needs backend='eager'"):
-        kfc_fx.KFC(compiled, statistics=kfc_fx.Statistics(samples=8))
-    kfc_fx.KFC(compiled, statistics=kfc_fx.Statistics(samples=None))

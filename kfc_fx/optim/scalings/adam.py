@@ -9,14 +9,14 @@ from kfc_fx.codegen.scalings import adam
 from kfc_fx.codegen.scalings.rules import ScalingRule
 from kfc_fx.codegen.spec import GenericRule
 from kfc_fx.errors import OptionError
-from kfc_fx.optim.checks import BETAS, FLAG, POSITIVE, SHARE
-from kfc_fx.optim.scalings.scaling import PolarScaling
+from kfc_fx.optim.checks import BETAS, COUNT, FLAG, POSITIVE, SHARE
+from kfc_fx.optim.scalings.scaling import Scaling
 from kfc_fx.plan.forms import FactorForms, InputFactorOption, cut, factor_forms
 from kfc_fx.plan.spec import BlockSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adam(PolarScaling):
+class Adam(Scaling):
     """Adam in the eigenbasis of Ω ⊗ Γ, ``scaling="adam"``: the default, which needs no tuning.
 
     Args:
@@ -49,6 +49,8 @@ class Adam(PolarScaling):
     eps: Annotated[float, POSITIVE] = 1e-8
     nesterov: Annotated[bool, FLAG] = True
     orthogonalize: Annotated[float, SHARE] = 0.7
+    split: Annotated[int, COUNT] = 1
+    heads: Annotated[int, COUNT] = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -48,7 +48,7 @@ class Scaling(Checked):
     def row_parts(self) -> int:
         """Matrices of equal height that the rows of a matrix are, each with a polar factor of its
         own."""
-        return 1
+        return int(getattr(self, "split", 1) * getattr(self, "heads", 1))
 
     def check_rows(self, block: BlockSpec) -> None:
         """Raise :class:`OptionError` for a matrix whose rows are not :attr:`row_parts` equal
@@ -98,18 +98,6 @@ class Scaling(Checked):
     def needs_inputs(self) -> bool:
         """Whether the exact Fisher matrix is asked, which takes the inputs of the last batch."""
         return self.clipping in ("exact", "model")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PolarScaling(Scaling):
-    """A scaling that takes the polar factor of a matrix, or moves towards it."""
-
-    split: Annotated[int, COUNT] = 1
-    heads: Annotated[int, COUNT] = 1
-
-    @property
-    def row_parts(self) -> int:
-        return self.split * self.heads
 
 
 @dataclass(frozen=True, kw_only=True)

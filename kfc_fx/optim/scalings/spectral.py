@@ -8,14 +8,14 @@ from typing import Annotated, ClassVar
 from kfc_fx.codegen.scalings import spectral
 from kfc_fx.codegen.scalings.rules import ScalingRule
 from kfc_fx.codegen.spec import GenericRule
-from kfc_fx.optim.checks import DECAY, FLAG, POSITIVE
-from kfc_fx.optim.scalings.scaling import PolarScaling
+from kfc_fx.optim.checks import COUNT, DECAY, FLAG, POSITIVE
+from kfc_fx.optim.scalings.scaling import Scaling
 from kfc_fx.plan.forms import FactorForms, InputFactorOption, factor_forms, takes_matrix_step
 from kfc_fx.plan.spec import BlockSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spectral(PolarScaling):
+class Spectral(Scaling):
     """Steepest descent under the spectral norm in the metric of Ω, ``scaling="spectral"``.
 
     It needs no Fisher pass and keeps no Γ. It is for matrices: the tables of embeddings, the
@@ -47,6 +47,8 @@ class Spectral(PolarScaling):
     momentum: Annotated[float, DECAY] = 0.95
     nesterov: Annotated[bool, FLAG] = True
     damping: Annotated[float, POSITIVE] = 0.3
+    split: Annotated[int, COUNT] = 1
+    heads: Annotated[int, COUNT] = 1
 
     def forms(
         self, block: BlockSpec, input_factor: InputFactorOption, basis_limit: int
