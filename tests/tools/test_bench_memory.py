@@ -59,3 +59,13 @@ def test_an_unknown_model_is_refused():
 def test_a_process_that_dies_is_an_error():
     with pytest.raises(bench_memory.CommandError, match="exit code 1"):
         bench_memory.measure("no such workload", 1)
+
+
+def test_moments_in_bfloat16_are_of_half_the_bytes():
+    states = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        training = bench_memory.WORKLOADS["digits-net"]()
+        states[dtype] = bench_memory._train_kfc(training, 2, dtype).state_bytes
+    parameters = sum(p.numel() for p in digits_net((1, 8, 8), 10).parameters())
+    assert states[torch.float32] - states[torch.bfloat16] == 2 * 2 * parameters

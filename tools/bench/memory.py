@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -71,23 +71,28 @@ WORKLOADS: dict[str, Callable[[], Training]] = {
 """Images of 224² by eights (digits: 8² by 64), 4 texts of 128 words."""
 
 
-def measure(name: str, steps: int) -> MemoryRow:
+def measure(name: str, steps: int, state_dtype: str = "float32") -> MemoryRow:
     """Train the workload ``name`` once with each optimizer, each in a fresh process.
+
+    Args:
+        state_dtype: what KFC keeps moments in.
 
     Raises:
         CommandError: a process ended without a result.
     """
-    shape, count, size, kfc = _in_fresh_process(name, "kfc", steps)
-    *_, adamw = _in_fresh_process(name, "adamw", steps)
+    shape, count, size, kfc = _in_fresh_process(name, "kfc", steps, state_dtype)
+    *_, adamw = _in_fresh_process(name, "adamw", steps, state_dtype)
     return MemoryRow(name, shape, count, size, kfc, adamw)
 
 
-def _in_fresh_process(name: str, optimizer: str, steps: int) -> tuple[Any, ...]:
+def _in_fresh_process(name: str, optimizer: str, steps: int, state_dtype: str) -> tuple[Any, ...]:
     # Spawned, not forked: what this process has in memory must not count.
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     threads = torch.get_num_threads()
-    process = context.Process(target=_child, args=(name, optimizer, steps, threads, theirs))
+    process = context.Process(
+        target=_child, args=(name, optimizer, steps, state_dtype, threads, theirs)
+    )
     process.start()
     theirs.close()
     try:
@@ -104,19 +109,30 @@ def _in_fresh_process(name: str, optimizer: str, steps: int) -> tuple[Any, ...]:
     return result
 
 
-def _child(name: str, optimizer: str, steps: int, threads: int, connection: Connection) -> None:
+def _child(
+    name: str,
+    optimizer: str,
+    steps: int,
+    state_dtype: str,
+    threads: int,
+    connection: Connection,
+) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     training = WORKLOADS[name]()
-    run = _train_kfc(training, steps) if optimizer == "kfc" else _train_adamw(training, steps)
+    if optimizer == "kfc":
+        run = _train_kfc(training, steps, getattr(torch, state_dtype))
+    else:
+        run = _train_adamw(training, steps)
     parameters = list(training.model.parameters())
     count = sum(p.numel() for p in parameters)
     connection.send((tuple(training.x.shape), count, tensor_bytes(parameters), run))
 
 
-def _train_kfc(training: Training, steps: int) -> Run:
+def _train_kfc(training: Training, steps: int, state_dtype: torch.dtype) -> Run:
     compiled = kfc_fx.compile(training.model)
-    opt = kfc_fx.KFC(compiled, lr=RATE, statistics=kfc_fx.Statistics(every=1, refresh_every=1))
+    statistics = kfc_fx.Statistics(every=1, refresh_every=1)
+    opt = kfc_fx.KFC(compiled, lr=RATE, statistics=statistics, state_dtype=state_dtype)
     losses = _train(training, compiled, opt, steps)
     peak = peak_bytes()
     done = (opt.diagnostics.statistics_steps, opt.diagnostics.refreshes)
@@ -187,6 +203,9 @@ def memory(
         list[str] | None, typer.Option(help=f"Any of: {'; '.join(WORKLOADS)}. Repeatable.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 3,
+    state_dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="What KFC keeps moments in.")
+    ] = "float32",
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write all figures here, model by model.")
     ] = None,
@@ -198,7 +217,8 @@ def memory(
         for name in model or WORKLOADS:
             if name not in WORKLOADS:
                 raise unknown_name("model", name, WORKLOADS)
-            rows.append(measure(name, steps))
+            rows.append(measure(name, steps, state_dtype))
             models = [asdict(row) | {"state_ratio": row.state_ratio} for row in rows]
-            save_figures(json_path, {"steps": steps, "models": models})
+            found = {"steps": steps, "state_dtype": state_dtype, "models": models}
+            save_figures(json_path, found)
     show(table(rows, steps))

@@ -54,10 +54,11 @@ def half(update: UpdateGraph, spec: UpdateSpec, moments: Value) -> Value:
 
 def second_moments(update: UpdateGraph, arguments: Mapping[str, Value], gradients: Value) -> Value:
     """The EMA of the squares of gradients; ``arguments`` are ``v`` and what it takes."""
-    squares = update.call(torch._foreach_mul, gradients, gradients)
-    weight = 1 - arguments["second_moment_decay"]
-    new = update.call(torch._foreach_lerp, arguments["v"], squares, weight)
-    return update.let("new_v", kept(update, arguments.get("active"), new, arguments["v"]))
+    decay = arguments["second_moment_decay"]
+    new = update.let("new_v", update.call(torch._foreach_mul, arguments["v"], decay))
+    update.effect(torch._foreach_addcmul_, new, gradients, gradients, 1 - decay)
+    active = arguments.get("active")
+    return new if active is None else update.let("kept_v", kept(update, active, new, arguments["v"]))
 
 
 def first_moments(

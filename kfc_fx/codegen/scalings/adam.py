@@ -107,7 +107,11 @@ def _scaled(
             ahead = step_ahead(update, values["rotated"], new_m, values["momentum"])
         scale = update.let("scale", update.call(torch._foreach_sqrt, new_v))
         update.effect(torch._foreach_add_, scale, values["eps"] * values["root"])
-        scaled = update.call(torch._foreach_div, ahead, scale)
+        if ahead is new_m:  # which is kept, or is the gradient
+            scaled = update.call(torch._foreach_div, ahead, scale)
+        else:
+            update.effect(torch._foreach_div_, ahead, scale)
+            scaled = ahead
         kept = [half(update, context.spec, new) for new in (new_v, new_m)]
         return (scaled, *kept[:1]) if momentum is None else (scaled, *kept)
 
