@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 
 import pytest
@@ -15,6 +16,35 @@ from kfc_fx.compilation import armed_pass
 logging.getLogger("torch.__trace").propagate = True
 # Dynamo empties the processor's cache to measure how long guards take, of each frame it compiles.
 guards.profile_guard_manager = lambda *_: 0.0  # type: ignore[assignment]
+
+
+# A trace makes many objects and no garbage: of those that stay, which are millions, few are looked at.
+gc.set_threshold(100_000, 50, 100)
+
+LONG = (
+    "tests/kernels/test_triton_interpreter.py",
+    "tests/distributed/test_data_parallel.py",
+    "tests/distributed/test_faults.py",
+    "tests/distributed/test_sharded.py",
+    "tests/distributed/test_checkpoints.py",
+    "tests/distributed/test_many_ranks.py",
+    "tests/trainers/",
+    "tests/tools/test_faults.py",
+    "tests/tools/test_launches.py",
+    "tests/tools/test_scripts.py",
+    "tests/statistics/test_losses.py",
+)
+"""Tests that take long, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with tests that take long: at the end no worker waits for one of them."""
+    place = {name: number for number, name in enumerate(LONG)}
+
+    def order(item: pytest.Item) -> int:
+        return next((place[name] for name in LONG if item.nodeid.startswith(name)), len(LONG))
+
+    items.sort(key=order)
 
 
 @pytest.fixture(autouse=True)
