@@ -83,7 +83,7 @@ class StackSpec:
             start += block.groups
         return spans
 
-    @property
+    @cached_property
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and stacked shape of each factor that is kept as an EMA. A factor that is cut into k
         parts has k matrices in place of one, next to each other."""
@@ -91,13 +91,13 @@ class StackSpec:
         parts = self.parts
         return {name: (self.depth * parts[name], *shape[1:]) for name, shape in shapes.items()}
 
-    @property
+    @cached_property
     def parts(self) -> dict[str, int]:
         """Name of each factor and the diagonal blocks that it is cut into."""
         shapes = statistic_shapes(self.first, self.forms)
         return {name: shape[0] // self.first.groups for name, shape in shapes.items()}
 
-    @property
+    @cached_property
     def basis_shapes(self) -> dict[str, tuple[int, ...]]:
         """The factors that have an eigenbasis: all but diagonal ones, whose basis is I."""
         diagonal = {"omega"} if self.forms.input == "diagonal" else set()

@@ -252,7 +252,7 @@ def test_statistics_wait_for_the_backward_pass():
 def test_input_factors_of_compiled_graphs(backend):
     eager, expected = make(conv_network(), scaling="spectral", samples=None)
     compiled = kfc_fx.compile(conv_network(), backend=backend)
-    every_step = kfc_fx.Statistics(budget=None)
+    every_step = kfc_fx.Statistics(budget=None, samples=None)
     opt = kfc_fx.KFC(compiled, 0.01, scaling="spectral", statistics=every_step, seed=3)
     for _ in range(3):
         for model, optimizer in ((eager, expected), (compiled, opt)):

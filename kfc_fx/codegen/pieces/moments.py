@@ -57,8 +57,9 @@ def second_moments(update: UpdateGraph, arguments: Mapping[str, Value], gradient
     decay = arguments["second_moment_decay"]
     new = update.let("new_v", update.call(torch._foreach_mul, arguments["v"], decay))
     update.effect(torch._foreach_addcmul_, new, gradients, gradients, 1 - decay)
-    active = arguments.get("active")
-    return new if active is None else update.let("kept_v", kept(update, active, new, arguments["v"]))
+    if "active" not in arguments:
+        return new
+    return update.let("kept_v", kept(update, arguments["active"], new, arguments["v"]))
 
 
 def first_moments(

@@ -9,15 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch.nn.functional import pad
 
 from kfc_fx.codegen.pieces.bases import bases_of
 from kfc_fx.codegen.pieces.context import Context, StackContext
 from kfc_fx.codegen.pieces.matrices import rotate_output, transposed
 from kfc_fx.codegen.spec import StackSpec
-from kfc_fx.codegen.text.update_graph import Value
+from kfc_fx.codegen.text.update_graph import UpdateGraph, Value
 from kfc_fx.linalg.polar import orthogonalizers
 from kfc_fx.linalg.precision import LEAST_IN_BFLOAT16, has_fast_bfloat16
 from kfc_fx.plan.forms import takes_matrix_step
+
+PADDED = 96
+"""Side up to which matrices are padded to go with others: a product takes less time there than what
+is around it, more so on a GPU."""
+NEAR, SMALL = 0.9, 16
+"""They go with others whose side is so near, or that are so small."""
 
 
 def is_orthogonalized(stack: StackSpec) -> bool:
@@ -39,16 +46,29 @@ def towards_polar(
     Returns:
         M by the key of each stack whose entries are matrices.
     """
-    groups: dict[object, dict[int, list[int]]] = {}
+    groups: dict[object, list[int]] = {}
     for index, stack in enumerate(stacks):
         if is_orthogonalized(stack):
-            sides = groups.setdefault(shared(stack), {})
-            sides.setdefault(_side(stack), []).append(index)
+            groups.setdefault(shared(stack), []).append(index)
     found: dict[str, Value] = {}
-    for number, sides in enumerate(groups.values()):
+    for number, members in enumerate(groups.values()):
         suffix = f"_{number}" if number else ""  # of another device or dtype
+        sides = _sides_together(stacks, members)
         found |= _of_one_place(context, stacks, values, sides, suffix)
     return found
+
+
+def _sides_together(stacks: Sequence[StackSpec], members: Sequence[int]) -> dict[int, list[int]]:
+    """Stacks whose matrices go together, by their side, which narrower ones are padded to."""
+    found: dict[int, list[int]] = {}
+    widest = 0
+    for index in sorted(members, key=lambda index: -_side(stacks[index])):
+        side = _side(stacks[index])
+        near = side >= NEAR * widest or widest <= SMALL
+        if side != widest and not (near and 0 < widest < PADDED):
+            widest = side
+        found.setdefault(widest, []).append(index)
+    return {side: sorted(indices) for side, indices in found.items()}
 
 
 def _of_one_place(
@@ -58,15 +78,20 @@ def _of_one_place(
     sides: dict[int, list[int]],
     suffix: str,
 ) -> dict[str, Value]:
-    """M by key, of stacks on one device; ``sides`` has the indices of those that share a side."""
+    """M by key, of stacks on one device; ``sides`` has the indices of those that go together by
+    their side."""
     update = context.update
     members = [index for side in sides.values() for index in side]
     count = sum(stacks[index].polar_shape[0] for index in members)
     many = "1 matrix" if count == 1 else f"{count} matrices"
-    update.section(f"towards the polar factors of {many}, those of one shorter side together")
+    padded = any(_side(stacks[index]) < width for width, side in sides.items() for index in side)
+    update.section(
+        f"towards the polar factors of {many}, those of one shorter side together"
+        + ", padded where it is nearly one" * padded
+    )
     grams = []
-    for side in sides.values():
-        parts = [_gram(values, index, stacks[index]) for index in side]
+    for width, side in sides.items():
+        parts = [_gram(update, values[index], stacks[index], width) for index in side]
         grams.append(parts[0] if len(parts) == 1 else update.call(torch.cat, parts))
     share = context.option("orthogonalize", stacks[members[0]])
     precision = _precision(stacks[index] for index in members)
@@ -79,7 +104,9 @@ def _of_one_place(
             split = towards[place].split([stacks[index].polar_shape[0] for index in side])
             split = update.let(f"towards_polar_{width}{suffix}", split)
             parts = [split[number] for number in range(len(side))]
-        found |= {stacks[index].key: part for index, part in zip(side, parts, strict=True)}
+        for index, part in zip(side, parts, strict=True):
+            own = _side(stacks[index])
+            found[stacks[index].key] = part if own == width else part[:, :own, :own]
     return found
 
 
@@ -130,8 +157,8 @@ def _is_tall(stack: StackSpec) -> bool:
     return stack.polar_shape[1] > stack.polar_shape[2]
 
 
-def _gram(values: Sequence[Value], index: int, stack: StackSpec) -> Value:
-    """Of the shorter side."""
-    if _is_tall(stack):
-        return transposed(values[index]) @ values[index]
-    return values[index] @ transposed(values[index])
+def _gram(update: UpdateGraph, matrix: Value, stack: StackSpec, width: int) -> Value:
+    """Of the shorter side, with rows and columns of zeros where that is not the width."""
+    gram = transposed(matrix) @ matrix if _is_tall(stack) else matrix @ transposed(matrix)
+    missing = width - _side(stack)
+    return update.call(pad, gram, (0, missing, 0, missing)) if missing else gram
