@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kfc_fx
+from kfc_fx.linalg.polar import orthogonalizers
 from tests.options import kfc
 from tests.oracle import parameters_of
 from tests.written_out import (
@@ -284,3 +286,40 @@ def test_exact_nu_equals_the_quadratic_form_of_the_dense_fisher():
     fisher = torch.einsum("nap,nab,nbq->pq", stacked, output_fisher, stacked) / len(x)
     expected = v @ fisher @ v + 0.01 * v @ v
     assert opt.diagnostics.nu == pytest.approx(float(expected))
+
+
+def test_matrices_of_nearly_one_side_share_their_products():
+    """Narrower ones are padded, and many small ones stay apart; each moves as by itself."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(33, 40),
+        nn.Linear(40, 32, bias=False),
+        nn.Linear(32, 9),
+        nn.Linear(9, 2048, bias=False),
+        nn.Unflatten(1, (2048, 1, 1)),
+        nn.Conv2d(2048, 4096, 1, groups=512, bias=False),
+        nn.Flatten(),
+        nn.Linear(4096, 8, bias=False),
+    ).double()
+    models = []
+    for share in (0.7, 0.0):
+        model = kfc_fx.compile(copy.deepcopy(net))
+        opt = kfc_fx.KFC(model, scaling=kfc_fx.Adam(orthogonalize=share), seed=0)
+        x = torch.randn(16, 33, generator=torch.Generator().manual_seed(1)).double()
+        F.cross_entropy(model(x), torch.arange(16) % 8).backward()
+        opt.step()
+        models.append((model, opt))
+    (model, opt), (plain, _) = models
+    text = opt.update_source
+    assert text.count("pad(scaled") == 2, text  # 32 to 34 and 8 to 9, and not 4 to 9
+    for place in (1, 5, 7):
+        before = net[place].weight.detach()
+        rows = before.shape[0] // getattr(net[place], "groups", 1)
+        own, scaled = (
+            (m[place].weight.detach() - before).reshape(-1, rows, before.shape[1])
+            for m in (model, plain)
+        )
+        tall = own.shape[1] > own.shape[2]
+        own, scaled = (x.mT if tall else x for x in (own, scaled))
+        (towards,) = orthogonalizers([scaled @ scaled.mT], 0.7)
+        torch.testing.assert_close(own, towards @ scaled, rtol=1e-6, atol=1e-12)

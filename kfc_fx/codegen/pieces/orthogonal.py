@@ -25,6 +25,9 @@ PADDED = 96
 is around it, more so on a GPU."""
 NEAR, SMALL = 0.9, 16
 """They go with others whose side is so near, or that are so small."""
+FEW = 2**15
+"""Numbers of padded matrices of a stack up to which they do: the depthwise filters of a layer are
+hundreds."""
 
 
 def is_orthogonalized(stack: StackSpec) -> bool:
@@ -64,8 +67,9 @@ def _sides_together(stacks: Sequence[StackSpec], members: Sequence[int]) -> dict
     widest = 0
     for index in sorted(members, key=lambda index: -_side(stacks[index])):
         side = _side(stacks[index])
-        near = side >= NEAR * widest or widest <= SMALL
-        if side != widest and not (near and 0 < widest < PADDED):
+        near = 0 < widest < PADDED and (side >= NEAR * widest or widest <= SMALL)
+        few = stacks[index].polar_shape[0] * widest**2 <= FEW
+        if side != widest and not (near and few):
             widest = side
         found.setdefault(widest, []).append(index)
     return {side: sorted(indices) for side, indices in found.items()}
