@@ -82,9 +82,8 @@ def dynamo_settings(backend: str) -> Iterator[None]:
     """Settings under which models are captured, of any number of frames, for a backend."""
     with ExitStack() as stack:
         stack.enter_context(_config())
-        if backend == "eager":
-            stack.enter_context(sparse_tensors_captured())
-            stack.enter_context(messages_captured())
+        for permission in (sparse_tensors_captured, messages_captured):
+            stack.enter_context(permission.given(backend == "eager"))
         yield
 
 

@@ -11,14 +11,14 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from typing import Any
-from unittest.mock import patch
 
 from torch import fx
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX as RESUMED
 from torch._dynamo.variables import ConstantVariable, functions, misc
+
+from kfc_fx.capture.permission import Permission
 
 LEVELS = {
     "debug": logging.DEBUG,
@@ -34,17 +34,9 @@ Place = tuple[str, int, str]
 """The file, line and function that a message comes from."""
 
 
-@contextmanager
-def messages_captured() -> Iterator[None]:
-    """While it lasts, dynamo takes messages of constants to loggers and to ``warnings.warn`` into
-    its graphs. All others break the graph as before."""
-    with ExitStack() as stack:
-        for kind, name, wrap in (
-            (misc.LoggingLoggerVariable, "call_method", _logging),
-            (functions.SkipFunctionVariable, "call_function", _warning),
-        ):
-            stack.enter_context(patch.object(kind, name, wrap(getattr(kind, name))))
-        yield
+messages_captured = Permission()
+"""Whether dynamo takes messages of constants to loggers and to ``warnings.warn`` into its graphs.
+All others break the graph."""
 
 
 @fx.has_side_effect
@@ -99,7 +91,7 @@ def _logging(own: Any) -> Any:
     """A logger's methods for dynamo, that take messages of constants into the graph."""
 
     def call_method(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
-        texts = _constants(args)
+        texts = _constants(args) if messages_captured else None
         if texts and not kwargs and _general(tx) and _is_plain(self.value, name):
             logger = self.value.name
             if name in ONCE:
@@ -114,7 +106,7 @@ def _warning(own: Any) -> Any:
     """Functions that dynamo does not look into, but ``warnings.warn`` of constants."""
 
     def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        if self.value is warnings.warn:
+        if messages_captured and self.value is warnings.warn:
             texts = _constants(args[:1])
             category, caller = _category(args[1:]), _caller(tx, kwargs)
             if texts and category and caller and _general(tx):
@@ -193,3 +185,10 @@ def _caller(tx: Any, kwargs: dict[str, Any]) -> Any:
         return None
     module = sys.modules.get(tx.f_globals.get("__name__", ""))
     return tx if module is not None and vars(module) is tx.f_globals else None
+
+
+for _kind, _name, _wrap in (
+    (misc.LoggingLoggerVariable, "call_method", _logging),
+    (functions.SkipFunctionVariable, "call_function", _warning),
+):
+    setattr(_kind, _name, _wrap(getattr(_kind, _name)))

@@ -255,3 +255,23 @@ def test_messages_stand_between_the_operations_that_they_stand_between(
     with pytest.raises(IndexError):
         compiled(torch.ones(5, 3), torch.tensor([0, 5]))
     assert [r.getMessage() for r in caplog.records if r.name == plain.name] == ["before"]
+
+
+def test_models_that_end_in_another_order_leave_no_permission() -> None:
+    """Messages are nodes while the innermost model lets them, and dynamo's own code stays."""
+    from kfc_fx.capture.dynamo import dynamo_settings
+    from kfc_fx.capture.messages import messages_captured
+
+    assert not messages_captured
+    first, second, third = (dynamo_settings(b) for b in ("eager", "aot_eager", "eager"))
+    first.__enter__()
+    assert messages_captured
+    second.__enter__()
+    assert not messages_captured
+    third.__enter__()
+    first.__exit__(None, None, None)
+    assert messages_captured
+    third.__exit__(None, None, None)
+    assert not messages_captured
+    second.__exit__(None, None, None)
+    assert not messages_captured
