@@ -16,7 +16,7 @@ READY := $(VENV)/ready$(addprefix -,$(EXTRAS))
 TYPED := .mypy_cache/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs site lint types fuzz clean
+.PHONY: help demo test tests-alone docs site lint types fuzz clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -28,7 +28,9 @@ demo: $(READY)
 	@$(BIN)/kfc-fx train --model digits-autoencoder --optimizers kfc,sgd,adamw --epochs 80 \
 		--plot runs/autoencoder.png
 
-test: lint
+test: lint tests-alone
+
+tests-alone: $(READY)
 	@echo "==> tests"
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 4 --dist worksteal
 
