@@ -18,7 +18,7 @@ logging.getLogger("torch.__trace").propagate = True
 guards.profile_guard_manager = lambda *_: 0.0  # type: ignore[assignment]
 
 
-# A trace makes many objects and no garbage: of those that stay, which are millions, few are looked at.
+# A trace makes many objects that stay. Each look for garbage goes through all that there are.
 gc.set_threshold(100_000, 50, 100)
 
 LONG = (

@@ -145,3 +145,25 @@ def test_a_block_that_is_not_due_when_a_graph_is_compiled_is_due_later(monkeypat
         found.append(sums)
     torch.testing.assert_close(found[1], found[0])
     assert len(calls) == 6
+
+
+def test_code_of_another_share_is_not_taken_from_a_cache():
+    """Shares and blocks that are not due are in no graph that a cache may know code by."""
+
+    def sums(backend: str, samples: int | None, scaling: str) -> dict[str, dict]:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 5))
+        compiled = kfc_fx.compile(net, backend=backend)
+        _opt = kfc(compiled, lr=0.01, seed=0, scaling=scaling, samples=samples, every=1)
+        backward(compiled, IMAGES[:12].flatten(1)[:, :2].contiguous(), LABELS[:12])
+        return {name: dict(s) for name, s in collector_of(compiled).sums.blocks.items()}
+
+    for scaling in ("adam", "spectral"):
+        known = []
+        for samples in (4, 6, None):
+            expected = sums("eager", samples, scaling)
+            torch.testing.assert_close(sums("inductor", samples, scaling), expected)
+            known.append(expected["0"]["omega"])
+        assert not torch.allclose(known[0], known[1])
+        assert not torch.allclose(known[1], known[2])

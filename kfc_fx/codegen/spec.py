@@ -184,7 +184,7 @@ class UpdateSpec:
     bounds_gradients: bool = False
     """Whether the gradient of a block has a largest norm."""
     cautious_decay: bool = False
-    """Whether numbers that a step takes away from zero do not decay in it."""
+    """Whether numbers that a step takes away from zero do not decay in it, where others do."""
     half_moments: bool = False
     """Whether moments are kept in bfloat16, those that would be in float32."""
     given_steps: bool = False

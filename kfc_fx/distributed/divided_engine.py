@@ -82,7 +82,6 @@ class DividedEngine:
             part,
             generic=self.rows.own if self.rows else (),
             weight_decay=False,
-            cautious_decay=False,
             average=False,
             master_weights=(),
             clip="shared" if part.clip == "factors" else part.clip,

@@ -20,6 +20,7 @@ from kfc_fx.codegen.text.source import UpdateProgram
 from kfc_fx.engine.compiled_step import compile_step, with_tensors
 from kfc_fx.engine.factors import Factors, factors_of
 from kfc_fx.engine.master_weights import MasterWeights
+from kfc_fx.engine.missing_gradients import filled, present_part, still_parameters
 from kfc_fx.engine.screening import ScreenedStatistics
 from kfc_fx.engine.state import (
     SavedState,
@@ -361,7 +362,7 @@ class UpdateEngine:
 
     def _spec_of(self, gradients: Mapping[str, Tensor], momenta: Momenta) -> UpdateSpec:
         """The spec for the gradients and the momenta of a step."""
-        spec = self._present(gradients)
+        spec = present_part(self.spec, gradients)
         fixed = self._compiled or self._captured
         own = momenta.differ(spec) or (fixed and momenta != self._momenta)
         return replace(spec, own_momenta=True) if own else spec
@@ -370,12 +371,12 @@ class UpdateEngine:
         self, spec: UpdateSpec, gradients: Mapping[str, Tensor], numbers: StepNumbers
     ) -> StepInputs:
         """Everything that a step reads."""
-        still = self._without_gradient(gradients) if spec.weight_decay else set()
+        still = still_parameters(self.spec, gradients) if spec.weight_decay else set()
         self._start_generic(spec, gradients, numbers)
         self._start_average(spec)
         active: dict[str, Tensor] = {}
         if spec.partial and not spec.given_steps:
-            gradients, active = self._filled(gradients)
+            gradients, active = filled(self.spec, gradients, self.parameters)
         own, momenta = spec.own_momenta, numbers.momenta
         kept = [scaling for scaling in spec.scalings if scaling in spec.momentum]
         shared = [scaling for scaling in kept if not spec.has_own_momenta(scaling)]
@@ -404,25 +405,6 @@ class UpdateEngine:
             average_decay=numbers.average_decay,
         )
 
-    def _present(self, gradients: Mapping[str, Tensor]) -> UpdateSpec:
-        """The spec for the parameters that have a gradient in this step."""
-        generic = tuple(g for g in self.spec.generic if g.name in gradients)
-        given = tuple(name for name in self.spec.given_generic if name in gradients)
-        partial = any(p not in gradients for block in self.blocks for p in block.parameters)
-        same = (generic, given) == (self.spec.generic, self.spec.given_generic)
-        if same and not partial:
-            return self.spec
-        held = {g.name for g in generic} | {p for b in self.blocks for p in b.parameters}
-        held |= set(given)
-        master_weights = tuple(name for name in self.spec.master_weights if name in held)
-        return replace(
-            self.spec,
-            generic=generic,
-            given_generic=given,
-            partial=partial,
-            master_weights=master_weights,
-        )
-
     def _fits(self, name: str, value: Tensor) -> bool:
         """Whether a value is of a parameter of this size, and not of one that was replaced."""
         return name in self.parameters and self.parameters[name].shape == value.shape
@@ -437,15 +419,6 @@ class UpdateEngine:
         """A moment of a generic parameter, as it is kept."""
         placed = self._placed(name, value, wide=True)
         return placed.to(kept_dtype(placed.dtype, halves=self.spec.half_moments))
-
-    def _without_gradient(self, gradients: Mapping[str, Tensor]) -> set[str]:
-        """Parameters of blocks that lack a gradient: the whole block stays as it is."""
-        return {
-            name
-            for block in self.blocks
-            if any(p not in gradients for p in block.parameters)
-            for name in block.parameters
-        }
 
     def _start_generic(
         self, spec: UpdateSpec, gradients: Mapping[str, Tensor], numbers: StepNumbers
@@ -464,21 +437,6 @@ class UpdateEngine:
         for name in spec.parameters if spec.average else ():
             own = self._placed(name, self.parameters[name], wide=name in spec.master_weights)
             self.average.setdefault(name, own.clone())
-
-    def _filled(
-        self, gradients: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Zeros for missing gradients, and by stack which entries have none missing."""
-        filled, active = dict(gradients), {}
-        for stack in self.spec.stacks:
-            flags: list[bool] = []
-            for block in stack.blocks:
-                present = all(name in gradients for name in block.parameters)
-                flags += [present] * block.groups
-                for name in block.parameters:
-                    filled.setdefault(name, torch.zeros_like(self.parameters[name]))
-            active[stack.key] = torch.tensor(flags, device=stack.device)[:, None, None]
-        return filled, active
 
     def _update(self, fresh: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Put new entries of stacks in place of old ones."""

@@ -15,9 +15,9 @@ def bounded(matrices: Tensor, largest: float, groups: int = 1) -> Tensor:
         groups: entries next to each other that have one norm together: those of a grouped
             convolution.
     """
-    squares = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True).square()
+    norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True)
     if groups > 1:
-        squares = squares.unflatten(0, (-1, groups)).sum(1, keepdim=True)
-        squares = squares.expand(-1, groups, 1, 1).flatten(0, 1)
-    tiny = torch.finfo(squares.dtype).tiny
-    return matrices * (largest * squares.clamp(min=tiny).rsqrt()).clamp(max=1)
+        norms = torch.linalg.vector_norm(norms.unflatten(0, (-1, groups)), dim=1, keepdim=True)
+        norms = norms.expand(-1, groups, 1, 1).flatten(0, 1)
+    tiny = torch.finfo(norms.dtype).tiny
+    return matrices * (largest / norms.clamp(min=tiny)).clamp(max=1)

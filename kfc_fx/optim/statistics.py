@@ -34,10 +34,9 @@ class Statistics(Checked):
         samples: the first examples of a batch, which statistics are estimated from: a number, None
             for all, or "auto". "auto" takes a quarter of the batch, but at least 32 examples; with
             sampled targets half, but at least 128. On several ranks these numbers are of the
-            examples of all. Where
-            targets are not sampled, "auto" estimates Ω of a layer with many locations from at most
-            8 times as many rows as its side. A layer whose input does not lead with the examples
-            takes the same share of what leads.
+            examples of all. Where targets are not sampled, "auto" estimates Ω of a layer with many
+            locations from at most 8 times as many rows as its side. A layer whose input does not
+            lead with the examples takes the same share of what leads.
         decay: of the moving average of the factors. Of the first 2/(1 − decay) statistics the n-th
             weighs n times the first instead, so that those of the untrained network are soon
             forgotten.

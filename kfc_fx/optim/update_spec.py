@@ -84,7 +84,6 @@ def update_spec(
     kept = [scaling for scaling in values if moves(scaling)]
     rest, own = set(groups) - in_blocks, options.generic.betas[0]
     generic_moves = any(momentum_of(groups[name], options.betas, own) > 0 for name in rest)
-    decays = any(group["weight_decay"] for group in groups.values())
     return UpdateSpec(
         title=title,
         stacks=stack_blocks(list(choices), choices.__getitem__, placement),
@@ -99,9 +98,9 @@ def update_spec(
         momentum=(*kept, "generic") if generic_moves else tuple(kept),
         nesterov=tuple(s for s in kept if values[s].takes_nesterov),
         orthogonalize=tuple(s for s, value in values.items() if value.orthogonalizes),
-        weight_decay=decays,
+        weight_decay=any(group["weight_decay"] for group in groups.values()),
         bounds_gradients=options.max_block_norm is not None,
-        cautious_decay=options.cautious_decay and decays,
+        cautious_decay=options.cautious_decay,
         clip=options.clipping if any(v.steps_by_vector for v in values.values()) else "none",
         average=options.average is not None,
         own_momenta=False,

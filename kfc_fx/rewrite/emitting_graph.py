@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx
@@ -41,21 +42,37 @@ class EmittingRuns:
     with statistics are rare, and batches of many sizes would be compiled again and again.
     """
 
-    def __init__(self, backend: str, module: fx.GraphModule, by_op: Callable[..., Any]) -> None:
-        self._backend, self._module, self._by_op = backend, module, by_op
+    def __init__(self, backend: str, module: fx.GraphModule) -> None:
+        self._backend, self._module = backend, module
         self._compiled: dict[object, Callable[..., Any]] = {}
 
-    def fitting(self, shares: tuple[object, ...], inputs: Sequence[Any]) -> Callable[..., Any]:
-        """What runs the graph on these inputs for these shares of the batch; compiled at its first
-        call."""
-        whole = self._backend == "eager" or all(share == WHOLE for share in shares)
-        key = None if whole else (shares, tuple(map(_size_of, inputs)))
-        fixed = len(self._compiled) - (None in self._compiled)
+    def fitting(
+        self, shares: tuple[object, ...], inputs: Sequence[Any], *, by_op: bool
+    ) -> Callable[..., Any]:
+        """What runs the graph on these inputs for these shares of the batch; what is compiled is so
+        at its first call.
+
+        Args:
+            by_op: op by op, whatever the backend is.
+        """
+        if self._backend == "eager" or all(share == WHOLE for share in shares):
+            key = None
+        else:
+            key = (shares, tuple(map(_size_of, inputs)))
+        if self._backend != "eager" and (by_op or self._is_full_for(key)):
+            return self._by_op
         if key not in self._compiled:
-            if key is not None and fixed >= MOST_FIXED:
-                return self._by_op
             self._compiled[key] = compile_emitting(self._backend, self._module)
         return self._compiled[key]
+
+    def _is_full_for(self, key: object) -> bool:
+        """Whether a share and sizes are some of too many to be compiled for."""
+        fixed = self._compiled.keys() - {None}
+        return key is not None and key not in fixed and len(fixed) >= MOST_FIXED
+
+    @cached_property
+    def _by_op(self) -> Callable[..., Any]:
+        return run_by_op(self._module)
 
 
 def _size_of(value: Any) -> object:
@@ -79,10 +96,8 @@ class EmittingGraph:
 
     stages: tuple[Stage, ...]
     """What each pass of the rewrite left behind."""
-    run: EmittingRuns
-    """The last stage as the backend compiled it."""
-    run_by_op: Callable[..., Any]
-    """The last stage op by op."""
+    runs: EmittingRuns
+    """What runs the last stage."""
     probed: tuple[Emitter, ...]
     """The blocks with Γ. It takes a probe of each of their statistics, in this order."""
     counted: tuple[tuple[BlockSpec, Span], ...]
@@ -112,7 +127,7 @@ class EmittingGraph:
                 none is given.
             by_op: run it op by op, whatever the backend is.
         """
-        run = self.run_by_op if by_op else self.run.fitting(shares, inputs)
+        run = self.runs.fitting(shares, inputs, by_op=by_op)
         outputs, rows, returned = run(*inputs, *probes)
         statistics = [
             (block, dict(zip(statistic_shapes(block, forms), values, strict=True)))
@@ -143,12 +158,9 @@ def emitting_graph(
     live = [site for site in sites if site.weight in emitters]
     stages = emitting_stages(canonical, live, emitters)
     own = [emitters[site.weight] for site in live]
-    module = stages[-1].module
-    by_op = run_by_op(module)
     return EmittingGraph(
         stages=tuple(stages),
-        run=EmittingRuns(backend, module, by_op),
-        run_by_op=by_op,
+        runs=EmittingRuns(backend, stages[-1].module),
         probed=tuple(emitter for emitter in emit if emitter[1].output != "absent"),
         counted=tuple((b, b.span(site)) for (b, _), site in zip(own, live, strict=True)),
         alone=tuple(emitter for emitter in own if emitter[1].output == "absent"),

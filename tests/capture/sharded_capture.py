@@ -1,4 +1,4 @@
-"""Run by torchrun: sharded models have the factors of each rank's batch."""
+"""For several ranks: sharded models have the factors of each rank's batch."""
 
 from __future__ import annotations
 

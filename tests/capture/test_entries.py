@@ -9,80 +9,20 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import kfc_fx
+from tests.capture.entries import (
+    FISHERS,
+    SCALINGS,
+    Agent,
+    Coder,
+    Siamese,
+    Trained,
+    assert_same_run,
+    batch,
+    in_parts,
+    trained,
+    whole,
+)
 from tests.models import parameters
-
-SCALINGS = ["adam", "spectral", "eigen", "inverse"]
-FISHERS = ["empirical", "sampled"]
-
-
-class Coder(nn.Module):
-    """Methods beside ``forward``, as people write them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
-        self.norm = nn.LayerNorm(4)
-        self.head = nn.Linear(4, 3)
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.body(x).mean((2, 3)))
-
-    def forward_head(self, features: torch.Tensor) -> torch.Tensor:
-        return self.head(features)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.forward_head(self.forward_features(x))
-
-
-class Trained(nn.Module):
-    """As a LightningModule: its loss is computed by a method, and nobody calls it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = Coder()
-
-    def training_step(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(self.net(x), labels)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
-
-
-def batch(step: int, size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    x = torch.randn(size, 1, 6, 6, generator=generator)
-    return x, torch.randint(3, (size,), generator=generator)
-
-
-def trained(model, loss_of, steps=6, **options):
-    options.setdefault("statistics", kfc_fx.Statistics(every=2, refresh_every=2))
-    net = kfc_fx.compile(model)
-    opt = kfc_fx.KFC(net, seed=1, **options)
-    for step in range(steps):
-        opt.zero_grad()
-        loss_of(net, *batch(step)).backward()
-        opt.step()
-    return net, opt
-
-
-def whole(net, x, labels):
-    return F.cross_entropy(net(x), labels)
-
-
-def in_parts(net, x, labels):
-    return F.cross_entropy(net.forward_head(net.forward_features(x)), labels)
-
-
-def assert_same_run(found, expected, *, prefix=""):
-    (net, opt), (plain, its) = found, expected
-    torch.testing.assert_close(parameters(net), parameters(plain), rtol=0, atol=0)
-    for name, factors in its.factors.items():
-        own = opt.factors[prefix + name]
-        torch.testing.assert_close(own.omega, factors.omega, rtol=0, atol=0)
-        if factors.output is not None:
-            torch.testing.assert_close(own.gamma, factors.gamma, rtol=0, atol=0)
-    assert opt.diagnostics.missed_statistics == 0
 
 
 @pytest.mark.parametrize("fisher", FISHERS)
@@ -119,22 +59,6 @@ def test_entries_run_by_the_backend(backend):
         torch.testing.assert_close(opt.factors[name].gamma, expected.gamma)
 
 
-class Agent(nn.Module):
-    """Actor and critic on one body; all at once by ``forward``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.body = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.Tanh())
-        self.critic = nn.Linear(8, 1)
-        self.actor = nn.Linear(8, 3)
-
-    def forward(self, x):
-        hidden = self.body(x)
-        value = self.critic(hidden)
-        return self.actor(hidden), value
-
-
 def of_both(logits, value, labels):
     return F.cross_entropy(logits, labels) + 0.1 * (value[:, 0] - labels).square().mean()
 
@@ -165,17 +89,6 @@ def test_sampled_targets_of_several_branches():
     _, plain = trained(Agent(), agent_at_once, statistics=statistics, steps=1)
     torch.testing.assert_close(opt.factors["actor"].gamma, plain.factors["actor"].gamma)
     torch.testing.assert_close(opt.factors["actor"].omega, plain.factors["actor"].omega)
-
-
-class Siamese(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.body = nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.Tanh())
-        self.head = nn.Linear(5, 3)
-
-    def forward(self, x):
-        return self.head(self.body(x) - self.body(x.flip(0)))
 
 
 @pytest.mark.parametrize("fisher", FISHERS)
@@ -290,110 +203,6 @@ def test_what_a_loss_alone_does_not_tell_is_said(scaling, fisher, said):
     options = {"statistics": kfc_fx.Statistics(fisher=fisher), "scaling": scaling}
     with pytest.raises(kfc_fx.KfcError, match=said):
         trained(WithLoss(), lambda net, x, y: net(x, y), **options)
-
-
-# -- several optimizers, several batches, parts that are frozen --------------------------------
-
-
-@pytest.mark.parametrize("fisher", FISHERS)
-def test_an_optimizer_for_each_part_takes_what_it_takes_of_the_whole(fisher):
-    def factors(loss_of):
-        net = kfc_fx.compile(Siamese())
-        statistics = kfc_fx.Statistics(fisher=fisher, samples=None)
-        parts = (net.body, net.head)
-        opts = [
-            kfc_fx.KFC(part.parameters(), model=net, seed=1, statistics=statistics)
-            for part in parts
-        ]
-        loss_of(net, *batch(0)).backward()
-        for opt in opts:
-            opt.step()
-        return opts[0].factors["body.1"], opts[1].factors["head"]
-
-    def parts(net, x, labels):
-        return F.cross_entropy(net.head(net.body(x) - net.body(x.flip(0))), labels)
-
-    for own, expected in zip(factors(parts), factors(whole), strict=True):
-        torch.testing.assert_close(own.omega, expected.omega)
-        torch.testing.assert_close(own.gamma, expected.gamma)
-
-
-@pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("fisher", FISHERS)
-def test_a_head_that_is_frozen_has_the_prediction(fisher, scaling):
-    def frozen():
-        net = Coder()
-        net.head.requires_grad_(False)
-        return net
-
-    options = {"scaling": scaling, "statistics": kfc_fx.Statistics(fisher=fisher)}
-    found = trained(frozen(), in_parts, **options)
-    assert_same_run(found, trained(frozen(), whole, **options))
-
-
-@pytest.mark.parametrize("fisher", FISHERS)
-def test_several_batches_in_one_backward_pass_count_all_examples(fisher):
-    def twice(loss_of):
-        def summed(net, x, labels):
-            return loss_of(net, x[:8], labels[:8]) + loss_of(net, x[8:], labels[8:])
-
-        return summed
-
-    options = {"statistics": kfc_fx.Statistics(fisher=fisher, samples=None), "steps": 1}
-    _, opt = trained(Agent(), twice(agent_of_actor), **options)
-    _, its = trained(Agent(), twice(agent_of_actor_at_once), **options)
-    for name in ("body.1", "actor"):
-        torch.testing.assert_close(opt.factors[name].omega, its.factors[name].omega)
-    if fisher == "empirical":
-        torch.testing.assert_close(opt.factors["actor"].gamma, its.factors["actor"].gamma)
-
-
-def agent_of_actor(net, x, labels):
-    return F.cross_entropy(net.actor(net.body(x)), labels)
-
-
-def agent_of_actor_at_once(net, x, labels):
-    return F.cross_entropy(net(x)[0], labels)
-
-
-def test_a_term_on_features_leaves_the_prediction_to_the_head():
-    def consistent(net, x, labels):
-        hidden = net.body(x)
-        loss = F.cross_entropy(net.actor(hidden), labels)
-        return loss + 1e-9 * F.mse_loss(net.body(x + 1), hidden.detach())
-
-    statistics = kfc_fx.Statistics(fisher="empirical", samples=None)
-    net, opt = trained(Agent(), consistent, statistics=statistics, steps=1)
-    _, its = trained(Agent(), agent_of_actor, statistics=statistics, steps=1)
-    assert "Categorical" in net.kfc.plan.likelihood[0]
-    for name in ("body.1", "actor"):
-        torch.testing.assert_close(opt.factors[name].omega, its.factors[name].omega)
-        torch.testing.assert_close(
-            opt.factors[name].gamma, its.factors[name].gamma, rtol=1e-4, atol=1e-6
-        )
-
-
-def test_scalings_of_each_part():
-    options = {"blocks": {"head": "spectral"}, "statistics": kfc_fx.Statistics(every=2)}
-    assert_same_run(trained(Coder(), in_parts, **options), trained(Coder(), whole, **options))
-
-
-def test_branches_of_other_numbers_of_examples_have_their_own_scale():
-    """The critic sees half of the examples, by a mean of its own."""
-
-    def halved(net, x, labels):
-        hidden = net.body(x)
-        value = net.critic(hidden[:8])[:, 0]
-        return F.cross_entropy(net.actor(hidden), labels) + (value - labels[:8]).square().mean()
-
-    def critic_alone(net, x, labels):
-        value = net.critic(net.body(x[:8]))[:, 0]
-        return (value - labels[:8]).square().mean()
-
-    options = {"statistics": kfc_fx.Statistics(fisher="empirical", samples=None), "steps": 1}
-    _, opt = trained(Agent(), halved, **options)
-    _, its = trained(Agent(), critic_alone, **options)
-    torch.testing.assert_close(opt.factors["critic"].gamma, its.factors["critic"].gamma)
 
 
 def test_a_model_that_nobody_calls_is_traced_by_a_method_of_its_own():

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kfc_fx
-from tests.capture.test_entries import Coder, batch, in_parts, trained, whole
+from tests.capture.entries import Coder, batch, in_parts, trained, whole
 from tests.models import parameters
 
 

@@ -1,4 +1,4 @@
-"""Run by torchrun: state whose blocks are on several ranks, and models that change."""
+"""For several ranks: state whose blocks are on several ranks, and models that change."""
 
 from __future__ import annotations
 

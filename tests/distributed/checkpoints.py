@@ -1,4 +1,4 @@
-"""Run by torchrun: save on some ranks, resume on as many, more, fewer or one."""
+"""For several ranks: save on some ranks, resume on as many, more, fewer or one."""
 
 from __future__ import annotations
 

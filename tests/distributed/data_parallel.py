@@ -1,8 +1,9 @@
-"""Run by torchrun: training under ``DistributedDataParallel`` is that of one process."""
+"""For several ranks: training under ``DistributedDataParallel`` is that of one process."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 
 import torch
 import torch.distributed as dist
@@ -91,12 +92,8 @@ def inverse_stays_with_one_process() -> None:
 
 def replicas_are_equal_to_the_bit() -> None:
     for scaling in SCALINGS:
-        for distribute, fisher in (
-            ("refresh", "empirical"),
-            ("refresh", "sampled"),
-            ("update", "empirical"),
-            ("none", "sampled"),
-        ):
+        ways = itertools.product(("refresh", "update", "none"), ("empirical", "sampled"))
+        for distribute, fisher in ways:
             statistics = kfc_fx.Statistics(fisher=fisher, every=3, refresh_every=6)
             ddp, opt = made(scaling, statistics=statistics, distribute=distribute)
             for step in range(14):

@@ -1,4 +1,4 @@
-"""Run by torchrun: what one rank alone does, sees or is given."""
+"""For several ranks: what one rank alone does, sees or is given."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run by torchrun: training under ``fully_shard``, also with replicas of the shards (HSDP)."""
+"""For several ranks: training under ``fully_shard``, also with replicas of the shards (HSDP)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run by torchrun: accelerate on several ranks, in each order of ``prepare``."""
+"""For several ranks: accelerate on several ranks, in each order of ``prepare``."""
 
 from __future__ import annotations
 

@@ -29,6 +29,7 @@ def main() -> None:
     steps = trainer.optimizers[0].diagnostics.steps
     if trainer.is_global_zero:
         print(f"equal on both ranks after {steps} steps", flush=True)
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -257,16 +257,7 @@ def _finish(context: Context, steps: Sequence[Value]) -> UpdateGraph:
             "written", update.call(merged, parameters, arguments["master_weights"])
         )
     everything = update.call(list, written.values())
-    shrink = arguments["shrink"] if spec.weight_decay else None
-    if spec.cautious_decay:
-        names = [parameter.name for parameter in spec.generic]
-        subtracted = {} if generic is None else {n: generic[i] for i, n in enumerate(names)}
-        shrink = update.let(
-            "cautious",
-            update.call(
-                cautious_shrink, written, {} if found is None else found, subtracted, shrink
-            ),
-        )
+    shrink = _shrink(context, written, found, generic) if spec.weight_decay else None
     if spec.weight_decay and spec.average:
         everything = update.let("everything", everything)
     if spec.average:  # nothing takes memory after the first write, and can fail for want of it
@@ -289,6 +280,23 @@ def _finish(context: Context, steps: Sequence[Value]) -> UpdateGraph:
         weight = 1 - arguments["average_decay"]
         update.effect(torch._foreach_lerp_, context.result["average"], everything, weight)
     return update.finish(context.result)
+
+
+def _shrink(context: Context, written: Value, steps: Value | None, generic: Value | None) -> Value:
+    """What weight decay multiplies the parameters by, a list in their order.
+
+    Args:
+        written: the parameters, or the copies that are written in their place.
+        steps: to add, by name.
+        generic: steps to subtract from the generic parameters, a list.
+    """
+    update, spec, shrink = context.update, context.spec, context.arguments["shrink"]
+    if not spec.cautious_decay:
+        return shrink
+    names = [parameter.name for parameter in spec.generic]
+    subtracted = {} if generic is None else {n: generic[i] for i, n in enumerate(names)}
+    added = {} if steps is None else steps
+    return update.let("shrunk", update.call(cautious_shrink, written, added, subtracted, shrink))
 
 
 def _by_parameter(update: UpdateGraph, steps: Sequence[Value]) -> Value | None:

@@ -48,6 +48,16 @@ def scatter(stack: StackSpec, matrix: Value) -> dict[str, Value]:
     return views
 
 
+def in_row_parts(stack: StackSpec, matrix: Value) -> Value:
+    """The matrices that have a polar factor each, ``stack.polar_shape``."""
+    return matrix.reshape(*stack.polar_shape) if stack.row_parts > 1 else matrix
+
+
+def from_row_parts(stack: StackSpec, parts: Value) -> Value:
+    """The matrix whose rows they are, ``stack.matrix_shape``."""
+    return parts.reshape(*stack.matrix_shape) if stack.row_parts > 1 else parts
+
+
 def step_by_parameter(local: StackContext, step: Value) -> dict[str, Value]:
     """The step of a stack as views in the shapes of the parameters, by their names; zero for
     blocks that have no gradient."""

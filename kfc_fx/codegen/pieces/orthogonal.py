@@ -13,7 +13,12 @@ from torch.nn.functional import pad
 
 from kfc_fx.codegen.pieces.bases import bases_of
 from kfc_fx.codegen.pieces.context import Context, StackContext
-from kfc_fx.codegen.pieces.matrices import rotate_output, transposed
+from kfc_fx.codegen.pieces.matrices import (
+    from_row_parts,
+    in_row_parts,
+    rotate_output,
+    transposed,
+)
 from kfc_fx.codegen.spec import StackSpec
 from kfc_fx.codegen.text.update_graph import UpdateGraph, Value
 from kfc_fx.linalg.polar import orthogonalizers
@@ -118,7 +123,7 @@ def parted(local: StackContext, matrix: Value) -> Value:
     """The matrices that have a polar factor each, ``stack.polar_shape``: of a matrix in the
     eigenbases, whose rows are turned back for it, since those of a basis mix all parts."""
     gamma = {name: basis for name, basis in bases_of(local).items() if name == "gamma"}
-    return rotate_output(local, gamma, matrix, back=True).reshape(*local.stack.polar_shape)
+    return in_row_parts(local.stack, rotate_output(local, gamma, matrix, back=True))
 
 
 def moved(local: StackContext, matrix: Value, towards: Value) -> tuple[Value, dict[str, Value]]:
@@ -132,7 +137,7 @@ def moved(local: StackContext, matrix: Value, towards: Value) -> tuple[Value, di
     factor = "omega" if tall else "gamma"
     if local.stack.row_parts > 1:
         matrix = matrix @ towards if tall else towards @ matrix
-        matrix = local.let("moved", matrix.reshape(*local.stack.matrix_shape))
+        matrix = local.let("moved", from_row_parts(local.stack, matrix))
         return matrix, {name: basis for name, basis in bases.items() if name != "gamma"}
     if factor in bases and local.stack.parts[factor] == 1:
         shape = local.stack.basis_shapes[factor]

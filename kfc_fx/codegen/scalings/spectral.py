@@ -8,7 +8,12 @@ import torch
 
 from kfc_fx.codegen.pieces.context import Context, StackContext
 from kfc_fx.codegen.pieces.decompositions import Decomposition, Made, decomposed
-from kfc_fx.codegen.pieces.matrices import rotate_input, step_by_parameter
+from kfc_fx.codegen.pieces.matrices import (
+    from_row_parts,
+    in_row_parts,
+    rotate_input,
+    step_by_parameter,
+)
 from kfc_fx.codegen.pieces.moments import (
     first_moments,
     half,
@@ -134,25 +139,19 @@ def _step(local: StackContext) -> object:
     if stack.has_bias_apart:
         whitening["bias"] = local.state("w_bias")
     white = local.let("white", rotate_input(local, whitening, arguments["gradient"]))
-    if stack.row_parts > 1:
-        white = update.let("parts", white.reshape(*stack.polar_shape), stack.polar_shape)
-    polar = _polar_factor(update, stack, white)
-    if stack.row_parts > 1:
-        polar = polar.reshape(*stack.matrix_shape)
-    polar = local.let("polar", polar)
+    polar = _polar_factor(update, stack, in_row_parts(stack, white))
+    polar = local.let("polar", from_row_parts(stack, polar))
     if _in_bfloat16(stack):
         whitening = {name: matrix.to(torch.bfloat16) for name, matrix in whitening.items()}
     moved = rotate_input(local, whitening, polar, back=True)
     if _in_bfloat16(stack):
         moved = moved.to(getattr(torch, stack.dtype))
-    if stack.row_parts > 1:
-        moved = moved.reshape(*stack.polar_shape)
-    moved = update.let("direction", moved, stack.polar_shape)
+    moved = update.let("direction", in_row_parts(stack, moved), stack.polar_shape)
     norm = update.call(torch.linalg.matrix_norm, moved, keepdim=True).clamp(min=1e-30)
     norm = update.let("norm", norm, remark="above zero")
     size = update.call(min, rows, columns) ** 0.5
-    if stack.row_parts > 1:
-        moved = (moved * (size / norm)).reshape(*stack.matrix_shape)
+    if stack.row_parts > 1:  # a rate is of a block, or of its weight and its bias
+        moved = from_row_parts(stack, moved * (size / norm))
         return step_by_parameter(local, moved * -arguments["lr"])
     return step_by_parameter(local, moved * (-arguments["lr"] * size / norm))
 
